@@ -1,0 +1,70 @@
+"""Which examples share a batch, and the packed tensors of one.
+
+Batches of like length waste no padding in attention and make every step of an epoch even; batches by tokens hold as
+many examples as fit a budget. Every plan is a pure function of (lengths, sizes, seed, epoch).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from minibert.model import PackedInput
+from minibert.ops import Packing
+from minibert.tokens import Tokens, offsets_of
+
+Batch = np.ndarray  # [B] int64, row numbers of the examples
+
+
+def plan_epoch(
+    lengths: np.ndarray,
+    *,
+    batch_size: int,
+    batch_tokens: int | None = None,
+    buckets: bool = True,
+    seed: int = 0,
+    epoch: int = 0,
+) -> list[Batch]:
+    """Every example once, in batches of random order; with `buckets`, each batch of like length."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    if buckets:
+        order = order[np.argsort(lengths[order], kind="stable")]  # ties stay in random order
+    batches = cut(order, lengths, None if batch_tokens else batch_size, batch_tokens)
+    if not buckets:  # attention works best on texts in order of length; which are together stays random
+        return [rows[np.argsort(lengths[rows], kind="stable")] for rows in batches]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def plan_evaluation(lengths: np.ndarray, *, batch_size: int = 256, batch_tokens: int = 8192) -> list[Batch]:
+    """Every example once, sorted by length, longest first so that memory runs out at once or never."""
+    order = np.argsort(-lengths, kind="stable")
+    return cut(order, lengths, batch_size, batch_tokens)
+
+
+def cut(order: np.ndarray, lengths: np.ndarray, batch_size: int | None, batch_tokens: int | None) -> list[Batch]:
+    """Cut `order` into batches of at most `batch_size` examples and `batch_tokens` tokens, one example at least."""
+    ends = np.cumsum(lengths[order])
+    batches, start, before = [], 0, 0
+    while start < len(order):
+        stop = len(order) if batch_size is None else start + batch_size
+        if batch_tokens is not None:
+            stop = min(stop, max(int(np.searchsorted(ends, before + batch_tokens, side="right")), start + 1))
+        stop = min(stop, len(order))
+        batches.append(order[start:stop])
+        start, before = stop, int(ends[stop - 1])
+    return batches
+
+
+def collate(tokens: Tokens, rows: Batch) -> PackedInput:
+    """Pack the tokens of some examples into one batch, in the order of `rows`."""
+    lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
+    offsets = offsets_of(lengths)
+    position = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)  # [T]
+    index = np.repeat(tokens.offsets[rows], lengths) + position
+    return PackedInput(
+        packing=Packing.from_lengths(lengths),
+        input_ids=torch.from_numpy(tokens.ids[index].astype(np.int64)),
+        position_ids=torch.from_numpy(position),
+        token_type_ids=None if tokens.type_ids is None else torch.from_numpy(tokens.type_ids[index].astype(np.int64)),
+    )

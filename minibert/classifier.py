@@ -1,0 +1,177 @@
+"""A trained model as people use it: texts in, labels with probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minibert.batching import collate, plan_evaluation
+from minibert.checkpoint import load_model, model_folder, save_model
+from minibert.config import PROBLEM_TYPES, TRUNCATIONS, BertConfig, RunConfig
+from minibert.device import Hardware, choose
+from minibert.errors import UserError
+from minibert.model import BertForSequenceClassification, BertModel, PackedInput
+from minibert.problem import REGRESSION, SINGLE, Problem
+from minibert.tokens import Tokenizer, Tokens
+from minibert.train import Dataset, evaluate
+
+POOLINGS = ("mean", "cls", "pooler")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one text: the label (a list of labels if multi-label, a number if regression)."""
+
+    label: Any
+    score: float  # probability of the label; the value itself if regression
+    probabilities: dict[str, float]
+
+
+@dataclass
+class TextEncoder:
+    """A BERT with its tokenizer: sentence embeddings, with or without a classification head."""
+
+    model: BertModel | BertForSequenceClassification
+    tokenizer: Tokenizer
+    max_length: int
+    truncation: str
+    hardware: Hardware
+
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tokens:
+        return self.tokenizer.encode(texts, pairs, self.max_length, self.truncation)
+
+    def embed(self, texts: Iterable[Any], pairs: Sequence[str] | None = None, pooling: str = "mean") -> np.ndarray:
+        """[n, hidden_size] float32: the mean of a text's token rows, its [CLS] row, or BERT's pooler output."""
+        if pooling not in POOLINGS:
+            raise UserError(f"pooling {pooling!r}: give one of {', '.join(POOLINGS)}")
+        tokens = self.encode(*as_texts(texts, pairs))
+        vectors = np.empty((len(tokens), self.model.config.hidden_size), dtype=np.float32)
+        with torch.inference_mode(), self.hardware.autocast():
+            for rows in plan_evaluation(tokens.lengths):
+                x = collate(tokens, rows).to(self.hardware.device)
+                vectors[rows] = pooled(self.model, x, pooling).float().cpu().numpy()
+        return vectors
+
+
+def pooled(model: BertModel | BertForSequenceClassification, x: PackedInput, pooling: str) -> Tensor:
+    """Packed input -> [B, H]"""
+    if pooling == "mean":
+        hidden = model.encoder(x, None).float()  # [T, H]
+        lengths = x.packing.cu_seqlens.diff().long()
+        owner = torch.repeat_interleave(lengths)  # [T] the text of each token
+        return hidden.new_zeros(len(lengths), hidden.shape[1]).index_add_(0, owner, hidden) / lengths[:, None]
+    first = model.encoder.first_tokens(x, None)
+    return model.pooler(first) if pooling == "pooler" else first
+
+
+@dataclass
+class Classifier(TextEncoder):
+    """A trained classifier: model, tokenizer and what the labels are."""
+
+    model: BertForSequenceClassification
+    problem: Problem
+
+    def logits(self, texts: Iterable[Any], pairs: Sequence[str] | None = None) -> np.ndarray:
+        """[n, num_labels] float32, in the order of `texts`; a text may be a (first, second) tuple."""
+        tokens = self.encode(*as_texts(texts, pairs))
+        return evaluate(self.model, Dataset(tokens, np.zeros(len(tokens))), self.hardware)
+
+    def predict(self, texts: Iterable[Any], pairs: Sequence[str] | None = None) -> list[Prediction]:
+        """A `Prediction` for each text."""
+        probabilities = self.problem.probabilities(self.logits(texts, pairs))
+        decisions = self.problem.decisions(probabilities)
+        return [self._prediction(d, p) for d, p in zip(decisions, probabilities, strict=True)]
+
+    def _prediction(self, decision: Any, probabilities: np.ndarray) -> Prediction:
+        named = dict(zip(self.problem.labels, map(float, probabilities), strict=True))
+        return Prediction(decision, float(probabilities.max()), named)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a model folder that transformers and `minibert.load` read."""
+        save_model(
+            Path(folder),
+            self.model,
+            self.problem.labels,
+            problem_type=self.problem.kind,
+            max_length=self.max_length,
+            truncation=self.truncation,
+            thresholds=self.problem.thresholds,
+            temperature=self.problem.temperature,
+        )
+        self.tokenizer.save(Path(folder), self.max_length)
+
+
+def load(folder: str | Path, device: str = "auto") -> Classifier:
+    """Load a folder that `finetune` or `Classifier.save` wrote, or any BERT classifier in transformers' form."""
+    path = model_folder(folder)
+    model, report = load_model(path, BertForSequenceClassification)
+    if any(name.startswith("classifier.") for name in report.new):
+        raise UserError(f"{folder}: this model has no classification head; train one with python -m minibert.finetune")
+    hardware = choose(RunConfig(device=device))
+    ours = _saved_settings(model.config)
+    problem = _saved_problem(model.config, model.num_labels, ours, path)
+    length, truncation = _saved_length(model.config)
+    model.to(hardware.device)
+    return Classifier(model, Tokenizer.from_folder(path), length, truncation, hardware, problem)
+
+
+def load_encoder(folder: str | Path, device: str = "auto", max_length: int | None = None) -> TextEncoder:
+    """Load any BERT for embeddings; `max_length` in tokens, default as trained, or 512 or the model's limit."""
+    path = model_folder(folder)
+    model, _ = load_model(path, BertModel)
+    hardware = choose(RunConfig(device=device))
+    length, truncation = _saved_length(model.config)
+    if max_length is not None and not 8 <= max_length <= model.config.max_position_embeddings:
+        raise UserError(f"--max-length {max_length}: give 8 to {model.config.max_position_embeddings}")
+    model.to(hardware.device)
+    return TextEncoder(model, Tokenizer.from_folder(path), max_length or length, truncation, hardware)
+
+
+def _saved_settings(config: BertConfig) -> dict[str, Any]:
+    """What minibert put into config.json, or nothing for another's model."""
+    ours = config.source.get("minibert")
+    return ours if isinstance(ours, dict) else {}
+
+
+def _saved_length(config: BertConfig) -> tuple[int, str]:
+    ours = _saved_settings(config)
+    length, limit = ours.get("max_length"), config.max_position_embeddings
+    truncation = ours.get("truncation")
+    if not (isinstance(length, int) and 8 <= length <= limit):
+        length = min(512, limit)
+    return length, truncation if truncation in TRUNCATIONS else "head"
+
+
+def _saved_problem(config: BertConfig, num_labels: int, ours: dict[str, Any], folder: Path) -> Problem:
+    kind = config.source.get("problem_type") or (REGRESSION if num_labels == 1 else SINGLE)
+    if kind not in PROBLEM_TYPES:
+        raise UserError(f"{folder}/config.json: problem_type {kind!r} is not one of {', '.join(PROBLEM_TYPES)}")
+    return Problem(
+        kind, saved_labels(config, num_labels), list(ours.get("thresholds", [])), float(ours.get("temperature", 1.0))
+    )
+
+
+def saved_labels(config: BertConfig, num_labels: int) -> list[str]:
+    """The label names of config.json by number, LABEL_0, LABEL_1, ... where it has none."""
+    names = config.source.get("id2label")
+    names = names if isinstance(names, dict) else {}
+    return [str(names.get(str(i), f"LABEL_{i}")) for i in range(num_labels)]
+
+
+def as_texts(texts: Iterable[Any], pairs: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
+    """Texts and second texts from a list of texts, or of (first, second) tuples; a single string is a mistake."""
+    if isinstance(texts, str):
+        raise UserError("expected a list of texts, not one string; put it in brackets: [text]")
+    items = list(texts)
+    if items and all(isinstance(item, tuple) and len(item) == 2 for item in items):
+        items, pairs = [first for first, _ in items], [second for _, second in items]
+    for i, item in enumerate(items):
+        if not isinstance(item, str):
+            raise UserError(f"text {i} is {type(item).__name__}, not a string: {str(item)[:60]}")
+    return items, None if pairs is None else list(pairs)

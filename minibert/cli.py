@@ -1,0 +1,164 @@
+"""The command line: flags from `RunConfig`, errors as one line, and the `minibert` script with its subcommands."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minibert.config import RunConfig, flag_name
+from minibert.errors import UserError
+from minibert.files import one_line
+
+COMMANDS = {
+    "finetune": "data file -> trained model folder",
+    "predict": "labels and probabilities for new text",
+    "evaluate": "metrics of a saved model on a labelled file",
+    "embed": "sentence embeddings",
+}
+GROUPS = ("model", "data", "tokens", "recipe", "speed", "stopping", "watching", "other")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 done, 2 the user can fix it (one line says how), 130 Ctrl-C."""
+    try:
+        command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as in `... | head`
+        sys.stderr.close()
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The console script: `minibert finetune ...` is `python -m minibert.finetune ...`."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments and arguments[0] in COMMANDS:
+        module = import_module(f"minibert.{arguments[0]}")
+        return run_command(module.main, arguments[1:])
+    lines = [f"  minibert {name:<9} {what}" for name, what in COMMANDS.items()]
+    text = "\n".join(["usage: minibert COMMAND ...", "", *lines, "", "minibert COMMAND --help lists a command's flags"])
+    asked = arguments[:1] in (["--help"], ["-h"])
+    print(text, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+def parse_run_config(argv: Sequence[str]) -> RunConfig:
+    """Flags, over the keys of a --config file, over the defaults."""
+    arguments = vars(run_parser().parse_args(list(argv)))
+    path = arguments.pop("config", None)
+    return RunConfig(**(read_config_file(path) if path else {}) | arguments)
+
+
+def run_parser() -> Parser:
+    parser = Parser(
+        prog="python -m minibert.finetune",
+        description="Fine-tune BERT on a data file. With no arguments: a demonstration on bundled data.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for field in dataclasses.fields(RunConfig):
+        add_flag(groups[field.metadata["group"]], field)
+    groups["other"].add_argument("--config", metavar="FILE.toml", help="flags from a TOML file, same names; flags win")
+    return parser
+
+
+def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -> None:
+    """One flag under its kebab-case name, its snake_case name and its aliases in both spellings."""
+    names = [spelled for name in (field.name, *field.metadata["aliases"]) for spelled in (flag_name(name), f"--{name}")]
+    names = list(dict.fromkeys(names))
+    kind, default = field.metadata["kind"], field.default
+    shown = "" if default in (None, (), False) else f" (default {default})"
+    text = (field.metadata["help"] + shown).replace("%", "%%")
+    if kind is bool and default is False:
+        group.add_argument(*names, dest=field.name, action="store_true", help=text)
+    elif kind is bool:
+        group.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
+    elif kind is tuple:
+        group.add_argument(*names, dest=field.name, action=Several, metavar="NAME", help=text)
+    else:
+        options = {"choices": field.metadata["choices"]} if field.metadata["choices"] else {"metavar": "X"}
+        group.add_argument(*names, dest=field.name, type=kind, help=text, **options)
+
+
+class Several(argparse.Action):
+    """A flag that may be repeated, or hold several values between commas."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, ())
+        setattr(namespace, self.dest, (*before, *(value for value in str(values).split(",") if value)))
+
+
+def add_column_flags(parser: Parser, labels: bool = False) -> None:
+    """The flags of `finetune` that say where in a file the texts are, for the other commands."""
+    names = {"text_column", "text_pair_column", "no_header", "encoding"}
+    names |= {"label_column", "label_delimiter"} if labels else set()
+    for field in dataclasses.fields(RunConfig):
+        if field.name in names:
+            add_flag(parser, field)
+
+
+def column_config(arguments: argparse.Namespace) -> RunConfig:
+    names = ("text_column", "text_pair_column", "label_column", "label_delimiter", "no_header", "encoding")
+    return RunConfig(**{name: getattr(arguments, name) for name in names if getattr(arguments, name, None)})
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The keys of a TOML file as fields of `RunConfig`; an unknown key or a value of the wrong kind is an error."""
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as TOML ({one_line(error)})") from None
+    return checked_values(values, path)
+
+
+def checked_values(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Values under any of a field's names -> values of the fields' own kinds."""
+    fields = {}
+    for known in dataclasses.fields(RunConfig):
+        for name in (known.name, *known.metadata["aliases"]):
+            fields[name] = known
+    result = {}
+    for key, value in values.items():
+        field = fields.get(key.replace("-", "_"))
+        if field is None:
+            raise UserError(f"{where}: unknown setting {key!r}; the names are those of the flags")
+        result[field.name] = _converted(value, field, where)
+    return result
+
+
+def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
+    kind = field.metadata["kind"]
+    if value is None and field.default is None:
+        return None
+    if kind is tuple:
+        items = value if isinstance(value, list | tuple) else str(value).split(",")
+        return tuple(str(item) for item in items)
+    if isinstance(value, bool) is not (kind is bool) or (kind is int and isinstance(value, float)):
+        raise UserError(f"{where}: {field.name} = {value!r} is not {kind.__name__}")
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: {field.name} = {value!r} is not {kind.__name__}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

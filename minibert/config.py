@@ -1,0 +1,263 @@
+"""What a model is (`BertConfig`, the fields of config.json) and what a run is (`RunConfig`, the command-line flags).
+
+Nothing here imports torch, so `--help` and argument errors answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minibert.errors import UserError
+from minibert.files import read_json
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "silu", "swish", "tanh")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+TRUNCATIONS = ("head", "tail", "head_tail", "window")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """The architecture, under the names config.json uses; `source` keeps every other field for the way back."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+    source: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in (*sizes, "max_position_embeddings", "type_vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 24:
+                raise UserError(f"{name} must be a positive whole number, not {value!r}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise UserError(f"{name} must be a number from 0 to 1, not {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise UserError(f"hidden_act {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}")
+
+    @property
+    def head_dropout_prob(self) -> float:
+        """Dropout before the classifier, as transformers chooses it."""
+        return self.hidden_dropout_prob if self.classifier_dropout is None else self.classifier_dropout
+
+    @classmethod
+    def from_dict(cls, source: Mapping[str, Any]) -> BertConfig:
+        """Check that `source` (a parsed config.json) describes a BERT, and keep the fields that we compute with."""
+        refuse_other_architectures(source)
+        names = [f.name for f in dataclasses.fields(cls) if f.name != "source"]
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name != "source"]
+        missing = [name for name in required if name not in source]
+        if missing:
+            raise UserError(f"no {', '.join(missing)} given")
+        return cls(**{name: source[name] for name in names if name in source}, source=dict(source))
+
+    @classmethod
+    def from_file(cls, path: Path) -> BertConfig:
+        source = read_json(path)
+        if not isinstance(source, dict):
+            raise UserError(f"{path}: expected a JSON object")
+        try:
+            return cls.from_dict(source)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+def refuse_other_architectures(source: Mapping[str, Any]) -> None:
+    """Only what computes as BERT does may load: a half-fitting architecture would train, badly."""
+    model_type = source.get("model_type", "bert")
+    if model_type != "bert":
+        raise UserError(
+            f"model_type {model_type!r} is not supported: minibert trains BERT checkpoints only "
+            "(model_type 'bert': BERT, MiniLM, TinyBERT, BGE, E5, multilingual BERT)"
+        )
+    positions = source.get("position_embedding_type", "absolute")
+    if positions != "absolute":
+        raise UserError(f"position_embedding_type {positions!r} is not supported: only 'absolute' is")
+    for flag in ("is_decoder", "add_cross_attention"):
+        if source.get(flag):
+            raise UserError(f"{flag} is set: minibert trains BERT encoders only")
+
+
+def flag(default: Any, help: str, *aliases: str, group: str, choices: tuple[str, ...] = (), kind: Any = None) -> Any:
+    """A field of `RunConfig` and, from the same line, a command-line flag with its help and its other names."""
+    metadata = {"help": help, "aliases": aliases, "group": group, "choices": choices, "kind": kind or type(default)}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One fine-tuning run. Each field is a flag (`max_length` is `--max-length`) and a key of the TOML file."""
+
+    # model
+    model: str | None = flag(None, "model folder or hub id", "model_name_or_path", group="model", kind=str)
+    tokenizer: str | None = flag(
+        None, "folder or hub id of the tokenizer, if not the model's", "tokenizer_name", group="model", kind=str
+    )
+    head: str = flag("linear", "linear, or mlp:N for a hidden layer of N units with ReLU", group="model")
+    head_dropout: float | None = flag(None, "dropout before the classifier", group="model", kind=float)
+    dropout: float | None = flag(None, "dropout in the encoder, attention included", group="model", kind=float)
+
+    # data
+    train: str | None = flag(None, "training file", "train_file", group="data", kind=str)
+    validation: str | None = flag(None, "validation file", "validation_file", group="data", kind=str)
+    test: str | None = flag(None, "test file", "test_file", group="data", kind=str)
+    text_column: tuple[str, ...] = flag(
+        (), "column(s) of the text, joined by a space; repeat or separate by commas", "text_column_names", group="data"
+    )
+    text_pair_column: str | None = flag(None, "column of the second text of a pair", group="data", kind=str)
+    label_column: tuple[str, ...] = flag(
+        (), "column of the label; several 0/1 columns for multi-label", "label_column_name", group="data"
+    )
+    label_delimiter: str | None = flag(None, "separates the labels of one row (multi-label)", group="data", kind=str)
+    no_header: bool = flag(False, "the file has no header; columns are then called 0, 1, 2, ...", group="data")
+    encoding: str | None = flag(None, "encoding of the files, if not UTF-8", group="data", kind=str)
+    validation_split: float = flag(0.15, "share of the training file for validation, where no file is", group="data")
+    test_split: float = flag(0.0, "share of the training file for test, where no file is", group="data")
+    split_seed: int = flag(42, "seed of the split", group="data")
+    problem_type: str = flag("auto", "what the labels are", group="data", choices=("auto", *PROBLEM_TYPES))
+    max_train_samples: int | None = flag(None, "use only so many training rows, stratified", group="data", kind=int)
+
+    # tokens
+    max_length: int | None = flag(
+        None, "longest text in tokens (default 512 or the model's limit)", "max_seq_length", group="tokens", kind=int
+    )
+    truncation: str = flag("head", "which part of a longer text is kept", group="tokens", choices=TRUNCATIONS)
+
+    # recipe
+    epochs: float = flag(3.0, "passes over the training rows", "num_train_epochs", group="recipe")
+    max_steps: int | None = flag(None, "stop after so many steps, whatever --epochs", group="recipe", kind=int)
+    batch_size: int = flag(32, "examples a batch", "per_device_train_batch_size", group="recipe")
+    batch_tokens: int | None = flag(None, "tokens a batch, instead of examples", group="recipe", kind=int)
+    gradient_accumulation_steps: int = flag(1, "batches a step", group="recipe")
+    learning_rate: float = flag(5e-5, "peak learning rate", "lr", group="recipe")
+    head_learning_rate: float | None = flag(
+        None, "of the head (default: the same; 1e-3 with --freeze all)", group="recipe", kind=float
+    )
+    weight_decay: float = flag(0.01, "AdamW's decay; none on biases and LayerNorm", group="recipe")
+    warmup_ratio: float = flag(0.1, "share of the steps that warm up", group="recipe")
+    schedule: str = flag(
+        "linear",
+        "learning rate after the warm-up",
+        "lr_scheduler_type",
+        group="recipe",
+        choices=("linear", "cosine", "constant"),
+    )
+    max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0 does not", group="recipe")
+    layer_lr_decay: float = flag(1.0, "each layer below learns slower by this factor", group="recipe")
+    freeze: str = flag("none", "none, embeddings, N (embeddings and the first N layers) or all", group="recipe")
+    class_weights: str = flag("none", "none, balanced, or a JSON file {label: weight}", group="recipe")
+    label_smoothing: float = flag(0.0, "label smoothing", "label_smoothing_factor", group="recipe")
+    seed: int = flag(42, "seed of head, batches and dropout", group="recipe")
+    seeds: tuple[str, ...] = flag((), "train once with each of these seeds", group="recipe")
+
+    # speed
+    device: str = flag("auto", "where to compute", group="speed", choices=("auto", "cpu", "cuda"))
+    precision: str = flag(
+        "auto", "arithmetic of the encoder", group="speed", choices=("auto", "fp32", "tf32", "bf16", "fp16")
+    )
+    attention: str = flag("auto", "attention kernel", group="speed", choices=("auto", "sdpa", "flash", "triton"))
+    engine: str = flag("auto", "how a step runs", group="speed", choices=("auto", "eager", "compile", "graph"))
+    length_buckets: bool = flag(True, "batches of like length", group="speed")
+    cls_only: bool = flag(True, "compute the last layer for the [CLS] row only (exact)", group="speed")
+    compact_vocabulary: bool = flag(True, "train only the embedding rows that occur (exact)", group="speed")
+    cache_frozen: bool = flag(True, "compute frozen layers once for each text (exact)", group="speed")
+    token_cache: bool = flag(True, "keep encoded files on disk for the next run", group="speed")
+
+    # stopping
+    eval_steps: int | None = flag(
+        None, "evaluate every so many steps (default: each epoch)", group="stopping", kind=int
+    )
+    metric: str | None = flag(
+        None, "validation metric that chooses the best weights", "metric_for_best_model", group="stopping", kind=str
+    )
+    early_stopping_patience: int | None = flag(
+        None, "stop after so many evaluations without a better one", group="stopping", kind=int
+    )
+    save_steps: int | None = flag(None, "checkpoint every so many steps", group="stopping", kind=int)
+    resume: bool = flag(False, "continue the run in --output", "resume_from_checkpoint", group="stopping")
+
+    # watching
+    report_to: str = flag("none", "tracker", group="watching", choices=("none", "tensorboard", "wandb", "mlflow"))
+    run_name: str | None = flag(None, "the run's name in the tracker", group="watching", kind=str)
+    quiet: bool = flag(False, "print nothing but errors", group="watching")
+
+    # other
+    output: str | None = flag(None, "folder to write (default runs/<time>)", "output_dir", group="other", kind=str)
+    overwrite: bool = flag(False, "write into a folder that has files", "overwrite_output_dir", group="other")
+    check: bool = flag(False, "look at data, model and memory; train nothing", group="other")
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_ranges()
+        if self.head != "linear":
+            self.mlp_size()
+        if self.freeze not in ("none", "embeddings", "all") and not self.freeze.isdecimal():
+            raise UserError(f"--freeze {self.freeze}: give none, embeddings, a number of layers, or all")
+        if self.validation_split + self.test_split >= 1:
+            raise UserError("--validation-split and --test-split together leave no training rows; give less than 1")
+        if any(not seed.isdecimal() for seed in self.seeds):
+            raise UserError(f"--seeds {','.join(self.seeds)}: give whole numbers, such as 1,2,3")
+
+    def _check_choices(self) -> None:
+        for f in dataclasses.fields(self):
+            choices = f.metadata["choices"]
+            if choices and getattr(self, f.name) not in choices:
+                raise UserError(f"{flag_name(f.name)} {getattr(self, f.name)}: give one of {', '.join(choices)}")
+
+    def _check_ranges(self) -> None:
+        at_least_one = ["max_train_samples", "max_length", "max_steps", "batch_size", "batch_tokens"]
+        at_least_one += ["gradient_accumulation_steps", "eval_steps", "early_stopping_patience", "save_steps"]
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{flag_name(name)} {value}: give a whole number of at least 1")
+        shares = ("dropout", "head_dropout", "validation_split", "test_split", "warmup_ratio", "label_smoothing")
+        for name in shares:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise UserError(f"{flag_name(name)} {value}: give a number from 0 up to, not including, 1")
+        for name in ("epochs", "learning_rate", "head_learning_rate", "layer_lr_decay"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UserError(f"{flag_name(name)} {value}: give a positive number")
+        for name in ("weight_decay", "max_grad_norm", "seed", "split_seed"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise UserError(f"{flag_name(name)} {value}: give a number of at least 0")
+
+    def mlp_size(self) -> int:
+        """Hidden units of the head: 0 for `linear`, N for `mlp:N`."""
+        if self.head == "linear":
+            return 0
+        kind, _, size = self.head.partition(":")
+        if kind != "mlp" or not size.isdecimal() or not 0 < int(size) < 1 << 16:
+            raise UserError(f"--head {self.head}: give linear, or mlp:N such as mlp:512")
+        return int(size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,315 @@
+"""Data files to examples: which columns, which labels, which rows train and which test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from minibert.config import RunConfig
+from minibert.errors import UserError
+from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, label_text, sorted_labels
+from minibert.tables import Table, read_table
+
+# What people call their columns, in the order of trust; compared in lower case.
+TEXT_NAMES = """text sentence review question_text message sms tweet comment comment_text content question body
+description document resume utterance title v2 texts""".split()
+LABEL_NAMES = """label labels target category class sentiment intent topic quality score rating stars y is_duplicate
+spam v1 gold_label emotion output""".split()
+PAIR_NAMES = (
+    ("sentence1", "sentence2"),
+    ("text_a", "text_b"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("text1", "text2"),
+    ("query", "passage"),
+    ("#1 string", "#2 string"),
+)
+
+
+@dataclass
+class Examples:
+    """Rows of one file or list: texts, second texts of pairs, and labels as read, with the lines they stand on."""
+
+    source: str
+    texts: list[str]
+    pairs: list[str] | None = None
+    labels: list[Any] | None = None
+    lines: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Examples:
+        def pick(values: list[Any] | None) -> Any:
+            return None if values is None else [values[i] for i in rows]
+
+        return Examples(self.source, pick(self.texts), pick(self.pairs), pick(self.labels), pick(self.lines))
+
+
+@dataclass
+class Columns:
+    """Which columns of a table are which."""
+
+    text: tuple[str, ...]
+    pair: str | None
+    label: tuple[str, ...]
+
+
+@dataclass
+class RunData:
+    """Everything a run reads: the parts, and what the labels are."""
+
+    parts: dict[str, Examples]  # train, validation and, if there is one, test
+    problem: Problem
+    columns: Columns
+    notes: list[str]  # what was decided without being asked
+
+
+def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Columns:
+    """The columns named by flags, or else by the names that people use; UserError lists what is there."""
+    names = list(table.columns)
+    lower = {name.lower(): name for name in reversed(names)}
+    for wanted in (*config.text_column, *config.label_column, *filter(None, [config.text_pair_column])):
+        if wanted not in names:
+            raise UserError(f"{table.path}: no column {wanted!r}; its columns are {', '.join(names)}")
+    text, pair, label = config.text_column, config.text_pair_column, config.label_column
+    if not text and not pair:
+        first, second = next(((a, b) for a, b in PAIR_NAMES if a in lower and b in lower), ("", ""))
+        text, pair = ((lower[first],), lower[second]) if first else ((), None)
+    if not label:
+        label = tuple(lower[name] for name in LABEL_NAMES if name in lower and lower[name] not in (*text, pair))[:1]
+    if not text:
+        text = tuple(lower[name] for name in TEXT_NAMES if name in lower and lower[name] not in label)[:1]
+    if len(names) == 2 and not pair and not (text and (label or not need_label)):
+        text, label = _two_columns(table, text, label)
+    if not text or (need_label and not label):
+        what = "--text-column" if not text else "--label-column"
+        raise UserError(f"{table.path}: give {what}; the columns are {', '.join(names) or 'none'}")
+    return Columns(text, pair, label)
+
+
+def _two_columns(
+    table: Table, text: tuple[str, ...], label: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of two columns the one with fewer different values is the label, unless its name says otherwise."""
+    first, second = table.columns
+    known = text or label
+    if known:
+        other = second if known == (first,) else first
+        return (text or (other,)), (label or (other,))
+    different = {name: len({str(value) for value in table.columns[name]}) for name in (first, second)}
+    fewer = min(different, key=lambda name: different[name])
+    return (first if fewer == second else second,), (fewer,)
+
+
+def examples_from_table(table: Table, columns: Columns, with_labels: bool = True) -> Examples:
+    def column(name: str) -> list[str]:
+        return ["" if value is None else str(value) for value in table.columns[name]]
+
+    texts = column(columns.text[0])
+    if len(columns.text) > 1:
+        texts = [" ".join(filter(None, cells)) for cells in zip(*map(column, columns.text), strict=True)]
+    pairs = column(columns.pair) if columns.pair else None
+    labels: list[Any] | None = None
+    if with_labels and all(name in table.columns for name in columns.label):
+        labels = list(table.columns[columns.label[0]])
+        if len(columns.label) > 1:
+            labels = list(zip(*(table.columns[name] for name in columns.label), strict=True))
+    return Examples(table.path, texts, pairs, labels, list(table.lines))
+
+
+def load_data(config: RunConfig) -> RunData:
+    """Read the files that the flags name, decide what the labels are, and split what has no file of its own."""
+    assert config.train is not None
+    notes: list[str] = []
+    tables = {"train": _read(config.train, config, notes)}
+    for part in ("validation", "test"):
+        if path := getattr(config, part):
+            tables[part] = _read(path, config, notes)
+    columns = find_columns(tables["train"], config)
+    parts = {}
+    for part, table in tables.items():
+        own = find_columns(table, config) if part != "train" and config.text_column == () else columns
+        parts[part] = examples_from_table(table, own)
+    pair = f" + {columns.pair}" if columns.pair else ""
+    notes.append(f"text: {' + '.join(columns.text)}{pair} · label: {', '.join(columns.label)}")
+    return prepare(parts, columns, config, notes)
+
+
+def labelled_examples(path: str, problem: Problem, config: RunConfig) -> Examples:
+    """Rows of a file with labels that a trained model knows, for `evaluate`."""
+    table = _read(path, config, [])
+    columns = find_columns(table, config)
+    examples = examples_from_table(table, columns)
+    refuse_bad_rows(examples)
+    examples.labels = _labels_of(examples, problem.kind, columns, config)
+    known = set(problem.labels)
+    for line, value in zip(examples.lines, examples.labels, strict=True):
+        unknown = (
+            [] if problem.kind == REGRESSION else sorted(({value} if problem.kind == SINGLE else set(value)) - known)
+        )
+        if unknown:
+            names = ", ".join(problem.labels[:8])
+            raise UserError(f"{path}, line {line}: label {unknown[0]!r} is unknown to the model; it knows {names}")
+    return examples
+
+
+def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
+    table = read_table(path, header=not config.no_header, encoding=config.encoding)
+    if not table.lines:
+        raise UserError(f"{path}: no rows; expected a header and at least one row of data")
+    if table.encoding not in ("utf-8", config.encoding):
+        notes.append(f"{path} is not UTF-8; read as {table.encoding} (--encoding says otherwise)")
+    return table
+
+
+def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, notes: list[str]) -> RunData:
+    """Check rows, name the labels, and split."""
+    for part in parts.values():
+        refuse_bad_rows(part)
+    problem = detect_problem(parts, columns, config, notes)
+    if config.max_train_samples and config.max_train_samples < len(parts["train"]):
+        share = config.max_train_samples / len(parts["train"])
+        kept, _ = split(parts["train"], problem, 1 - share, config.split_seed)
+        parts["train"] = parts["train"].take(kept)
+        notes.append(f"{len(kept)} training rows of those in the file (--max-train-samples)")
+    _split_parts(parts, problem, config)
+    return RunData(parts, problem, columns, notes)
+
+
+def refuse_bad_rows(examples: Examples) -> None:
+    """A row without text or label would train on nothing: name the first ones."""
+    for what, values in (("text", examples.texts), ("label", examples.labels or [])):
+        bad = [i for i, v in enumerate(values) if v is None or (isinstance(v, str) and not v.strip())]
+        if bad:
+            lines = ", ".join(str(examples.lines[i]) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
+            rows = "row has" if len(bad) == 1 else "rows have"
+            raise UserError(f"{examples.source}, line {lines}: {len(bad)} {rows} no {what}; fill in or remove them")
+
+
+def detect_problem(parts: dict[str, Examples], columns: Columns, config: RunConfig, notes: list[str]) -> Problem:
+    """Name the labels of all parts; labels become names (or numbers for regression) in place."""
+    kind = config.problem_type if config.problem_type != "auto" else _guess_kind(parts["train"], columns, config, notes)
+    for examples in parts.values():
+        if examples.labels is None:
+            raise UserError(f"{examples.source}: no label column {', '.join(columns.label)}")
+        examples.labels = _labels_of(examples, kind, columns, config)
+    if kind == REGRESSION:
+        return Problem(kind, [columns.label[0]])
+    names: set[str] = set()
+    for part, examples in parts.items():
+        found = _names_in(examples.labels or [], kind)
+        if part != "train" and names and found - names:
+            notes.append(f"labels only in {part}: {', '.join(sorted(found - names)[:5])}; no row teaches them")
+        names |= found
+    if len(names) < 2 and kind == SINGLE:
+        raise UserError(f"{parts['train'].source}: only one label, {names.pop()!r}; a classifier needs two or more")
+    labels = list(columns.label) if kind == MULTI and len(columns.label) > 1 else sorted_labels(names)
+    notes.append(f"{kind}: {len(labels)} labels ({', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''})")
+    return Problem(kind, labels)
+
+
+def _guess_kind(train: Examples, columns: Columns, config: RunConfig, notes: list[str]) -> str:
+    values = train.labels or []
+    if len(columns.label) > 1 or config.label_delimiter or any(isinstance(v, list | tuple) for v in values):
+        return MULTI
+    names = {label_text(value) for value in values}
+    if len(names) > 2 and any(_is_fraction(name) for name in names) and all(_is_number(name) for name in names):
+        notes.append("the labels are numbers with fractions: regression (--problem-type says otherwise)")
+        return REGRESSION
+    return SINGLE
+
+
+def _labels_of(examples: Examples, kind: str, columns: Columns, config: RunConfig) -> list[Any]:
+    labels = examples.labels or []
+    if kind == SINGLE:
+        return [label_text(value) for value in labels]
+    if kind == REGRESSION:
+        for line, value in zip(examples.lines, labels, strict=True):
+            if not _is_number(label_text(value)):
+                raise UserError(f"{examples.source}, line {line}: {value!r} is not a number, as regression needs")
+        return [float(value) for value in labels]
+    if len(columns.label) > 1:
+        return [_from_indicators(examples, i, row, columns.label) for i, row in enumerate(labels)]
+    return [_several(value, config.label_delimiter) for value in labels]
+
+
+def _from_indicators(examples: Examples, index: int, row: Sequence[Any], names: tuple[str, ...]) -> list[str]:
+    for value, name in zip(row, names, strict=True):
+        if label_text(value) not in ("0", "1"):
+            where = f"{examples.source}, line {examples.lines[index]}, column {name}"
+            raise UserError(f"{where}: {value!r} is neither 0 nor 1, as one column a label needs")
+    return [name for value, name in zip(row, names, strict=True) if label_text(value) == "1"]
+
+
+def _several(value: Any, delimiter: str | None) -> list[str]:
+    if isinstance(value, list | tuple):
+        return sorted({label_text(item) for item in value})
+    pieces = str(value).split(delimiter) if delimiter else [str(value)]
+    return sorted({piece.strip() for piece in pieces if piece.strip()})
+
+
+def _names_in(labels: list[Any], kind: str) -> set[str]:
+    return set(labels) if kind == SINGLE else {name for row in labels for name in row}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(np.isfinite(float(text)))
+    except ValueError:
+        return False
+
+
+def _is_fraction(text: str) -> bool:
+    return _is_number(text) and not float(text).is_integer()
+
+
+def _split_parts(parts: dict[str, Examples], problem: Problem, config: RunConfig) -> None:
+    """Give validation and test their share of the training rows, where they have no file."""
+    shares = {"test": config.test_split, "validation": config.validation_split}
+    total = len(parts["train"])
+    for part, share in shares.items():
+        if part in parts or share == 0:
+            continue
+        train = parts["train"]
+        kept, taken = split(train, problem, share * total / len(train), config.split_seed)
+        if len(taken) == 0 or len(kept) == 0:
+            raise UserError(f"{train.source}: {total} rows are too few to split off {part}; give --{part}-split 0")
+        parts["train"], parts[part] = train.take(kept), train.take(taken)
+
+
+def split(examples: Examples, problem: Problem, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers (kept, taken), `share` of each class taken; rows of equal text stay on one side, so none leaks."""
+    rng = np.random.default_rng([seed, len(examples)])
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, text in enumerate(examples.texts):
+        groups.setdefault((text, examples.pairs[i] if examples.pairs else ""), []).append(i)
+    members = list(groups.values())
+    strata: dict[Any, list[int]] = {}
+    for group, rows in enumerate(members):
+        strata.setdefault(_stratum(problem, examples, rows[0]), []).append(group)
+    taken: list[int] = []
+    owed = 0.0  # what rounding in one class left over is made up for in the next
+    for stratum in sorted(strata, key=str):
+        in_stratum = strata[stratum]
+        rows_in_stratum = sum(len(members[group]) for group in in_stratum)
+        owed += share * rows_in_stratum
+        for group in rng.permutation(in_stratum)[: len(in_stratum) - 1]:
+            if len(members[group]) > owed + 0.5:
+                break
+            taken += members[group]
+            owed -= len(members[group])
+    chosen = np.zeros(len(examples), dtype=bool)
+    chosen[taken] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def _stratum(problem: Problem, examples: Examples, row: int) -> Any:
+    """What to stratify by: the class, the set of labels, or the rounded value."""
+    label = (examples.labels or [])[row]
+    if problem.kind == REGRESSION:
+        return round(float(label))
+    return label if problem.kind == SINGLE else tuple(label)

@@ -1,0 +1,72 @@
+"""Where and how a run computes: device, precision, attention and engine, each chosen once with a reason."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from minibert.config import RunConfig
+from minibert.errors import UserError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    device: torch.device
+    precision: str
+    attention: str
+    engine: str
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Matrix products in bf16 or fp16; LayerNorm, softmax and loss stay in fp32."""
+        if self.precision in ("bf16", "fp16"):
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+            return torch.autocast(self.device.type, dtype)
+        return nullcontext()
+
+    def __str__(self) -> str:
+        return f"{self.device.type} · {self.precision} · {self.attention} attention · {self.engine} engine"
+
+
+def choose(config: RunConfig) -> Hardware:
+    """Resolve the `auto` flags; what was asked for by name and cannot run here is a UserError that says why."""
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise UserError("--device cuda: torch finds no usable GPU here; use --device cpu, or mend the driver")
+    device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+    if config.attention not in ("auto", "sdpa"):
+        raise UserError(f"--attention {config.attention}: not in this version; use sdpa")
+    if config.engine not in ("auto", "eager"):
+        raise UserError(f"--engine {config.engine}: not in this version; use eager")
+    return Hardware(device, _precision(config, device), "sdpa", "eager")
+
+
+def _precision(config: RunConfig, device: torch.device) -> str:
+    if device.type == "cpu":
+        if config.precision not in ("auto", "fp32"):
+            raise UserError(f"--precision {config.precision}: the CPU computes in fp32; leave the flag out")
+        return "fp32"
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    return precision
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep what a step frees for the next one, in huge pages, instead of giving it back.
+
+    A step allocates the same buffers every time; without this a good part of it goes into page faults.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first large allocation
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, musl does not
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, (1 << 31) - 1)

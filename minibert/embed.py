@@ -1,0 +1,48 @@
+"""`python -m minibert.embed RUN_OR_MODEL --file F --output emb.npy`: a vector for each text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minibert.cli import Parser, add_column_flags, column_config, run_command
+from minibert.errors import UserError
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(prog="python -m minibert.embed", description="Sentence embeddings of a data file's texts.")
+    parser.add_argument("model", metavar="RUN_OR_MODEL", help="folder that finetune wrote, or any BERT")
+    parser.add_argument("--file", metavar="F", required=True, help="data file with a text column")
+    parser.add_argument("--output", metavar="NPY", required=True, help="where to write the array [texts, hidden]")
+    parser.add_argument("--pooling", choices=("mean", "cls", "pooler"), default="mean")
+    parser.add_argument("--max-length", type=int, metavar="N", help="longest text in tokens (default the model's)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_column_flags(parser)
+    arguments = parser.parse_args(list(argv))
+    output = Path(arguments.output)
+    if not output.parent.is_dir():
+        raise UserError(f"{output.parent}: no such folder; make it, or give another --output")
+    import numpy as np
+
+    from minibert.classifier import load_encoder
+    from minibert.data import examples_from_table, find_columns
+    from minibert.files import atomic
+    from minibert.tables import stream_table
+
+    encoder = load_encoder(arguments.model, arguments.device, arguments.max_length)
+    config = column_config(arguments)
+    parts = []
+    for table in stream_table(arguments.file, header=not config.no_header, encoding=config.encoding):
+        examples = examples_from_table(table, find_columns(table, config, need_label=False), with_labels=False)
+        parts.append(encoder.embed(examples.texts, examples.pairs, pooling=arguments.pooling))
+    if not parts:
+        raise UserError(f"{arguments.file}: no rows")
+    vectors = np.concatenate(parts)
+    with atomic(output) as temporary, open(temporary, "wb") as file:
+        np.save(file, vectors)
+    print(f"{len(vectors)} vectors of {vectors.shape[1]} numbers written to {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,35 @@
+"""`python -m minibert.evaluate RUN --file F`: metrics of a saved model on a labelled file, as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minibert.cli import Parser, add_column_flags, column_config, run_command
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = Parser(prog="python -m minibert.evaluate", description="Metrics of a saved model on a labelled file.")
+    parser.add_argument("run", metavar="RUN", help="folder that finetune wrote, or any BERT classifier")
+    parser.add_argument("--file", metavar="F", required=True, help="data file with text and labels")
+    parser.add_argument("--output", metavar="JSON", help="also write the metrics to this file")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_column_flags(parser, labels=True)
+    arguments = parser.parse_args(list(argv))
+    from minibert.classifier import load
+    from minibert.data import labelled_examples
+    from minibert.files import write_json
+
+    classifier = load(arguments.run, arguments.device)
+    examples = labelled_examples(arguments.file, classifier.problem, column_config(arguments))
+    logits = classifier.logits(examples.texts, examples.pairs)
+    metrics = classifier.problem.metrics(logits, classifier.problem.targets(examples.labels or []))
+    if arguments.output:
+        write_json(Path(arguments.output), metrics)
+    print(json.dumps(metrics, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,57 @@
+"""`python -m minibert.finetune`: a data file in, a trained model folder out. With no arguments, a demonstration.
+
+The same from Python, on two lists: `minibert.finetune(texts, labels, model=..., output=...)`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from minibert.cli import checked_values, parse_run_config, run_command
+from minibert.config import RunConfig
+
+if TYPE_CHECKING:
+    from minibert.classifier import Classifier
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse_run_config(argv)
+    from minibert.run import run_from_files  # torch loads here, after the flags have been checked
+
+    run_from_files(config, ["python", "-m", "minibert.finetune", *argv])
+
+
+def finetune(
+    texts: Iterable[Any],
+    labels: Iterable[Any],
+    *,
+    validation: tuple[Iterable[Any], Iterable[Any]] | None = None,
+    test: tuple[Iterable[Any], Iterable[Any]] | None = None,
+    **flags: Any,
+) -> Classifier:
+    """Fine-tune on texts and labels (lists, arrays, pandas columns) and return the classifier.
+
+    A text may be a (first, second) tuple; `validation` and `test` are (texts, labels). `flags` are the command's, in
+    snake_case. What the user can fix is a `minibert.errors.UserError`.
+    """
+    config = RunConfig(**checked_values(flags, "minibert.finetune"))
+    from minibert.run import run_from_lists
+
+    given = {"train": (texts, labels), "validation": validation, "test": test}
+    return run_from_lists(config, {part: pair for part, pair in given.items() if pair is not None})
+
+
+class _CallableModule(ModuleType):
+    """`minibert.finetune` is this module, which `python -m` runs, and a function, which people call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Classifier:
+        return finetune(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

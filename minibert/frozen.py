@@ -1,0 +1,84 @@
+"""Frozen layers computed once: the activations they leave for each text are kept and reused every epoch.
+
+Dropout is off in frozen layers, so what they give for a text never changes. With the whole encoder frozen only the
+[CLS] row of each text is kept, and an epoch costs no more than its head.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from minibert.batching import collate, plan_evaluation
+from minibert.device import Hardware
+from minibert.model import BertForSequenceClassification, PackedInput
+from minibert.ops import Packing
+from minibert.tokens import Tokens
+
+MEMORY_SHARE = 0.25  # of the machine's memory for activations; more goes to a memory-mapped file
+DISK_SHARE = 0.5  # of the free space for that file; more is not kept at all
+
+
+@dataclass
+class FrozenActivations:
+    """What the frozen layers leave of each text."""
+
+    start_layer: int  # the first layer that is not frozen
+    values: np.ndarray  # [total tokens, H], or [n, H] where every layer is frozen; fp32
+    offsets: np.ndarray  # [n + 1] rows of each text
+
+    def batch(self, rows: np.ndarray, lengths: np.ndarray) -> PackedInput:
+        """The packed input of some texts, from the first unfrozen layer on."""
+        counts = self.offsets[rows + 1] - self.offsets[rows]
+        first = np.cumsum(counts) - counts
+        index = np.arange(counts.sum()) + np.repeat(self.offsets[rows] - first, counts)
+        hidden = torch.from_numpy(np.take(self.values, index, axis=0))
+        return PackedInput(Packing.from_lengths(lengths), hidden=hidden, start_layer=self.start_layer)
+
+
+def bytes_needed(model: BertForSequenceClassification, tokens: Tokens, start_layer: int) -> int:
+    rows = len(tokens) if start_layer == len(model.encoder.layers) else int(tokens.offsets[-1])
+    return rows * model.config.hidden_size * 4
+
+
+def compute(
+    model: BertForSequenceClassification, tokens: Tokens, start_layer: int, hardware: Hardware, quiet: bool
+) -> FrozenActivations | None:
+    """Run the frozen layers over all texts, or return None where the result fits neither memory nor disk."""
+    model.eval()
+    whole = start_layer == len(model.encoder.layers)
+    offsets = np.arange(len(tokens) + 1) if whole else tokens.offsets
+    values = _storage((int(offsets[-1]), model.config.hidden_size))
+    if values is None:
+        return None
+    progress = tqdm(
+        total=len(tokens), desc="frozen layers", unit=" texts", disable=True if quiet else None, leave=False
+    )
+    with progress, torch.inference_mode(), hardware.autocast():
+        for rows in plan_evaluation(tokens.lengths):
+            x = collate(tokens, rows).to(hardware.device)
+            hidden = model.encoder.first_tokens(x, None) if whole else model.encoder(x, None, end=start_layer)
+            places = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
+            values[places] = hidden.float().cpu().numpy()
+            progress.update(len(rows))
+    return FrozenActivations(start_layer, values, offsets)
+
+
+def _storage(shape: tuple[int, int]) -> np.ndarray | None:
+    """An array in memory, or in an unnamed memory-mapped file that vanishes with the process, or None."""
+    size = shape[0] * shape[1] * 4
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size <= MEMORY_SHARE * memory:
+        return np.empty(shape, dtype=np.float32)
+    folder = Path(tempfile.gettempdir())
+    if size > DISK_SHARE * shutil.disk_usage(folder).free:
+        return None
+    with tempfile.TemporaryFile(dir=folder, prefix="minibert-") as file:
+        return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)

@@ -1,0 +1,272 @@
+"""All of BERT (Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers") in one file.
+
+The encoder computes on packed tokens: the texts of a batch one behind another, no padding. `BertModel` and
+`BertForSequenceClassification` also take padded [B, S] input, which they pack first.
+
+Shapes: T tokens in the batch, B texts, S padded length, H hidden size, L labels, N attention heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minibert import ops
+from minibert.config import BertConfig
+from minibert.ops import DropoutMasks, Packing
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+@dataclass
+class PackedInput:
+    """The tokens of a batch, packed, or, where frozen layers were computed before, the activations they left."""
+
+    packing: Packing
+    input_ids: Tensor | None = None  # [T]
+    position_ids: Tensor | None = None  # [T]
+    token_type_ids: Tensor | None = None  # [T]; None is all 0
+    hidden: Tensor | None = None  # [T, H] activations of layer `start_layer`, instead of ids; [B, H] after the last
+    start_layer: int = 0
+
+    def to(self, device: torch.device) -> PackedInput:
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            packing=self.packing.to(device),
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            token_type_ids=move(self.token_type_ids),
+            hidden=move(self.hidden),
+        )
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = config.hidden_dropout_prob
+
+    def forward(self, x: PackedInput, masks: DropoutMasks | None) -> Tensor:
+        hidden = self.word_embeddings(x.input_ids) + self.position_embeddings(x.position_ids)  # [T, H]
+        if x.token_type_ids is None:
+            hidden = hidden + self.token_type_embeddings.weight[0]
+        else:
+            hidden = hidden + self.token_type_embeddings(x.token_type_ids)
+        return ops.dropout(self.norm(hidden), self.dropout, masks)
+
+
+class Layer(nn.Module):
+    """Self-attention and feed-forward network, each with dropout, residual and LayerNorm behind it."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.layer_norm_eps
+        self.heads = config.num_attention_heads
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.attention_dropout, self.dropout = config.attention_probs_dropout_prob, config.hidden_dropout_prob
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.attention_output = nn.Linear(hidden, hidden)
+        self.attention_norm = nn.LayerNorm(hidden, eps=eps)
+        self.intermediate = nn.Linear(hidden, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, hidden)
+        self.output_norm = nn.LayerNorm(hidden, eps=eps)
+
+    def forward(self, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:
+        """[T, H] -> [T, H]"""
+        context = ops.attention(self.qkv(hidden), packing, self.heads, self.attention_dropout, masks)
+        return self._after_attention(context, hidden, masks)
+
+    def forward_first_tokens(self, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:
+        """[T, H] -> [B, H]: the [CLS] rows of `forward`. All tokens give keys and values; only [CLS] asks."""
+        size = hidden.shape[1]
+        first = hidden.index_select(0, packing.first_rows)  # [B, H]
+        query = F.linear(first, self.qkv.weight[:size], self.qkv.bias[:size])
+        key_value = F.linear(hidden, self.qkv.weight[size:], self.qkv.bias[size:])  # [T, 2H]
+        context = ops.first_token_attention(query, key_value, packing, self.heads, self.attention_dropout, masks)
+        return self._after_attention(context, first, masks)
+
+    def _after_attention(self, context: Tensor, residual: Tensor, masks: DropoutMasks | None) -> Tensor:
+        attended = ops.dropout_add(self.attention_output(context), residual, self.dropout, masks)
+        attended = self.attention_norm(attended)
+        expanded = self.activation(self.intermediate(attended))  # [T, intermediate]
+        return self.output_norm(ops.dropout_add(self.output(expanded), attended, self.dropout, masks))
+
+
+class Encoder(nn.Module):
+    """Embeddings and layers on packed input: the part that frozen or pretrained weights fill."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.frozen_layers = -1  # so many layers, and at 0 or more the embeddings, do without dropout
+
+    def forward(self, x: PackedInput, masks: DropoutMasks | None, end: int | None = None) -> Tensor:
+        """Return the activations [T, H] after layer `end` (default the last)."""
+        hidden = self.embeddings(x, self._masks_of(-1, masks)) if x.hidden is None else x.hidden
+        for number, layer in enumerate(self.layers[x.start_layer : end], start=x.start_layer):
+            hidden = layer(hidden, x.packing, self._masks_of(number, masks))
+        return hidden
+
+    def _masks_of(self, layer: int, masks: DropoutMasks | None) -> DropoutMasks | None:
+        return None if layer < self.frozen_layers else masks
+
+    def first_tokens(self, x: PackedInput, masks: DropoutMasks | None, cls_only: bool = True) -> Tensor:
+        """Return the last layer's [CLS] rows [B, H]; `cls_only` computes no other row of that layer (exact)."""
+        if x.start_layer == len(self.layers):
+            assert x.hidden is not None
+            return x.hidden  # already the [CLS] rows
+        if not cls_only:
+            return self(x, masks).index_select(0, x.packing.first_rows)
+        last = len(self.layers) - 1
+        hidden = self(x, masks, end=last)
+        return self.layers[last].forward_first_tokens(hidden, x.packing, self._masks_of(last, masks))  # type: ignore[operator]
+
+
+class Pooler(nn.Module):
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, first_tokens: Tensor) -> Tensor:
+        return torch.tanh(self.dense(first_tokens))  # [B, H]
+
+
+class Classifier(nn.Module):
+    """The head: one linear layer as in BERT, or with one hidden ReLU layer before it (`mlp_size`)."""
+
+    def __init__(self, config: BertConfig, num_labels: int, mlp_size: int = 0) -> None:
+        super().__init__()
+        self.dropout = config.head_dropout_prob
+        self.dense = nn.Linear(config.hidden_size, mlp_size) if mlp_size else None
+        self.out = nn.Linear(mlp_size or config.hidden_size, num_labels)
+
+    def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
+        hidden = ops.dropout(pooled, self.dropout, masks)
+        if self.dense is not None:
+            hidden = ops.dropout(F.relu(self.dense(hidden)), self.dropout, masks)
+        return self.out(hidden)  # [B, L]
+
+
+@dataclass
+class ModelOutput:
+    last_hidden_state: Tensor  # [B, S, H], 0 where the attention mask is 0
+    pooler_output: Tensor  # [B, H]
+
+
+@dataclass
+class ClassifierOutput:
+    logits: Tensor  # [B, L]
+
+
+class BertModel(nn.Module):
+    """BERT without a head; same numbers as transformers' `BertModel` on every position that the mask keeps."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.pooler = Pooler(config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> BertModel:
+        """Load a model folder or hub id; a missing pooler is initialised, any other missing tensor is an error."""
+        from minibert.checkpoint import load_model
+
+        return load_model(folder, cls)[0]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> ModelOutput:
+        """input_ids, attention_mask and token_type_ids are [B, S]. ValueError for ids or lengths out of range."""
+        x, rows = pack_padded(self.config, input_ids, attention_mask, token_type_ids)
+        hidden = self.encoder(x, training_masks(self))
+        padded = hidden.new_zeros(input_ids.numel(), hidden.shape[1]).index_copy(0, rows, hidden)
+        pooled = self.pooler(hidden.index_select(0, x.packing.first_rows))
+        return ModelOutput(padded.view(*input_ids.shape, -1), pooled)
+
+
+class BertForSequenceClassification(nn.Module):
+    """BERT with a classification head on the pooled [CLS] row."""
+
+    def __init__(self, config: BertConfig, num_labels: int, mlp_size: int = 0) -> None:
+        super().__init__()
+        self.config, self.num_labels, self.mlp_size = config, num_labels, mlp_size
+        self.cls_only = True
+        self.encoder = Encoder(config)
+        self.pooler = Pooler(config)
+        self.classifier = Classifier(config, num_labels, mlp_size)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, num_labels: int | None = None) -> BertForSequenceClassification:
+        """Load a model folder or hub id. Without `num_labels` it takes as many as the checkpoint's config names."""
+        from minibert.checkpoint import load_model
+
+        return load_model(folder, cls, num_labels=num_labels)[0]
+
+    def logits(self, x: PackedInput, masks: DropoutMasks | None = None) -> Tensor:
+        """Packed input -> [B, L]"""
+        return self.classifier(self.pooler(self.encoder.first_tokens(x, masks, self.cls_only)), masks)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> ClassifierOutput:
+        """input_ids, attention_mask and token_type_ids are [B, S]. ValueError for ids or lengths out of range."""
+        x, _ = pack_padded(self.config, input_ids, attention_mask, token_type_ids)
+        return ClassifierOutput(self.logits(x, training_masks(self)))
+
+
+def training_masks(module: nn.Module) -> DropoutMasks | None:
+    """Dropout for a direct call of a module in training mode, seeded from torch's generator."""
+    return DropoutMasks(int(torch.randint(1 << 62, ())), 0) if module.training else None
+
+
+def pack_padded(
+    config: BertConfig, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+) -> tuple[PackedInput, Tensor]:
+    """[B, S] tensors -> (packed input, [T] places of its tokens in the flattened [B * S])
+
+    A token keeps the position of its column, as in transformers. The pooled row is the first that the mask keeps.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[1] > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise ValueError(f"input_ids must be [batch, length up to {limit}], not {list(input_ids.shape)}")
+    for name, ids, size in (
+        ("input_ids", input_ids, config.vocab_size),
+        ("token_type_ids", token_type_ids, config.type_vocab_size),
+    ):
+        if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(f"{name} must be from 0 to {size - 1}; found {int(ids.min())} to {int(ids.max())}")
+    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    lengths = keep.sum(1).cpu()
+    if not len(lengths) or int(lengths.min()) == 0:
+        raise ValueError("attention_mask must keep at least one token of each text")
+    rows = keep.flatten().nonzero().flatten()  # [T]
+    x = PackedInput(
+        packing=Packing.from_lengths(lengths.numpy()).to(input_ids.device),
+        input_ids=input_ids.flatten()[rows],
+        position_ids=rows % input_ids.shape[1],
+        token_type_ids=None if token_type_ids is None else token_type_ids.flatten()[rows],
+    )
+    return x, rows

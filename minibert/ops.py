@@ -1,0 +1,289 @@
+"""The operations of the encoder that are not plain matrix products: dropout and attention on packed tokens.
+
+Packed means that the texts of a batch stand one behind another with no padding between them, so every other
+operation of the network runs on real tokens only. Attention alone needs to know where one text ends.
+
+Shapes: T tokens in the batch, B texts, S the longest text's tokens, N attention heads, D = H / N, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Texts whose attention is computed at once on the CPU: so many that a score matrix of all heads stays in the cache,
+# and of so like length that little is padded. Measured in benchmarks/bench_ops.py.
+CHUNK_AREA = 1 << 18  # texts x S x S
+CHUNK_SPREAD = 1.25  # longest over shortest
+
+
+@dataclass
+class Chunk:
+    """Texts next to each other whose attention is computed together, padded to the longest of them."""
+
+    rows: slice  # of the packed batch
+    num_texts: int  # n
+    longest: int  # S
+    slots: Tensor | None  # [tokens] each token's place among n x S padded slots; None when nothing is padded
+    source: Tensor | None  # [n * S] the chunk's token in each slot (any token in a padded one); None likewise
+    key_bias: Tensor | None  # [n, 1, 1, S] 0, or -inf on padding; None likewise
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, start: int) -> Chunk:
+        longest, total = int(lengths.max()), int(lengths.sum())
+        rows = slice(start, start + total)
+        if len(lengths) * longest == total:
+            return cls(rows, len(lengths), longest, None, None, None)
+        position = np.arange(longest)
+        real = position < lengths[:, None]  # [n, S]
+        first = np.cumsum(lengths) - lengths
+        source = np.where(real, first[:, None] + position, 0)
+        bias = np.where(real, np.float32(0), np.float32(-np.inf))[:, None, None, :]
+        tensors = (torch.from_numpy(array) for array in (np.flatnonzero(real), source.reshape(-1), bias))
+        return cls(rows, len(lengths), longest, *tensors)
+
+    def to(self, device: torch.device) -> Chunk:
+        tensors = (None if t is None else t.to(device, non_blocking=True) for t in self._tensors())
+        return Chunk(self.rows, self.num_texts, self.longest, *tensors)
+
+    def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.slots, self.source, self.key_bias
+
+
+@dataclass
+class Packing:
+    """Where each text lies in a packed batch. Made on the host from the lengths, so a step never asks the device."""
+
+    cu_seqlens: Tensor  # [B + 1] int32: text b is rows cu_seqlens[b] to cu_seqlens[b + 1]
+    max_seqlen: int  # S
+    first_rows: Tensor  # [B] the rows of [CLS]
+    chunks: list[Chunk]
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int] | np.ndarray) -> Packing:
+        """Build on the CPU from the token count of each text; no text may be empty. Best in order of length."""
+        counts = np.asarray(lengths, dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        return cls(
+            torch.from_numpy(offsets.astype(np.int32)),
+            int(counts.max()),
+            torch.from_numpy(offsets[:-1].copy()),
+            [Chunk.of(counts[a:b], int(offsets[a])) for a, b in chunk_bounds(counts)],
+        )
+
+    def to(self, device: torch.device) -> Packing:
+        if device.type == "cpu":
+            return self
+        cu_seqlens = self.cu_seqlens.to(device, non_blocking=True)
+        first_rows = self.first_rows.to(device, non_blocking=True)
+        whole = Chunk.of(self.cu_seqlens.diff().numpy().astype(np.int64), 0)  # a GPU wants one large launch
+        return Packing(cu_seqlens, self.max_seqlen, first_rows, [whole.to(device)])
+
+
+def chunk_bounds(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Cut texts into chunks [start, stop) that keep CHUNK_AREA and CHUNK_SPREAD."""
+    bounds, start = [], 0
+    shortest = longest = int(lengths[0])
+    for i, length in enumerate(lengths.tolist()):
+        low, high = min(shortest, length), max(longest, length)
+        if ((i + 1 - start) * high * high > CHUNK_AREA and i > start) or high > CHUNK_SPREAD * low + 4:
+            bounds.append((start, i))
+            start, low, high = i, length, length
+        shortest, longest = low, high
+    return [*bounds, (start, len(lengths))]
+
+
+class DropoutMasks:
+    """The dropout masks of one training step, a pure function of (seed, step, number of the draw).
+
+    Random bits come in bulk from the counter-based generator Philox (Salmon et al. 2011, "Parallel random numbers:
+    as easy as 1, 2, 3"), 16 for each element: several times faster than torch's bernoulli_, which draws one by one.
+    """
+
+    LEVELS = 1 << 16
+
+    def __init__(self, seed: int, step: int) -> None:
+        self.seed, self.step, self.draws = seed, step, 0
+
+    def draw(self, shape: Sequence[int], p: float, like: Tensor) -> tuple[Tensor, float]:
+        """Return (mask of 0 and 1 in `like`'s dtype and device, factor that keeps the expectation) for drop rate p."""
+        dropped = round(p * self.LEVELS)
+        scale = self.LEVELS / (self.LEVELS - dropped)
+        self.draws += 1
+        if like.device.type != "cpu":
+            mask = torch.rand(tuple(shape), device=like.device).ge_(dropped / self.LEVELS)
+            return mask.to(like.dtype), scale
+        count = math.prod(shape)
+        generator = np.random.Philox(key=self.seed, counter=[0, 0, self.draws, self.step])
+        bits = torch.from_numpy(generator.random_raw(-(-count // 4)).view(np.int16)[:count]).view(tuple(shape))
+        mask = torch.empty(tuple(shape), dtype=like.dtype)
+        return torch.ge(bits, dropped - self.LEVELS // 2, out=mask), scale
+
+
+def dropout(x: Tensor, p: float, masks: DropoutMasks | None) -> Tensor:
+    """Zero each element with probability p and scale the rest, or do nothing outside training (masks None)."""
+    if masks is None or p == 0:
+        return x
+    mask, scale = masks.draw(x.shape, p, x)
+    return x * mask.mul_(scale)
+
+
+def dropout_add(x: Tensor, residual: Tensor, p: float, masks: DropoutMasks | None) -> Tensor:
+    """dropout(x) + residual, in one pass over the data."""
+    if masks is None or p == 0:
+        return x + residual
+    mask, scale = masks.draw(x.shape, p, x)
+    return torch.addcmul(residual, x, mask, value=scale)
+
+
+def attention(qkv: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None) -> Tensor:
+    """Self-attention of packed texts.
+
+    qkv: [T, 3H], queries, keys and values of each token; returns [T, H]. Padding exists only inside, and not at all
+    among texts of one length.
+    """
+    if masks is not None and p > 0 and qkv.device.type == "cpu":
+        # torch's fused CPU kernel has no dropout, and falls back to a path that is slower than this one.
+        return _DropoutAttention.apply(qkv, packing.chunks, heads, p, masks)  # type: ignore[no-untyped-call]
+    contexts = [_fused_attention(qkv[chunk.rows], chunk, heads, p if masks else 0.0) for chunk in packing.chunks]
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+
+def _fused_attention(qkv: Tensor, chunk: Chunk, heads: int, p: float) -> Tensor:
+    """torch's own kernel on the padded texts of a chunk: [tokens, 3H] -> [tokens, H]"""
+    padded = _pad(qkv, chunk).view(chunk.num_texts, chunk.longest, 3, heads, -1)
+    query, key, value = padded.permute(2, 0, 3, 1, 4)  # each [n, N, S, D]
+    bias = None if chunk.key_bias is None else chunk.key_bias.to(qkv.dtype)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=p)
+    return _unpad(context.transpose(1, 2).reshape(chunk.num_texts * chunk.longest, -1), chunk)
+
+
+def first_token_attention(
+    query: Tensor, key_value: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None
+) -> Tensor:
+    """Attention of each text's first token alone: query [B, H], key_value [T, 2H]; returns [B, H]."""
+    contexts, start = [], 0
+    for chunk in packing.chunks:
+        of_chunk = query[start : start + chunk.num_texts].view(chunk.num_texts, heads, 1, -1)  # [n, N, 1, D]
+        padded = _pad(key_value[chunk.rows], chunk).view(chunk.num_texts, chunk.longest, 2, heads, -1)
+        key, value = padded.permute(2, 0, 3, 1, 4)  # each [n, N, S, D]
+        scores = (of_chunk * of_chunk.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # [n, N, 1, S]
+        if chunk.key_bias is not None:
+            scores = scores + chunk.key_bias.to(scores.dtype)
+        weights = dropout(torch.softmax(scores, -1), p, masks)
+        contexts.append((weights @ value).view(chunk.num_texts, -1))
+        start += chunk.num_texts
+    return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+
+def _pad(x: Tensor, chunk: Chunk) -> Tensor:
+    """[tokens, ...] -> [n * S, ...]; a padded slot holds some token's row, which the key bias hides."""
+    return x if chunk.slots is None else _Pad.apply(x, chunk.slots, chunk.source)  # type: ignore[no-untyped-call]
+
+
+def _unpad(x: Tensor, chunk: Chunk) -> Tensor:
+    """[n * S, ...] -> [tokens, ...]"""
+    return x if chunk.slots is None else _Unpad.apply(x, chunk.slots)  # type: ignore[no-untyped-call]
+
+
+class _Pad(torch.autograd.Function):
+    """Plain row copies both ways: autograd's own backward of indexing adds rows up one by one."""
+
+    @staticmethod
+    def forward(ctx, x, slots, source):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(slots)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, slots):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(slots)
+        ctx.padded_rows = len(x)
+        return x.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _spread(grad, ctx.saved_tensors[0], ctx.padded_rows), None
+
+
+def _spread(x: Tensor, slots: Tensor | None, padded_rows: int) -> Tensor:
+    """[tokens, ...] -> [padded_rows, ...] with 0 in padded slots."""
+    return x if slots is None else x.new_zeros(padded_rows, *x.shape[1:]).index_copy_(0, slots, x)
+
+
+class _DropoutAttention(torch.autograd.Function):
+    """Attention with dropout on the CPU, forward and backward written out, chunk by chunk.
+
+    With weights P, dropped weights M = mask * P and scale c, the output is O = c M V, and the gradient of the scores
+    is c M * (dO V') - P * rowsum(dO * O), so the mask itself need not be kept.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, chunks, heads, p, masks):  # type: ignore[no-untyped-def]
+        context = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        saved = []
+        for chunk in chunks:
+            packed = qkv[chunk.rows]
+            padded = packed if chunk.source is None else packed.index_select(0, chunk.source)
+            split = _split_heads(padded, chunk.num_texts, 3, heads)  # [3, n * N, S, D]
+            query, key, value = split
+            scores = torch.bmm(query, key.transpose(1, 2)).mul_(query.shape[-1] ** -0.5)  # [n * N, S, S]
+            if chunk.key_bias is not None:
+                scores.view(chunk.num_texts, heads, chunk.longest, chunk.longest).add_(chunk.key_bias)
+            weights = torch.softmax(scores, -1)
+            mask, scale = masks.draw(weights.shape, p, weights)
+            dropped = torch.mul(weights, mask, out=mask)
+            output = _join_heads(torch.bmm(dropped, value)[None], chunk.num_texts).mul_(scale)  # [n * S, H]
+            context[chunk.rows] = output if chunk.slots is None else output.index_select(0, chunk.slots)
+            saved += [split, weights, dropped]
+        ctx.save_for_backward(context, *saved)
+        ctx.chunks, ctx.heads, ctx.scale = chunks, heads, scale
+        return context
+
+    @staticmethod
+    def backward(ctx, grad_context):  # type: ignore[no-untyped-def]
+        context, *saved = ctx.saved_tensors
+        heads = ctx.heads
+        row_sums = (grad_context * context).view(len(context), heads, -1).sum(-1)  # [T, N]
+        grad_qkv = grad_context.new_empty(len(context), 3 * context.shape[1])
+        for i, chunk in enumerate(ctx.chunks):
+            split, weights, dropped = saved[3 * i : 3 * i + 3]
+            query, key, value = split
+            texts, slots = chunk.num_texts, chunk.num_texts * chunk.longest
+            grad = _spread(grad_context[chunk.rows], chunk.slots, slots)
+            grad = _split_heads(grad, texts, 1, heads)[0] * ctx.scale  # [n * N, S, D]
+            sums = _spread(row_sums[chunk.rows], chunk.slots, slots).view(texts, -1, heads)
+            sums = sums.transpose(1, 2).reshape(texts * heads, chunk.longest, 1)
+            grads = torch.empty_like(split)
+            torch.bmm(dropped.transpose(1, 2), grad, out=grads[2])
+            grad_scores = torch.bmm(grad, value.transpose(1, 2)).mul_(dropped)
+            grad_scores.addcmul_(weights, sums, value=-1).mul_(query.shape[-1] ** -0.5)
+            torch.bmm(grad_scores, key, out=grads[0])
+            torch.bmm(grad_scores.transpose(1, 2), query, out=grads[1])
+            joined = _join_heads(grads, texts)
+            grad_qkv[chunk.rows] = joined if chunk.slots is None else joined.index_select(0, chunk.slots)
+        return grad_qkv, None, None, None, None
+
+
+def _split_heads(x: Tensor, texts: int, parts: int, heads: int) -> Tensor:
+    """[n * S, parts * H] -> [parts, n * N, S, D]"""
+    x = x.view(texts, -1, parts, heads, x.shape[1] // (parts * heads)).permute(2, 0, 3, 1, 4)
+    return x.reshape(parts, texts * heads, *x.shape[3:])
+
+
+def _join_heads(x: Tensor, texts: int) -> Tensor:
+    """[parts, n * N, S, D] -> [n * S, parts * H]"""
+    parts, _, longest, _ = x.shape
+    x = x.view(parts, texts, -1, longest, x.shape[-1]).permute(1, 3, 0, 2, 4)
+    return x.reshape(texts * longest, -1)

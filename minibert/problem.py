@@ -1,0 +1,153 @@
+"""What the labels are: names and numbers, the loss, probabilities, predictions and metrics of each problem type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minibert import metrics
+from minibert.errors import UserError
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+
+@dataclass
+class Problem:
+    """The problem type with its label names; regression has one, its column's."""
+
+    kind: str
+    labels: list[str]
+    thresholds: list[float] = field(default_factory=list)  # multi-label: from which probability on a label is given
+    temperature: float = 1.0
+
+    @property
+    def default_metric(self) -> str:
+        return {SINGLE: "macro_f1", MULTI: "micro_f1", REGRESSION: "spearman"}[self.kind]
+
+    def targets(self, values: Sequence[Any]) -> np.ndarray:
+        """Label values as read -> [n] int64 class numbers, [n, L] 0/1 float32, or [n] float32."""
+        if self.kind == REGRESSION:
+            return np.array([float(value) for value in values], dtype=np.float32)
+        number = {name: i for i, name in enumerate(self.labels)}
+        if self.kind == SINGLE:
+            return np.array([number[value] for value in values], dtype=np.int64)
+        targets = np.zeros((len(values), len(self.labels)), dtype=np.float32)
+        for row, names in enumerate(values):
+            targets[row, [number[name] for name in names]] = 1
+        return targets
+
+    def loss_sum(self, logits: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+        """The sum of the examples' losses (divide by the sum of `example_weights`); computed in fp32.
+
+        `weights`: [L] of the classes, or of the positive rows of each label in multi-label.
+        """
+        logits = logits.float()
+        if self.kind == SINGLE:
+            return F.cross_entropy(logits, targets, weights, reduction="sum", label_smoothing=smoothing)
+        if self.kind == MULTI:
+            targets = targets * (1 - smoothing) + smoothing / 2
+            losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
+            return losses.mean(1).sum()
+        return F.mse_loss(logits.squeeze(1), targets, reduction="sum")
+
+    def example_weights(self, targets: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+        """What each example counts in the mean loss: its class's weight, as in torch's cross_entropy, else 1."""
+        if self.kind == SINGLE and weights is not None:
+            return weights[targets].astype(np.float64)
+        return np.ones(len(targets))
+
+    def example_losses(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """[n, L], targets -> [n] plain losses, without class weights or smoothing."""
+        if self.kind == REGRESSION:
+            return (logits[:, 0] - targets) ** 2
+        x, y = torch.from_numpy(logits), torch.from_numpy(targets)
+        if self.kind == SINGLE:
+            return F.cross_entropy(x, y, reduction="none").numpy()
+        return F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1).numpy()
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """[n, L] -> [n, L]; of regression, the predicted values themselves."""
+        logits = logits.astype(np.float64)
+        if self.kind == REGRESSION:
+            return logits
+        scaled = logits / self.temperature
+        if self.kind == MULTI:
+            return 1 / (1 + np.exp(-scaled))
+        exponentials = np.exp(scaled - scaled.max(1, keepdims=True))
+        return exponentials / exponentials.sum(1, keepdims=True)
+
+    def decisions(self, probabilities: np.ndarray) -> list[Any]:
+        """[n, L] probabilities -> the label, the list of labels, or the value of each row."""
+        if self.kind == REGRESSION:
+            return [float(value) for value in probabilities[:, 0]]
+        if self.kind == SINGLE:
+            return [self.labels[i] for i in probabilities.argmax(1)]
+        given = probabilities >= self.threshold_array()
+        return [[self.labels[i] for i in np.flatnonzero(row)] for row in given]
+
+    def threshold_array(self) -> np.ndarray:
+        return np.array(self.thresholds or [0.5] * len(self.labels))
+
+    def metrics(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+        """All metrics of the contract for [n, L] logits, and the mean plain loss."""
+        if self.kind == REGRESSION:
+            return metrics.regression_metrics(targets, logits[:, 0])
+        probabilities = self.probabilities(logits)
+        if self.kind == SINGLE:
+            result = metrics.classification_metrics(targets, probabilities, self.labels)
+        else:
+            result = metrics.multi_label_metrics(targets, probabilities, self.labels, self.threshold_array())
+        losses = self.example_losses(logits, targets)
+        result["loss"] = float(losses.mean()) if len(losses) else None
+        return result
+
+
+def label_text(value: Any) -> str:
+    """A label's name: text without outer blanks; 1.0 and true from typed files as people write them."""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def sorted_labels(names: set[str]) -> list[str]:
+    """Numbers in the order of numbers, anything else in the order of text."""
+    try:
+        return sorted(names, key=lambda name: (float(name), name))
+    except ValueError:
+        return sorted(names)
+
+
+def class_weights(problem: Problem, choice: str, targets: np.ndarray) -> np.ndarray | None:
+    """--class-weights: [L] float32 weights, or None. Multi-label `balanced` weighs negatives over positives."""
+    if choice == "none":
+        return None
+    if problem.kind == REGRESSION:
+        raise UserError("--class-weights: regression has no classes; leave the flag out")
+    if choice == "balanced":
+        if problem.kind == SINGLE:
+            return metrics.balanced_class_weights(targets, len(problem.labels)).astype(np.float32)
+        positive = targets.sum(0)
+        return np.where(positive > 0, (len(targets) - positive) / np.maximum(positive, 1), 1).astype(np.float32)
+    return _weights_from_file(choice, problem.labels)
+
+
+def _weights_from_file(path: str, labels: list[str]) -> np.ndarray:
+    from pathlib import Path
+
+    from minibert.files import read_json
+
+    given = read_json(Path(path))
+    if not isinstance(given, dict) or not all(isinstance(v, int | float) and v >= 0 for v in given.values()):
+        raise UserError(f'{path}: expected {{"label": weight, ...}} with weights of at least 0')
+    unknown, missing = sorted(set(given) - set(labels)), sorted(set(labels) - set(given))
+    if unknown or missing:
+        raise UserError(f"{path}: weights must name each label once; unknown {unknown}, missing {missing}")
+    return np.array([given[label] for label in labels], dtype=np.float32)

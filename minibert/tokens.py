@@ -1,0 +1,240 @@
+"""Texts to token ids: the Rust tokenizer does the words, numpy does truncation and [CLS] a [SEP] b [SEP].
+
+Ids lie in flat int32 arrays with offsets, so a million texts are three arrays and a length costs a subtraction.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+
+from minibert.config import TRUNCATIONS
+from minibert.errors import UserError
+from minibert.files import one_line, read_json, write_json, write_text
+
+TOKENIZER, TOKENIZER_CONFIG, VOCABULARY = "tokenizer.json", "tokenizer_config.json", "vocab.txt"
+SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+# Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?": 128 of 510 tokens from the head, the rest the tail.
+HEAD_SHARE = 128 / 510
+CHUNK = 20_000  # texts handed to Rust at once: enough for all cores, little enough memory
+
+
+@dataclass
+class Tokens:
+    """Encoded texts: row i is ids[offsets[i] : offsets[i + 1]]."""
+
+    ids: np.ndarray  # [total] int32
+    offsets: np.ndarray  # [n + 1] int64
+    type_ids: np.ndarray | None  # [total] uint8, 1 on the second text of a pair; None where there are no pairs
+    cut: np.ndarray  # [n] int32: tokens that truncation dropped
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tokens]) -> Tokens:
+        lengths = np.concatenate([part.lengths for part in parts])
+        types = [part.type_ids for part in parts if part.type_ids is not None]
+        return cls(
+            np.concatenate([part.ids for part in parts]),
+            offsets_of(lengths),
+            np.concatenate(types) if types else None,
+            np.concatenate([part.cut for part in parts]),
+        )
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """[n] lengths -> [n + 1] offsets, int64"""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+class Tokenizer:
+    """WordPiece of a checkpoint, giving the ids that transformers gives."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
+        self.backend, self.config = backend, config
+        backend.no_truncation()
+        backend.no_padding()
+        names = {key: _token_text(config.get(f"{key}_token"), default) for key, default in SPECIAL_TOKENS.items()}
+        ids = {key: backend.token_to_id(name) for key, name in names.items()}
+        if ids["cls"] is None or ids["sep"] is None:
+            raise UserError(f"the tokenizer has no {names['cls']} and {names['sep']}; is it a BERT tokenizer?")
+        self.cls_id, self.sep_id = int(ids["cls"]), int(ids["sep"])
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        """Read tokenizer.json, or build from vocab.txt and tokenizer_config.json where that is all there is."""
+        config_path = folder / TOKENIZER_CONFIG
+        config = read_json(config_path) if config_path.is_file() else {}
+        if not isinstance(config, dict):
+            raise UserError(f"{config_path}: expected a JSON object")
+        try:
+            if (folder / TOKENIZER).is_file():
+                return cls(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)), config)
+            if (folder / VOCABULARY).is_file():
+                return cls(_from_vocabulary(folder / VOCABULARY, config), config)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
+        except Exception as error:  # the Rust library raises plain Exception
+            raise UserError(f"{folder}: the tokenizer cannot be read ({one_line(error)})") from None
+        raise UserError(f"{folder}: no {TOKENIZER} or {VOCABULARY}; give --tokenizer, a folder with one")
+
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, truncation: str = "head"
+    ) -> Tokens:
+        """Encode texts, or pairs of texts, to at most `max_length` tokens each, special tokens included."""
+        assert truncation in TRUNCATIONS
+        parts = []
+        for start in range(0, max(len(texts), 1), CHUNK):
+            pieces = [self._pieces(texts[start : start + CHUNK])]
+            if pairs is not None:
+                pieces.append(self._pieces(pairs[start : start + CHUNK]))
+            parts.append(self._assemble(pieces, max_length, truncation))
+        return Tokens.joined(parts)
+
+    def _pieces(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """WordPiece ids of each text, without special tokens: (flat int32 ids, int64 lengths)."""
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        clean = [text if text.isascii() else _valid_unicode(text) for text in texts]
+        encoded = [e.ids for e in self.backend.encode_batch_fast(clean, add_special_tokens=False)]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum())), lengths
+
+    def _assemble(self, pieces: list[tuple[np.ndarray, np.ndarray]], max_length: int, truncation: str) -> Tokens:
+        """Cut the pieces to fit and put the special tokens around them."""
+        lengths = np.stack([piece_lengths for _, piece_lengths in pieces])  # [1 or 2, n]
+        kept = keep_longest_first(lengths, max_length - 1 - len(pieces))
+        source = np.concatenate([[self.cls_id, self.sep_id], *(ids for ids, _ in pieces)]).astype(np.int32)
+        count = lengths.shape[1]
+        one = np.ones(count, np.int64)
+        spans = [(0 * one, one)]  # each a (start in source, length) for every row: [CLS] first
+        types = [0]
+        base = 2
+        for segment, (ids, piece_lengths) in enumerate(pieces):
+            starts = base + offsets_of(piece_lengths)[:-1]
+            spans += [*kept_spans(starts, piece_lengths, kept[segment], truncation), (one, one)]
+            types += [segment] * 3
+            base += len(ids)
+        flat, row_lengths, span_lengths = gather_spans(source, spans)
+        type_ids = np.repeat(np.tile(np.array(types, np.uint8), count), span_lengths) if len(pieces) == 2 else None
+        cut = (lengths.sum(0) - kept.sum(0)).astype(np.int32)
+        return Tokens(flat, offsets_of(row_lengths), type_ids, cut)
+
+    def save(self, folder: Path, max_length: int) -> None:
+        """Write tokenizer.json and tokenizer_config.json as transformers reads them."""
+        config = {"tokenizer_class": "BertTokenizer", **self.config, "model_max_length": max_length}
+        config.setdefault("do_lower_case", _lowercases(self.backend))
+        for key, default in SPECIAL_TOKENS.items():
+            config.setdefault(f"{key}_token", default)
+        write_text(folder / TOKENIZER, self.backend.to_str(pretty=False))
+        write_json(folder / TOKENIZER_CONFIG, config)
+
+
+def keep_longest_first(lengths: np.ndarray, budget: int) -> np.ndarray:
+    """How many tokens of each segment stay when together they may have `budget`: the longer one loses first.
+
+    lengths: [1 or 2, n]. For pairs the outcome equals the tokenizers library's LongestFirst strategy.
+    """
+    if len(lengths) == 1:
+        return np.minimum(lengths, budget)
+    short, long = lengths.min(0), lengths.max(0)
+    fitting_long = np.maximum(short, budget - short)
+    halved = short + np.minimum(long, fitting_long) > budget
+    short = np.where(halved, budget // 2, short)
+    long = np.where(halved, budget - budget // 2, np.minimum(long, fitting_long))
+    first_is_longer = lengths[0] > lengths[1]
+    return np.stack([np.where(first_is_longer, long, short), np.where(first_is_longer, short, long)])
+
+
+def kept_spans(
+    starts: np.ndarray, lengths: np.ndarray, kept: np.ndarray, truncation: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Two (start, length) spans of each row that keep `kept` of its tokens: one from the head, one from the tail."""
+    if truncation == "head":
+        head = kept
+    elif truncation == "tail":
+        head = np.where(kept < lengths, 0, kept)
+    else:
+        head = np.where(kept < lengths, np.round(kept * HEAD_SHARE).astype(np.int64), kept)
+    tail = kept - head
+    return [(starts, head), (starts + lengths - tail, tail)]
+
+
+def gather_spans(
+    source: np.ndarray, spans: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Copy spans of `source`, row by row, into one flat array.
+
+    spans: k arrays pairs (starts [n], lengths [n]); returns (flat, row lengths [n], span lengths [n * k]).
+    """
+    starts = np.stack([start for start, _ in spans], axis=1).reshape(-1)  # [n * k]
+    lengths = np.stack([length for _, length in spans], axis=1)  # [n, k]
+    flat_lengths = lengths.reshape(-1)
+    ends = np.cumsum(flat_lengths)
+    index = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - flat_lengths), flat_lengths)
+    return source[index], lengths.sum(1), flat_lengths
+
+
+def _valid_unicode(text: str) -> str:
+    """Lone surrogates, which no UTF-8 holds, become U+FFFD; the tokenizer drops it like a control character."""
+    return text.encode("utf-8", "replace").decode("utf-8") if _has_surrogate(text) else text
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _token_text(value: Any, default: str) -> str:
+    """A special token in tokenizer_config.json is a string, or an object with its content."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) and text else default
+
+
+def _from_vocabulary(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """BERT's tokenizer as transformers builds it from a vocabulary and the options of tokenizer_config.json."""
+    words = [line.rstrip("\n") for line in path.read_text(encoding="utf-8").splitlines(keepends=True)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    special = {key: _token_text(config.get(f"{key}_token"), default) for key, default in SPECIAL_TOKENS.items()}
+    missing = [token for token in special.values() if token not in vocabulary]
+    if missing:
+        raise UserError(f"{path.name} lacks {', '.join(missing)}; is it a BERT vocabulary?")
+    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk"]))
+    backend.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+        strip_accents=config.get("strip_accents"),
+        lowercase=bool(config.get("do_lower_case", True)),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    cls, sep = special["cls"], special["sep"]
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0",
+        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
+        special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
+    )
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
+    return backend
+
+
+def _lowercases(backend: tokenizers.Tokenizer) -> bool:
+    normalizer = json.loads(backend.to_str()).get("normalizer") or {}
+    return bool(normalizer.get("lowercase", False))

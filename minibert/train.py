@@ -1,0 +1,333 @@
+"""The training loop and evaluation. What the benchmarks time is `train_step` and `evaluate`, as users run them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minibert.batching import collate, plan_epoch, plan_evaluation
+from minibert.config import RunConfig
+from minibert.device import Hardware
+from minibert.errors import UserError
+from minibert.frozen import FrozenActivations
+from minibert.model import BertForSequenceClassification, PackedInput
+from minibert.ops import DropoutMasks
+from minibert.optim import Optimizer
+from minibert.problem import Problem
+from minibert.tokens import Tokens
+
+LOWER_IS_BETTER = ("loss", "mse", "mae")
+SECONDS_BETWEEN_SAVES = 60
+
+
+@dataclass
+class Dataset:
+    """Encoded examples of one part, ready to be batched."""
+
+    tokens: Tokens
+    targets: np.ndarray
+    frozen: FrozenActivations | None = None  # what the frozen layers make of the tokens, computed once
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.tokens.lengths
+
+    def batch(self, rows: np.ndarray) -> PackedInput:
+        if self.frozen is not None:
+            return self.frozen.batch(rows, self.lengths[rows])
+        return collate(self.tokens, rows)
+
+    def targets_of(self, rows: np.ndarray, device: torch.device) -> Tensor:
+        return torch.from_numpy(self.targets[rows]).to(device, non_blocking=True)
+
+
+@dataclass
+class Step:
+    """The batches of one optimiser step, and what their losses are divided by."""
+
+    batches: list[np.ndarray]  # row numbers
+    denominator: float
+    tokens: int
+    examples: int
+
+
+@dataclass
+class State:
+    """Where a run stands, beside the weights: all that is needed to go on from here."""
+
+    step: int = 0
+    best_step: int = 0
+    best_value: float | None = None
+    evaluations_since_best: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    examples: int = 0
+    skipped: int = 0
+    log_bytes: int = 0  # length of train_log.jsonl at this point
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM came; a checkpoint has been written."""
+
+
+def train_step(
+    model: BertForSequenceClassification,
+    problem: Problem,
+    optimizer: Optimizer,
+    batches: list[tuple[PackedInput, Tensor]],
+    *,
+    step: int,
+    denominator: float,
+    masks: DropoutMasks | None,
+    hardware: Hardware,
+    class_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """One update from the packed batches and targets of one step; returns (mean loss, gradient norm) as tensors.
+
+    The losses of all batches are summed and divided by `denominator`, so accumulation equals one large batch.
+    """
+    total = torch.zeros((), device=hardware.device)
+    for x, targets in batches:
+        with hardware.autocast():
+            logits = model.logits(x, masks)
+        loss = problem.loss_sum(logits, targets, class_weights, label_smoothing) / denominator
+        (loss if optimizer.loss_scale is None else loss * optimizer.loss_scale).backward()
+        total += loss.detach()
+    return total, optimizer.step(step)
+
+
+def evaluate(model: BertForSequenceClassification, data: Dataset, hardware: Hardware) -> np.ndarray:
+    """Logits [n, L] of every example, in their order; computed in batches of like length."""
+    logits = np.empty((len(data), model.num_labels), dtype=np.float32)
+    with torch.inference_mode():
+        for rows in plan_evaluation(data.lengths):
+            with hardware.autocast():
+                output = model.logits(data.batch(rows).to(hardware.device))
+            logits[rows] = output.float().cpu().numpy()
+    return logits
+
+
+class Training:
+    """One training job: the model and its optimiser, the data, and where it stands."""
+
+    def __init__(
+        self,
+        model: BertForSequenceClassification,
+        problem: Problem,
+        data: dict[str, Dataset],
+        config: RunConfig,
+        hardware: Hardware,
+        class_weights: np.ndarray | None = None,
+    ) -> None:
+        self.model, self.problem, self.data = model.to(hardware.device), problem, data
+        self.config, self.hardware = config, hardware
+        self.weights = class_weights
+        self.state = State()
+        self.best: dict[str, Tensor] = {}  # the trained parameters at the best evaluation
+        self.metric = config.metric or problem.default_metric
+        self.steps_per_epoch = len(self._steps_of_epoch(0))
+        self.total_steps = min(math.ceil(self.steps_per_epoch * config.epochs), config.max_steps or sys.maxsize)
+        self.optimizer = Optimizer(model, config, self.total_steps, scale_loss=hardware.precision == "fp16")
+
+    def run(self, log_path: Path, save: Callable[[], None]) -> None:
+        """Train to the end; the model then holds the best weights. `save` writes a checkpoint of this object."""
+        log_every = max(1, self.total_steps // 100)
+        losses: list[Tensor] = []
+        last_save = time.monotonic()
+        log_file = _log_from(log_path, self.state.log_bytes)
+        with _signals_noted() as signals, log_file as log, self._progress() as progress:
+            for step in self._remaining_steps():
+                loss, norm = self._step(step)
+                losses.append(loss)
+                progress.update(step.examples)
+                at_end = self.state.step == self.total_steps
+                if self.state.step % log_every == 0 or at_end:
+                    self._log_step(log, progress, losses, norm)
+                    losses = []
+                evaluated = self._evaluation_due(at_end)
+                if evaluated:
+                    self._evaluate_and_keep_best(log, progress)
+                self.state.log_bytes = log.tell()
+                minute_passed = time.monotonic() - last_save > SECONDS_BETWEEN_SAVES
+                if signals or self._save_due() or (evaluated and minute_passed) or at_end:
+                    save()
+                    last_save = time.monotonic()
+                if signals:
+                    raise Interrupted
+                if self._out_of_patience():
+                    break
+        self.use_best_weights()
+
+    def _step(self, step: Step) -> tuple[Tensor, Tensor]:
+        started = time.perf_counter()
+        device, train = self.hardware.device, self.data["train"]
+        batches = [(train.batch(rows).to(device), train.targets_of(rows, device)) for rows in step.batches]
+        result = train_step(
+            self.model,
+            self.problem,
+            self.optimizer,
+            batches,
+            step=self.state.step,
+            denominator=step.denominator,
+            masks=DropoutMasks(self.config.seed, self.state.step),
+            hardware=self.hardware,
+            class_weights=None if self.weights is None else torch.from_numpy(self.weights).to(device),
+            label_smoothing=self.config.label_smoothing,
+        )
+        self.state.step += 1
+        self.state.tokens += step.tokens
+        self.state.examples += step.examples
+        self.state.seconds += time.perf_counter() - started
+        return result
+
+    def _steps_of_epoch(self, epoch: int) -> list[Step]:
+        train, config = self.data["train"], self.config
+        batches = plan_epoch(
+            train.lengths,
+            batch_size=config.batch_size,
+            batch_tokens=config.batch_tokens,
+            buckets=config.length_buckets,
+            seed=config.seed,
+            epoch=epoch,
+        )
+        counts = self.problem.example_weights(train.targets, self.weights)
+        steps = []
+        for start in range(0, len(batches), config.gradient_accumulation_steps):
+            chosen = batches[start : start + config.gradient_accumulation_steps]
+            rows = np.concatenate(chosen)
+            steps.append(Step(chosen, float(counts[rows].sum()), int(train.lengths[rows].sum()), len(rows)))
+        return steps
+
+    def _remaining_steps(self) -> Iterator[Step]:
+        """The steps from where the run stands to its end, epoch after epoch."""
+        epoch_start = 0
+        for epoch in itertools.count():
+            steps = self._steps_of_epoch(epoch)
+            for step in steps[max(0, self.state.step - epoch_start) :]:
+                yield step
+                if self.state.step >= self.total_steps:
+                    return
+            epoch_start += len(steps)
+
+    def _evaluation_due(self, at_end: bool) -> bool:
+        if "validation" not in self.data:
+            return False
+        return at_end or self.state.step % (self.config.eval_steps or self.steps_per_epoch) == 0
+
+    def _save_due(self) -> bool:
+        return self.config.save_steps is not None and self.state.step % self.config.save_steps == 0
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.state.evaluations_since_best >= patience
+
+    def _evaluate_and_keep_best(self, log: IO[str], progress: tqdm[Any]) -> None:
+        data = self.data["validation"]
+        metrics = self.problem.metrics(evaluate(self.model, data, self.hardware), data.targets)
+        value = metrics.get(self.metric)
+        if not isinstance(value, float | int):
+            numbers = ", ".join(name for name, v in metrics.items() if isinstance(v, float | int))
+            raise UserError(f"--metric {self.metric}: not a metric of this problem; give one of {numbers}")
+        sign = -1 if self.metric in LOWER_IS_BETTER else 1
+        if self.state.best_value is None or sign * value > sign * self.state.best_value:
+            self.state.best_value, self.state.best_step, self.state.evaluations_since_best = value, self.state.step, 0
+            self.best = {name: p.detach().clone() for name, p in self.trained_parameters()}
+        else:
+            self.state.evaluations_since_best += 1
+        line = {f"validation_{name}": v for name, v in metrics.items() if isinstance(v, float | int)}
+        _write_line(log, {"step": self.state.step, "epoch": self.epoch, **line})
+        progress.set_postfix({self.metric: f"{value:.4f}"}, refresh=False)
+
+    def _log_step(self, log: IO[str], progress: tqdm[Any], losses: list[Tensor], norm: Tensor) -> None:
+        """The only place that reads numbers back from the device."""
+        loss = float(torch.stack(losses).mean())
+        self.state.skipped = int(self.optimizer.skipped)
+        line = {
+            "step": self.state.step,
+            "epoch": self.epoch,
+            "loss": loss if math.isfinite(loss) else None,
+            "learning_rate": self.optimizer.learning_rate,
+            "grad_norm": float(norm) if math.isfinite(float(norm)) else None,
+            "tokens_per_second": round(self.state.tokens / max(self.state.seconds, 1e-9), 1),
+        }
+        _write_line(log, line)
+        progress.set_description(f"epoch {self.epoch:.1f} loss {loss:.4f}", refresh=False)
+
+    def _progress(self) -> tqdm[Any]:
+        total = round(self.total_steps / self.steps_per_epoch * len(self.data["train"]))
+        hidden = True if self.config.quiet else None  # None: only on a terminal
+        return tqdm(total=total, initial=self.state.examples, unit=" examples", disable=hidden, leave=False)
+
+    @property
+    def epoch(self) -> float:
+        return round(self.state.step / self.steps_per_epoch, 4)
+
+    def padding_fraction(self) -> float:
+        """Share of padding inside attention in the first epoch's batches: no other operation sees any."""
+        lengths = self.data["train"].lengths
+        slots = sum(len(rows) * int(lengths[rows].max()) for step in self._steps_of_epoch(0) for rows in step.batches)
+        return 1 - int(lengths.sum()) / slots
+
+    def trained_parameters(self) -> list[tuple[str, Tensor]]:
+        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def use_best_weights(self) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in self.best:
+                    parameter.copy_(self.best[name])
+
+
+def _write_line(log: IO[str], line: dict[str, Any]) -> None:
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+
+
+@contextmanager
+def _log_from(path: Path, start: int) -> Iterator[IO[str]]:
+    """The log, cut back to where the run stands: steps after the checkpoint will be written again."""
+    with open(path, "a", encoding="utf-8") as log:
+        log.truncate(start)
+        log.seek(0, os.SEEK_END)
+        yield log
+
+
+@contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list, so that the loop ends between two steps; a second one ends at once."""
+    noted: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
