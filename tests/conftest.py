@@ -1,0 +1,74 @@
+"""Real weights, real data and tiny random checkpoints for the tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from minibert.errors import UserError
+from minibert.run import demo_weights
+
+torch.manual_seed(0)
+
+
+def missing(what: str) -> None:
+    """Skip with a reason, except under CI, where nothing may be missing."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what} is missing")
+    pytest.skip(f"{what} is missing")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        missing("the folder of shared data beside the project")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """Real pretrained weights: all-MiniLM-L6-v2."""
+    try:
+        return Path(demo_weights())
+    except UserError:
+        missing("the demo extra")
+        raise
+
+
+def tiny_config(**changes: object) -> transformers.BertConfig:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    limits = {"vocab_size": 211, "max_position_embeddings": 64}
+    return transformers.BertConfig(**{**sizes, **limits, **changes})
+
+
+def lively(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random weights large enough, biases included, that a mistake anywhere shows."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15)
+    return model.eval()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, minilm: Path) -> Callable[..., Path]:
+    """Save a tiny random checkpoint of a transformers class, with a tokenizer, and give its folder."""
+
+    def make(kind: str = "BertModel", **changes: object) -> Path:
+        config = tiny_config(**changes)
+        folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
+        lively(getattr(transformers, kind)(config)).save_pretrained(folder)
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789.,!?"]
+        words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
+        words += "the a of and good bad film very not is was spam free call now see you at money win prize".split()
+        (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}', encoding="utf-8")
+        return folder
+
+    return make
