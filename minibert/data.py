@@ -144,7 +144,7 @@ def labelled_examples(path: str, problem: Problem, config: RunConfig) -> Example
     table = _read(path, config, [])
     columns = find_columns(table, config)
     examples = examples_from_table(table, columns)
-    refuse_bad_rows(examples)
+    refuse_bad_rows(examples, may_lack_labels=problem.kind == MULTI)
     examples.labels = _labels_of(examples, problem.kind, columns, config)
     known = set(problem.labels)
     for line, value in zip(examples.lines, examples.labels, strict=True):
@@ -169,7 +169,7 @@ def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
 def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, notes: list[str]) -> RunData:
     """Check rows, name the labels, and split."""
     for part in parts.values():
-        refuse_bad_rows(part)
+        refuse_bad_rows(part, may_lack_labels=config.label_delimiter is not None)
     problem = detect_problem(parts, columns, config, notes)
     if config.max_train_samples and config.max_train_samples < len(parts["train"]):
         share = config.max_train_samples / len(parts["train"])
@@ -180,9 +180,10 @@ def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, not
     return RunData(parts, problem, columns, notes)
 
 
-def refuse_bad_rows(examples: Examples) -> None:
+def refuse_bad_rows(examples: Examples, may_lack_labels: bool = False) -> None:
     """A row without text or label would train on nothing: name the first ones."""
-    for what, values in (("text", examples.texts), ("label", examples.labels or [])):
+    labels = [] if may_lack_labels else examples.labels or []
+    for what, values in (("text", examples.texts), ("label", labels)):
         bad = [i for i, v in enumerate(values) if v is None or (isinstance(v, str) and not v.strip())]
         if bad:
             lines = ", ".join(str(examples.lines[i]) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
@@ -248,7 +249,7 @@ def _from_indicators(examples: Examples, index: int, row: Sequence[Any], names: 
 def _several(value: Any, delimiter: str | None) -> list[str]:
     if isinstance(value, list | tuple):
         return sorted({label_text(item) for item in value})
-    pieces = str(value).split(delimiter) if delimiter else [str(value)]
+    pieces = str("" if value is None else value).split(delimiter) if delimiter else [str(value)]
     return sorted({piece.strip() for piece in pieces if piece.strip()})
 
 

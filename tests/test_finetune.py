@@ -1,0 +1,288 @@
+"""The commands as people run them: real processes, real weights, real messages."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import minibert
+from minibert.errors import UserError
+
+
+def run(*arguments: str, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def messages(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 short messages of the spam file, every second one spam."""
+    with open(shared_data / "sms_spam" / "spamdata_v2.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if len(row["text"]) < 120]
+    chosen = [row for label in ("0", "1") for row in rows if row["label"] == label]
+    spam, ham = chosen[::-1][:130], chosen[:270]
+    path = tmp_path_factory.mktemp("data") / "messages.csv"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        writer.writerows((row["text"], "spam" if row["label"] == "1" else "ham") for row in spam + ham)
+    return path
+
+
+RECIPE = ["--epochs", "2", "--lr", "2e-4", "--batch-size", "16", "--max-length", "64"]
+
+
+@pytest.fixture(scope="session")
+def trained(messages: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "spam"
+    arguments = ["--train", str(messages), "--test-split", "0.2", "--output", str(output), *RECIPE]
+    done = run("minibert.finetune", *arguments)
+    assert "minibert.predict" in done.stdout and done.stderr == ""
+    return output
+
+
+def test_the_folder_holds_what_the_contract_names(trained: Path) -> None:
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "metrics.json",
+        "train_log.jsonl",
+        "run.json",
+        "predictions-validation.csv",
+        "predictions-test.csv",
+        "checkpoints",
+    }
+    assert not [name for name in names if "tmp" in name]
+    config = json.loads((trained / "config.json").read_text())
+    assert config["id2label"] == {"0": "ham", "1": "spam"} and config["label2id"] == {"ham": 0, "spam": 1}
+    assert config["problem_type"] == "single_label_classification"
+
+
+def test_metrics_are_good_and_complete(trained: Path) -> None:
+    metrics = json.loads((trained / "metrics.json").read_text())
+    for part in ("validation", "test"):
+        assert metrics[part]["accuracy"] > 0.9
+        assert {"macro_f1", "weighted_f1", "mcc", "loss", "roc_auc", "confusion_matrix"} <= set(metrics[part])
+        assert set(metrics[part]["per_class"]) == {"ham", "spam"}
+    assert metrics["reload_max_difference"] < 1e-5
+    assert metrics["speed"]["tokens_per_second"] > 0 and metrics["speed"]["precision"] == "fp32"
+    assert 0 <= metrics["speed"]["padding_fraction"] < 0.3
+    record = json.loads((trained / "run.json").read_text())
+    assert record["flags"]["learning_rate"] == 2e-4 and len(record["data"]["train"]["sha256"]) == 64
+
+
+def read_predictions(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_transformers_loads_the_folder_and_gives_the_same_predictions(trained: Path) -> None:
+    rows = read_predictions(trained / "predictions-test.csv")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(trained).eval()
+    texts = [row["text"] for row in rows]
+    with torch.no_grad():
+        logits = model(**tokenizer(texts, padding=True, truncation=True, return_tensors="pt")).logits
+    assert np.abs(minibert.load(trained).logits(texts) - logits.numpy()).max() < 1e-5
+    probabilities = torch.softmax(logits, 1)
+    for row, theirs in zip(rows, probabilities.tolist(), strict=True):
+        assert float(row["probability_spam"]) == pytest.approx(theirs[1], abs=2e-6)
+        assert row["predicted"] == model.config.id2label[int(theirs[1] > theirs[0])]
+
+
+def test_predictions_name_the_rows_of_the_file(trained: Path, messages: Path) -> None:
+    with open(messages, encoding="utf-8", newline="") as file:
+        lines = {number: row for number, row in enumerate(csv.DictReader(file), start=2)}
+    rows = read_predictions(trained / "predictions-test.csv")
+    for row in rows:
+        assert lines[int(row["row"])] == {"text": row["text"], "label": row["label"]}
+        truth = float(row[f"probability_{row['label']}"])
+        assert float(row["loss"]) == pytest.approx(-np.log(truth), abs=1e-3)
+
+
+def test_predict_on_text_and_file(trained: Path, messages: Path, tmp_path: Path) -> None:
+    texts = ["WIN a FREE prize now! Call 0900 123", "see you at eight, mum"]
+    done = run("minibert.predict", str(trained), "--text", *texts)
+    labels = [line.split("\t")[0] for line in done.stdout.splitlines()]
+    assert labels == ["spam", "ham"] == [p.label for p in minibert.load(trained).predict(texts)]
+    run("minibert.predict", str(trained), "--file", str(messages), "--output", str(tmp_path / "out.csv"))
+    rows = read_predictions(tmp_path / "out.csv")
+    truth = read_predictions(messages)
+    assert [row["text"] for row in rows] == [row["text"] for row in truth]
+    right = [row["predicted"] == wanted["label"] for row, wanted in zip(rows, truth, strict=True)]
+    assert np.mean(right) > 0.9
+    piped = run("minibert.predict", str(trained), "--file", str(messages)).stdout
+    assert piped.splitlines()[0] == "row,text,predicted,probability_ham,probability_spam"
+
+
+def test_evaluate_prints_the_metrics(trained: Path, messages: Path) -> None:
+    metrics = json.loads(run("minibert.evaluate", str(trained), "--file", str(messages)).stdout)
+    assert metrics["accuracy"] > 0.9 and sum(map(sum, metrics["confusion_matrix"])) == 400
+
+
+def test_embed_equals_mean_pooling_of_transformers(minilm: Path, messages: Path, tmp_path: Path) -> None:
+    output = tmp_path / "emb.npy"
+    run("minibert.embed", str(minilm), "--file", str(messages), "--output", str(output))
+    vectors = np.load(output)
+    texts = [row["text"] for row in read_predictions(messages)][:20]
+    tokenizer, model = (c.from_pretrained(minilm) for c in (transformers.AutoTokenizer, transformers.AutoModel))
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model.eval()(**batch).last_hidden_state
+    mask = batch["attention_mask"][:, :, None]
+    expected = (hidden * mask).sum(1) / mask.sum(1)
+    assert vectors.shape == (400, 384) and np.abs(vectors[:20] - expected.numpy()).max() < 1e-5
+
+
+def test_five_lines_of_python(minilm: Path, messages: Path, tmp_path: Path) -> None:
+    rows = read_predictions(messages)
+    texts, labels = [row["text"] for row in rows], np.array([row["label"] for row in rows])
+    clf = minibert.finetune(
+        texts, labels, model=str(minilm), freeze="all", head="mlp:32", output=str(tmp_path / "x"), quiet=True
+    )
+    predictions = clf.predict(texts[:5])
+    assert predictions[0].label in ("ham", "spam") and set(predictions[0].probabilities) == {"ham", "spam"}
+    assert sum(predictions[0].probabilities.values()) == pytest.approx(1)
+    clf.save(tmp_path / "copy")
+    again = minibert.load(tmp_path / "copy")
+    assert np.array_equal(again.logits(texts[:9]), clf.logits(texts[:9]))
+    assert clf.embed(texts[:3], pooling="cls").shape == (3, 384)
+    assert clf.predict([]) == []
+    with pytest.raises(UserError, match="3 texts but 2 labels"):
+        minibert.finetune(["a", "b", "c"], [0, 1])
+    with pytest.raises(UserError, match="unknown setting 'epoch'"):
+        minibert.finetune(["a", "b"], [0, 1], epoch=3)
+
+
+def test_a_run_is_reproducible(messages: Path, tmp_path: Path, minilm: Path) -> None:
+    for name in ("a", "b"):
+        run(
+            "minibert.finetune",
+            "--train",
+            str(messages),
+            "--output",
+            str(tmp_path / name),
+            "--max-steps",
+            "4",
+            "--quiet",
+        )
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b")]
+    assert weights[0] == weights[1]
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(messages: Path, tmp_path: Path, minilm: Path) -> None:
+    common = ["--train", str(messages), "--max-steps", "40", "--batch-size", "8", "--eval-steps", "15"]
+    run("minibert.finetune", *common, "--output", str(tmp_path / "whole"))
+    stopped = [*common, "--output", str(tmp_path / "stopped")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minibert.finetune", *stopped], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "stopped" / "train_log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 7) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and "--resume" in out
+    resumed = run("minibert.finetune", *stopped, "--resume")
+    assert "resumed at step" in resumed.stdout
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+    changed = run("minibert.finetune", *stopped, "--resume", "--lr", "1e-3", check=False)
+    assert changed.returncode == 2 and "learning_rate" in changed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train", "none.csv"], "none.csv: no such file"),
+        (["--train", "bad.csv"], "bad.csv, line 3: 3 cells where the header has 2"),
+        (["--train", "data.csv", "--text-column", "txt"], "no column 'txt'; its columns are text, label"),
+        (["--train", "data.csv", "--epochs", "-1"], "--epochs -1.0"),
+        (["--train", "data.csv", "--epochz", "1"], "--epochz"),
+        (["--train", "data.csv", "--device", "tpu"], "--device"),
+        (["--train", "data.csv", "--model", "/no/such/model"], "/no/such/model: no such model folder"),
+        (["--train", "data.csv", "--max-length", "9999"], "at most 512 tokens"),
+        (["--train", "data.csv", "--output", "full"], "full: not empty"),
+        (["--train", "data.csv", "--config", "bad.toml"], "unknown setting 'epoch'"),
+        (["--train", "data.csv", "--resume", "--output", "new"], "no checkpoint to resume"),
+        (["--train", "data.csv", "--precision", "bf16", "--device", "cpu"], "--precision bf16"),
+        (["--validation", "data.csv"], "--train is missing"),
+    ],
+)
+def test_mistakes_get_one_line_and_exit_code_2(
+    tmp_path: Path, minilm: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "data.csv").write_text("text,label\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(20)))
+    (tmp_path / "bad.csv").write_text("text,label\none,a\ntwo,b,c\n")
+    (tmp_path / "bad.toml").write_text("epoch = 3\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = run("minibert.finetune", *arguments, check=False, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "new") == before
+    assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
+
+
+def test_config_file_and_aliases_set_the_same_flags(tmp_path: Path) -> None:
+    from minibert.cli import parse_run_config
+
+    (tmp_path / "run.toml").write_text('epochs = 5\nlr = 1e-4\nlabel-column = "target"\nlength_buckets = false\n')
+    config = parse_run_config(["--config", str(tmp_path / "run.toml"), "--num_train_epochs", "7"])
+    assert (config.epochs, config.learning_rate, config.label_column) == (7, 1e-4, ("target",))
+    assert config.length_buckets is False
+    long = ["--model_name_or_path", "m", "--train_file", "t", "--max_seq_length", "9", "--per_device_train_batch_size"]
+    config = parse_run_config(
+        [*long, "4", "--text_column", "a,b", "--text-column", "c", "--lr_scheduler_type", "cosine"]
+    )
+    assert (config.model, config.train, config.max_length, config.batch_size) == ("m", "t", 9, 4)
+    assert config.text_column == ("a", "b", "c") and config.schedule == "cosine"
+
+
+def test_help_and_import_are_quick_and_without_torch() -> None:
+    code = "import sys, minibert, minibert.finetune, minibert.predict; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for module in ("finetune", "predict", "evaluate", "embed", "cli"):
+        assert "usage" in run(f"minibert.{module}", "--help").stdout
+
+
+def test_minibert_finetune_is_a_module_and_a_function() -> None:
+    code = """
+import minibert, minibert.finetune as module
+from minibert import finetune
+assert callable(minibert.finetune) and callable(finetune) and module.main
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_output_goes_through_a_closed_pipe_quietly(trained: Path, messages: Path) -> None:
+    command = f"{sys.executable} -m minibert.predict {trained} --file {messages} | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ})
+    assert done.stdout.startswith("row,text") and "Traceback" not in done.stderr
+
+
+def test_demo_without_arguments(tmp_path: Path, minilm: Path) -> None:
+    """The README's first command: from nothing to a model that is right nine times of ten."""
+    done = run("minibert.finetune", "--output", str(tmp_path / "demo"))
+    metrics = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert metrics["test"]["accuracy"] > 0.9
+    assert "python -m minibert.predict" in done.stdout

@@ -1,0 +1,223 @@
+"""Files as people have them: real ones by their row counts, and each rule on a file written for it."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import zipfile
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from minibert import tables
+from minibert.errors import UserError
+from minibert.tables import read_table, stream_table
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "rows", "columns"),
+    [
+        ("sms_spam/spamdata_v2.csv", True, 5572, ["label", "text"]),
+        ("sst2/train.tsv", False, 6920, ["0", "1"]),
+        ("sst2/dev.tsv", False, 872, ["0", "1"]),
+        ("sst2/test.tsv", False, 1821, ["0", "1"]),
+        ("mrpc/msr_paraphrase_train.txt", True, 4076, ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]),
+        ("mrpc/msr_paraphrase_test.txt", True, 1725, ["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"]),
+        ("stsb/glue/dev.tsv", True, 1500, None),
+        ("stsb/original/sts-train.tsv", False, 5749, [str(i) for i in range(9)]),
+        ("stsb/original/sts-test.tsv", False, 1379, [str(i) for i in range(9)]),
+        ("multilabel/goemotions/train.tsv", False, 43410, ["0", "1", "2"]),
+        ("trec/train_5500.label", True, 5452, ["label", "text"]),
+        ("trec/TREC_10.label", True, 500, ["label", "text"]),
+    ],
+)
+def test_real_files(shared_data: Path, name: str, header: bool, rows: int, columns: list[str] | None) -> None:
+    table = read_table(shared_data / name, header=header)
+    assert len(table.lines) == rows
+    assert all(len(values) == rows for values in table.columns.values())
+    if columns is not None:
+        assert list(table.columns) == columns
+
+
+def write(folder: Path, content: str | bytes, name: str = "data.csv") -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+ROWS = {"text": ["a, b", 'say "hi"', "two\nlines", "last"], "label": ["x", "y", "x", "y"]}
+CSV = 'text,label\n"a, b",x\n"say ""hi""",y\n"two\nlines",x\nlast,y\n'
+
+
+def test_csv_with_quotes_and_newlines_keeps_line_numbers(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, CSV))
+    assert table.columns == ROWS and table.lines == [2, 3, 4, 6]
+
+
+@pytest.mark.parametrize("ending", ["\r\n", "\r"])
+def test_other_line_endings(tmp_path: Path, ending: str) -> None:
+    table = read_table(write(tmp_path, f"text,label{ending}one,x{ending}{ending}two,y{ending}"))
+    assert table.columns == {"text": ["one", "two"], "label": ["x", "y"]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_encodings_are_found(tmp_path: Path, encoding: str) -> None:
+    table = read_table(write(tmp_path, "text,label\ncafé naïve,é\n".encode(encoding)))
+    assert table.columns == {"text": ["café naïve"], "label": ["é"]}
+    assert table.encoding == encoding.removesuffix("-sig")
+
+
+def test_encoding_flag_wins_and_must_exist(tmp_path: Path) -> None:
+    path = write(tmp_path, "text,label\nпривет,x\n".encode("koi8-r"))
+    assert read_table(path, encoding="koi8-r").columns["text"] == ["привет"]
+    with pytest.raises(UserError, match="no such encoding"):
+        read_table(path, encoding="klingon")
+    with pytest.raises(UserError, match="not utf-8 text"):
+        read_table(path, encoding="utf-8")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["data.csv", "data.tsv"])
+def test_delimiters_are_found(tmp_path: Path, delimiter: str, name: str) -> None:
+    lines = [["text", "label"], ["one and more", "x"], ["two", "y"]]
+    table = read_table(write(tmp_path, "\n".join(delimiter.join(line) for line in lines), name))
+    assert table.columns == {"text": ["one and more", "two"], "label": ["x", "y"]}
+
+
+def test_bare_quotes_in_tsv_are_text_and_quoted_tsv_is_not(tmp_path: Path) -> None:
+    bare = read_table(write(tmp_path, 'text\tlabel\nsize 5" pipe\tx\n"half quoted\ty\n', "a.tsv"))
+    assert bare.columns["text"] == ['size 5" pipe', '"half quoted']
+    quoted = read_table(write(tmp_path, 'text\tlabel\n"with\ttab"\tx\n"and ""quote"""\ty\n', "b.tsv"))
+    assert quoted.columns["text"] == ["with\ttab", 'and "quote"']
+
+
+def test_no_header_names_columns_by_place_and_fills_short_rows(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "a,b\nc,d,e\n"), header=False)
+    assert table.columns == {"0": ["a", "c"], "1": ["b", "d"], "2": [None, "e"]}
+
+
+def test_nameless_and_repeated_columns(tmp_path: Path) -> None:
+    assert list(read_table(write(tmp_path, ",text\n0,a\n")).columns) == ["0", "text"]
+    with pytest.raises(UserError, match="'text' appears twice"):
+        read_table(write(tmp_path, "text,text\na,b\n"))
+
+
+@pytest.mark.parametrize("pack", ["gz", "zip"])
+@pytest.mark.parametrize("name", ["data.csv", "data.jsonl"])
+def test_packed_files(tmp_path: Path, pack: str, name: str) -> None:
+    lines = [json.dumps(dict(zip(ROWS, row, strict=True))) for row in zip(*ROWS.values(), strict=True)]
+    content = CSV if name.endswith("csv") else "\n".join(lines)
+    path = tmp_path / f"{name}.{pack}"
+    if pack == "gz":
+        path.write_bytes(gzip.compress(content.encode()))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"folder/{name}", content)
+    assert read_table(path).columns == ROWS
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps([{"text": "a", "label": 1}, {"text": "b", "label": None}]),
+        json.dumps({"text": ["a", "b"], "label": [1, None]}),
+        '{"text": "a", "label": 1}\n{"text": "b"}\n',
+    ],
+)
+def test_json_in_its_three_forms(tmp_path: Path, content: str) -> None:
+    assert read_table(write(tmp_path, content, "a.json")).columns == {"text": ["a", "b"], "label": [1, None]}
+
+
+def test_parquet_keeps_types(tmp_path: Path) -> None:
+    columns = {"text": ["a", "b"], "label": [1.5, None], "tags": [["x"], ["y", "z"]]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    assert read_table(tmp_path / "a.parquet").columns == columns
+
+
+def test_streaming_gives_the_same_rows(tmp_path: Path) -> None:
+    path = write(tmp_path, "text,label\n" + "".join(f"text {i},{i % 3}\n" for i in range(1000)))
+    parts = list(stream_table(path, rows=64))
+    assert [len(part.lines) for part in parts] == [64] * 15 + [40]
+    assert [t for part in parts for t in part.columns["text"]] == read_table(path).columns["text"]
+    assert parts[1].lines[0] == 66
+
+
+def test_header_alone_is_a_table_without_rows(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, "text,label\n"))
+    assert table.columns == {"text": [], "label": []} and table.lines == []
+
+
+def bomb() -> bytes:
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=1) as file:
+        file.write(b"text,label\n")
+        for _ in range(100):
+            file.write(b"x" * (1 << 20))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "empty"),
+        ("a.csv", b"text,label\none,x\ntwo,y,z\n", "line 3: 3 cells where the header has 2"),
+        ("a.csv", b'text,label\n"never closed,x\n', "line 2"),
+        ("a.csv", b"text,label\na\x00b,x\n", "NUL"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
+        ("a.jsonl", b"[1, 2]\n", "line 1: expected an object"),
+        ("a.json", b'{"text": ["a"], "label": []}', "differ in length"),
+        ("a.json", b"3", "expected an array"),
+        ("a.parquet", b"PAR1 not really PAR1", "cannot be read as Parquet"),
+        ("a.csv.gz", b"not gzip", "cannot be read"),
+        ("a.zip", b"not a zip", "cannot be read as zip"),
+        ("a.docx", b"x", "unknown kind of file"),
+        ("bomb.csv.gz", bomb(), "longer than"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    path = write(tmp_path, content, name)
+    with pytest.raises(UserError, match=message) as caught:
+        read_table(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        read_table(tmp_path / "none.csv")
+    with pytest.raises(UserError, match="is a folder"):
+        read_table(tmp_path)
+
+
+def test_random_damage_never_gives_another_error(tmp_path: Path) -> None:
+    parquet = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(ROWS), parquet)
+    seeds = {
+        "a.csv": CSV.encode(),
+        "a.tsv": CSV.replace(",", "\t").encode(),
+        "a.jsonl": b'{"text": "a", "label": [1, {"b": null}]}\n' * 3,
+        "a.json": json.dumps(ROWS).encode(),
+        "a.csv.gz": gzip.compress(CSV.encode()),
+        "a.parquet": parquet.getvalue(),
+        "a.txt": b"DESC:x a question ?\n" * 3,
+    }
+    rng = random.Random(0)
+    for name, seed in seeds.items():
+        for _ in range(60):
+            damaged = bytearray(seed)
+            for _ in range(rng.randint(1, 8)):
+                place = rng.randrange(len(damaged) + 1)
+                damaged[place : place + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 3))
+            path = write(tmp_path, bytes(damaged), name)
+            try:
+                table = read_table(path, header=rng.random() < 0.5)
+                assert all(len(values) == len(table.lines) for values in table.columns.values())
+            except UserError as error:
+                assert "\n" not in str(error)
+
+
+def test_longest_line_is_a_limit_not_a_crash() -> None:
+    assert tables.LONGEST_LINE < 1 << 30
