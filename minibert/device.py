@@ -13,7 +13,6 @@ import torch
 from minibert.config import RunConfig
 from minibert.errors import UserError
 
-
 RESERVED_BLOCK, RESERVED_BLOCKS = 512 << 20, 8  # address space of the heap that is marked for huge pages
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import safetensors
 import tokenizers
 import torch
 
-from minibert import __version__, predictions
+from minibert import __version__, predictions, token_cache
 from minibert.checkpoint import LoadReport, load_model, model_folder
 from minibert.classifier import Classifier, as_texts, load, saved_labels
 from minibert.config import BertConfig, RunConfig
@@ -186,9 +187,10 @@ def length_limit(config: RunConfig, bert: BertConfig) -> int:
 
 def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict[str, Dataset]:
     assert config.max_length is not None
+    encode = partial(token_cache.encode, tokenizer) if config.token_cache else tokenizer.encode
     return {
         part: Dataset(
-            tokenizer.encode(examples.texts, examples.pairs, config.max_length, config.truncation),
+            encode(examples.texts, examples.pairs, config.max_length, config.truncation),
             data.problem.targets(examples.labels or []),
         )
         for part, examples in data.parts.items()

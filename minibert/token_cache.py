@@ -1,0 +1,87 @@
+"""Encoded texts on disk, so that the next run on the same data does not tokenize again. Never used by predict.
+
+The key is all that decides the ids: the texts, the tokenizer, the options and this version. The folder is
+$XDG_CACHE_HOME/minibert (or ~/.cache/minibert); the least recently used files go when it grows past its limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from minibert import __version__
+from minibert.errors import UserError
+from minibert.files import atomic
+from minibert.tokens import Tokenizer, Tokens
+
+SMALLEST = 10_000  # texts: fewer are tokenized before a file is found
+LIMIT = 2 << 30  # bytes of the whole folder
+
+
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, truncation: str
+) -> Tokens:
+    """`tokenizer.encode` through the cache. A cache that cannot be read or written is as good as none."""
+    if len(texts) < SMALLEST:
+        return tokenizer.encode(texts, pairs, max_length, truncation)
+    path = folder() / f"{key(tokenizer, texts, pairs, max_length, truncation)}.safetensors"
+    tokens = load(path)
+    if tokens is None:
+        tokens = tokenizer.encode(texts, pairs, max_length, truncation)
+        with contextlib.suppress(OSError, UserError):
+            save(path, tokens)
+    return tokens
+
+
+def folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minibert"
+
+
+def key(
+    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, truncation: str
+) -> str:
+    digest = hashlib.sha256(json.dumps([__version__, max_length, truncation, pairs is not None]).encode())
+    digest.update(tokenizer.backend.to_str().encode())
+    for column in (texts, pairs or []):
+        for text in column:
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little"))  # so that no two lists of texts look the same
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def load(path: Path) -> Tokens | None:
+    try:
+        arrays = load_file(path)
+        os.utime(path)  # used just now
+        return Tokens(arrays["ids"], arrays["offsets"], arrays.get("type_ids"), arrays["cut"])
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def save(path: Path, tokens: Tokens) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, np.ndarray] = {"ids": tokens.ids, "offsets": tokens.offsets, "cut": tokens.cut}
+    if tokens.type_ids is not None:
+        arrays["type_ids"] = tokens.type_ids
+    with atomic(path) as temporary:
+        save_file(arrays, temporary)
+    make_room(path.parent)
+
+
+def make_room(directory: Path) -> None:
+    """Delete the least recently used files until the folder is within its limit."""
+    files = sorted(directory.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
+    size = 0
+    for file in files:
+        size += file.stat().st_size
+        if size > LIMIT:
+            file.unlink(missing_ok=True)
