@@ -36,7 +36,7 @@ def plan_epoch(
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def plan_evaluation(lengths: np.ndarray, *, batch_size: int = 256, batch_tokens: int = 8192) -> list[Batch]:
+def plan_evaluation(lengths: np.ndarray, *, batch_tokens: int, batch_size: int = 256) -> list[Batch]:
     """Every example once, sorted by length, longest first so that memory runs out at once or never."""
     order = np.argsort(-lengths, kind="stable")
     return cut(order, lengths, batch_size, batch_tokens)

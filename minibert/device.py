@@ -30,6 +30,11 @@ class Hardware:
             return torch.autocast(self.device.type, dtype)
         return nullcontext()
 
+    @property
+    def evaluation_tokens(self) -> int:
+        """Tokens of a batch outside training: on a CPU as many as the cache holds, on a GPU enough to fill it."""
+        return 2048 if self.device.type == "cpu" else 1 << 16
+
     def __str__(self) -> str:
         return f"{self.device.type} · {self.precision} · {self.attention} attention · {self.engine} engine"
 

@@ -62,7 +62,7 @@ def compute(
         total=len(tokens), desc="frozen layers", unit=" texts", disable=True if quiet else None, leave=False
     )
     with progress, torch.inference_mode(), hardware.autocast():
-        for rows in plan_evaluation(tokens.lengths):
+        for rows in plan_evaluation(tokens.lengths, batch_tokens=hardware.evaluation_tokens):
             x = collate(tokens, rows).to(hardware.device)
             hidden = model.encoder.first_tokens(x, None) if whole else model.encoder(x, None, end=start_layer)
             places = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])

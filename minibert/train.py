@@ -120,7 +120,7 @@ def evaluate(model: BertForSequenceClassification, data: Dataset, hardware: Hard
     """Logits [n, L] of every example, in their order; computed in batches of like length."""
     logits = np.empty((len(data), model.num_labels), dtype=np.float32)
     with torch.inference_mode():
-        for rows in plan_evaluation(data.lengths):
+        for rows in plan_evaluation(data.lengths, batch_tokens=hardware.evaluation_tokens):
             with hardware.autocast():
                 output = model.logits(data.batch(rows).to(hardware.device))
             logits[rows] = output.float().cpu().numpy()

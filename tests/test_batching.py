@@ -51,11 +51,11 @@ def test_a_text_longer_than_the_budget_has_a_batch_of_its_own() -> None:
 
 
 def test_evaluation_covers_all_longest_first() -> None:
-    batches = plan_evaluation(LENGTHS)
+    batches = plan_evaluation(LENGTHS, batch_tokens=2048)
     assert sorted(np.concatenate(batches).tolist()) == list(range(1003))
     assert LENGTHS[batches[0][0]] == LENGTHS.max()
-    assert all(LENGTHS[rows].sum() <= 8192 and len(rows) <= 256 for rows in batches)
-    assert plan_evaluation(np.array([], dtype=np.int64)) == []
+    assert all(LENGTHS[rows].sum() <= 2048 for rows in batches)
+    assert plan_evaluation(np.array([], dtype=np.int64), batch_tokens=2048) == []
 
 
 def test_collate_packs_the_rows_in_order() -> None:
