@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, label_text, sorted_labels
-from minibert.tables import Table, read_table
+from minibert.tables import Table, read_table, stream_table
 
 # What people call their columns, in the order of trust; compared in lower case.
 TEXT_NAMES = """text sentence review question_text message sms tweet comment comment_text content question body
@@ -139,22 +139,26 @@ def load_data(config: RunConfig) -> RunData:
     return prepare(parts, columns, config, notes)
 
 
-def labelled_examples(path: str, problem: Problem, config: RunConfig) -> Examples:
-    """Rows of a file with labels that a trained model knows, for `evaluate`."""
-    table = _read(path, config, [])
-    columns = find_columns(table, config)
-    examples = examples_from_table(table, columns)
-    refuse_bad_rows(examples, may_lack_labels=problem.kind == MULTI)
-    examples.labels = _labels_of(examples, problem.kind, columns, config)
+def stream_examples(path: str, config: RunConfig, with_labels: bool = False) -> Iterator[Examples]:
+    """Rows of a file, chunk by chunk, so that it may be larger than memory; the first chunk decides on the columns."""
+    columns: Columns | None = None
+    for table in stream_table(path, header=not config.no_header, encoding=config.encoding):
+        columns = columns or find_columns(table, config, need_label=with_labels)
+        yield examples_from_table(table, columns, with_labels)
+
+
+def stream_labelled(path: str, problem: Problem, config: RunConfig) -> Iterator[Examples]:
+    """`stream_examples` with labels that a trained model knows, for `evaluate`."""
     known = set(problem.labels)
-    for line, value in zip(examples.lines, examples.labels, strict=True):
-        unknown = (
-            [] if problem.kind == REGRESSION else sorted(({value} if problem.kind == SINGLE else set(value)) - known)
-        )
-        if unknown:
-            names = ", ".join(problem.labels[:8])
-            raise UserError(f"{path}, line {line}: label {unknown[0]!r} is unknown to the model; it knows {names}")
-    return examples
+    for examples in stream_examples(path, config, with_labels=True):
+        refuse_bad_rows(examples, may_lack_labels=problem.kind == MULTI)
+        examples.labels = _labels_of(examples, problem.kind, Columns((), None, config.label_column), config)
+        for line, value in zip(examples.lines, examples.labels, strict=True):
+            names = {value} if problem.kind == SINGLE else set(value) if problem.kind == MULTI else set()
+            if names - known:
+                unknown, some = min(names - known), ", ".join(problem.labels[:8])
+                raise UserError(f"{path}, line {line}: label {unknown!r} is unknown to the model; it knows {some}")
+        yield examples
 
 
 def _read(path: str, config: RunConfig, notes: list[str]) -> Table:

@@ -26,17 +26,15 @@ def main(argv: Sequence[str]) -> None:
     import numpy as np
 
     from minibert.classifier import load_encoder
-    from minibert.data import examples_from_table, find_columns
+    from minibert.data import stream_examples
     from minibert.files import atomic
-    from minibert.tables import stream_table
 
     encoder = load_encoder(arguments.model, arguments.device, arguments.max_length)
-    config = column_config(arguments)
-    parts = []
-    for table in stream_table(arguments.file, header=not config.no_header, encoding=config.encoding):
-        examples = examples_from_table(table, find_columns(table, config, need_label=False), with_labels=False)
-        parts.append(encoder.embed(examples.texts, examples.pairs, pooling=arguments.pooling))
-    if not parts:
+    parts = [
+        encoder.embed(examples.texts, examples.pairs, pooling=arguments.pooling)
+        for examples in stream_examples(arguments.file, column_config(arguments))
+    ]
+    if not sum(map(len, parts)):
         raise UserError(f"{arguments.file}: no rows")
     vectors = np.concatenate(parts)
     with atomic(output) as temporary, open(temporary, "wb") as file:

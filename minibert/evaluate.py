@@ -1,4 +1,7 @@
-"""`python -m minibert.evaluate RUN --file F`: metrics of a saved model on a labelled file, as JSON."""
+"""`python -m minibert.evaluate RUN --file F`: metrics of a saved model on a labelled file, as JSON.
+
+The file is read in chunks; only logits and labels are kept.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_column_flags(parser, labels=True)
     arguments = parser.parse_args(list(argv))
+    import numpy as np
+
     from minibert.classifier import load
-    from minibert.data import labelled_examples
+    from minibert.data import stream_labelled
     from minibert.files import write_json
 
     classifier = load(arguments.run, arguments.device)
-    examples = labelled_examples(arguments.file, classifier.problem, column_config(arguments))
-    logits = classifier.logits(examples.texts, examples.pairs)
-    metrics = classifier.problem.metrics(logits, classifier.problem.targets(examples.labels or []))
+    problem = classifier.problem
+    logits, targets = [], []
+    for examples in stream_labelled(arguments.file, problem, column_config(arguments)):  # a chunk at a time
+        logits.append(classifier.logits(examples.texts, examples.pairs))
+        targets.append(problem.targets(examples.labels or []))
+    metrics = problem.metrics(np.concatenate(logits), np.concatenate(targets))
     if arguments.output:
         write_json(Path(arguments.output), metrics)
     print(json.dumps(metrics, indent=2, ensure_ascii=False))

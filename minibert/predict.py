@@ -60,17 +60,14 @@ def write_predictions(classifier: Classifier, arguments: Any) -> None:
 
 def _write_rows(classifier: Classifier, arguments: Any, file: IO[str]) -> int:
     from minibert import predictions
-    from minibert.data import Examples, examples_from_table, find_columns
-    from minibert.tables import stream_table
+    from minibert.data import Examples, stream_examples
 
     writer = csv.writer(file, lineterminator="\n")
     if arguments.text:
         lines = list(range(1, len(arguments.text) + 1))
         chunks = iter([Examples("--text", arguments.text, None, None, lines)])
     else:
-        config = column_config(arguments)
-        tables = stream_table(arguments.file, header=not config.no_header, encoding=config.encoding)
-        chunks = (examples_from_table(t, find_columns(t, config, need_label=False), with_labels=False) for t in tables)
+        chunks = stream_examples(arguments.file, column_config(arguments))
     count = 0
     for examples in chunks:
         if count == 0:

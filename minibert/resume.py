@@ -61,6 +61,8 @@ def _tensors(training: Training) -> dict[str, Tensor]:
         tensors["loss_scale"] = training.optimizer.loss_scale
         tensors["growth_tracker"] = training.optimizer.growth_tracker
     tensors["skipped"] = training.optimizer.skipped
+    if training.recent_losses:
+        tensors["recent_losses"] = torch.stack(training.recent_losses)
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -76,6 +78,7 @@ def _restore(training: Training, tensors: dict[str, Tensor]) -> None:
             if f"best.{name}" in tensors:
                 training.best[name] = tensors[f"best.{name}"].to(device)
         optimizer.skipped.copy_(tensors["skipped"])
+        training.recent_losses = list(tensors.get("recent_losses", torch.empty(0)).to(device))
         if optimizer.loss_scale is not None:
             optimizer.loss_scale.copy_(tensors["loss_scale"])
             optimizer.growth_tracker.copy_(tensors["growth_tracker"])

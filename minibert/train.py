@@ -144,7 +144,9 @@ class Training:
         self.weights = class_weights
         self.state = State()
         self.best: dict[str, Tensor] = {}  # the trained parameters at the best evaluation
-        self.metric = config.metric or problem.default_metric
+        self.best_logits: np.ndarray | None = None  # of the validation rows then, where this process computed them
+        self.recent_losses: list[Tensor] = []  # of the steps since the last line of the log
+        self.metric = self._checked_metric()
         self.steps_per_epoch = len(self._steps_of_epoch(0))
         self.total_steps = min(math.ceil(self.steps_per_epoch * config.epochs), config.max_steps or sys.maxsize)
         self.optimizer = Optimizer(model, config, self.total_steps, scale_loss=hardware.precision == "fp16")
@@ -152,30 +154,27 @@ class Training:
     def run(self, log_path: Path, save: Callable[[], None]) -> None:
         """Train to the end; the model then holds the best weights. `save` writes a checkpoint of this object."""
         log_every = max(1, self.total_steps // 100)
-        losses: list[Tensor] = []
         last_save = time.monotonic()
         log_file = _log_from(log_path, self.state.log_bytes)
         with _signals_noted() as signals, log_file as log, self._progress() as progress:
             for step in self._remaining_steps():
                 loss, norm = self._step(step)
-                losses.append(loss)
+                self.recent_losses.append(loss)
                 progress.update(step.examples)
                 at_end = self.state.step == self.total_steps
                 if self.state.step % log_every == 0 or at_end:
-                    self._log_step(log, progress, losses, norm)
-                    losses = []
+                    self._log_step(log, progress, norm)
                 evaluated = self._evaluation_due(at_end)
                 if evaluated:
                     self._evaluate_and_keep_best(log, progress)
                 self.state.log_bytes = log.tell()
                 minute_passed = time.monotonic() - last_save > SECONDS_BETWEEN_SAVES
+                at_end = at_end or self._out_of_patience()
                 if signals or self._save_due() or (evaluated and minute_passed) or at_end:
                     save()
                     last_save = time.monotonic()
-                if signals:
+                if signals and not at_end:
                     raise Interrupted
-                if self._out_of_patience():
-                    break
         self.use_best_weights()
 
     def _step(self, step: Step) -> tuple[Tensor, Tensor]:
@@ -224,10 +223,19 @@ class Training:
         for epoch in itertools.count():
             steps = self._steps_of_epoch(epoch)
             for step in steps[max(0, self.state.step - epoch_start) :]:
-                yield step
-                if self.state.step >= self.total_steps:
+                if self.state.step >= self.total_steps or self._out_of_patience():
                     return
+                yield step
             epoch_start += len(steps)
+
+    def _checked_metric(self) -> str:
+        """The metric that chooses the best weights, known to exist before hours are spent."""
+        metric = self.config.metric or self.problem.default_metric
+        example = self.problem.metrics(np.zeros((1, self.model.num_labels)), self.data["train"].targets[:1])
+        names = [name for name, value in example.items() if not isinstance(value, dict | list)]
+        if metric not in names:
+            raise UserError(f"--metric {metric}: not a metric of this problem; give one of {', '.join(names)}")
+        return metric
 
     def _evaluation_due(self, at_end: bool) -> bool:
         if "validation" not in self.data:
@@ -243,14 +251,14 @@ class Training:
 
     def _evaluate_and_keep_best(self, log: IO[str], progress: tqdm[Any]) -> None:
         data = self.data["validation"]
-        metrics = self.problem.metrics(evaluate(self.model, data, self.hardware), data.targets)
-        value = metrics.get(self.metric)
-        if not isinstance(value, float | int):
-            numbers = ", ".join(name for name, v in metrics.items() if isinstance(v, float | int))
-            raise UserError(f"--metric {self.metric}: not a metric of this problem; give one of {numbers}")
+        logits = evaluate(self.model, data, self.hardware)
+        metrics = self.problem.metrics(logits, data.targets)
+        value = metrics[self.metric]
+        value = -math.inf if value is None else value  # undefined, as Pearson's of equal predictions is
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
         if self.state.best_value is None or sign * value > sign * self.state.best_value:
             self.state.best_value, self.state.best_step, self.state.evaluations_since_best = value, self.state.step, 0
+            self.best_logits = logits
             self.best = {name: p.detach().clone() for name, p in self.trained_parameters()}
         else:
             self.state.evaluations_since_best += 1
@@ -258,9 +266,10 @@ class Training:
         _write_line(log, {"step": self.state.step, "epoch": self.epoch, **line})
         progress.set_postfix({self.metric: f"{value:.4f}"}, refresh=False)
 
-    def _log_step(self, log: IO[str], progress: tqdm[Any], losses: list[Tensor], norm: Tensor) -> None:
+    def _log_step(self, log: IO[str], progress: tqdm[Any], norm: Tensor) -> None:
         """The only place that reads numbers back from the device."""
-        loss = float(torch.stack(losses).mean())
+        loss = float(torch.stack(self.recent_losses).mean())
+        self.recent_losses = []
         self.state.skipped = int(self.optimizer.skipped)
         line = {
             "step": self.state.step,

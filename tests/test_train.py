@@ -161,6 +161,8 @@ def test_a_resumed_run_ends_with_the_same_bits(
 ) -> None:
     folder = tiny()
     config = dataclasses.replace(BASE, epochs=6, gradient_accumulation_steps=accumulate, eval_steps=4)
+    if stop == 13:  # with many steps a line of the log is the mean of several, which a checkpoint may cut in two
+        config = dataclasses.replace(config, epochs=40 * accumulate)
     whole = job(folder, config)
     whole.run(tmp_path / "whole.jsonl", lambda: None)
 
@@ -188,6 +190,11 @@ def test_a_resumed_run_ends_with_the_same_bits(
         return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
 
     assert without_speed("whole.jsonl") == without_speed("resumed.jsonl")
+    finished = weights(second)
+    save_checkpoint(tmp_path / "done", second, {"version": 1})
+    load_checkpoint(tmp_path / "done", second, {"version": 1})
+    second.run(tmp_path / "resumed.jsonl", lambda: None)  # nothing is left to do
+    assert largest_difference(finished, weights(second)) == 0
     with pytest.raises(UserError, match=r"changed: version \(was 1, is 2\)"):
         load_checkpoint(tmp_path / "last", second, {"version": 2})
 
@@ -204,9 +211,9 @@ def test_max_steps_and_part_of_an_epoch(tiny: Callable[..., Path], tmp_path: Pat
     assert train(job(folder, dataclasses.replace(BASE, epochs=0.5)), tmp_path).state.step == 4
 
 
-def test_an_unknown_metric_lists_those_there_are(tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_an_unknown_metric_is_refused_before_training(tiny: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match=r"--metric bleu: not a metric .* accuracy"):
-        train(job(tiny(), dataclasses.replace(BASE, metric="bleu")), tmp_path)
+        job(tiny(), dataclasses.replace(BASE, metric="bleu"))
 
 
 def test_evaluation_does_not_depend_on_company(tiny: Callable[..., Path]) -> None:

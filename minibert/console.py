@@ -1,0 +1,75 @@
+"""What a run says on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minibert import __version__
+from minibert.checkpoint import LoadReport
+from minibert.config import RunConfig
+from minibert.data import RunData
+from minibert.device import Hardware
+from minibert.train import Dataset
+
+Say = Callable[[str], None]
+
+
+def silence(line: str) -> None:
+    """Say nothing, as --quiet asks."""
+
+
+def describe(
+    say: Say,
+    config: RunConfig,
+    data: RunData,
+    sets: dict[str, Dataset],
+    report: LoadReport,
+    hardware: Hardware,
+    frozen: int,
+) -> None:
+    """The head of a run: what will be trained, on what, and what was decided without being asked."""
+    say(f"minibert {__version__} · {hardware}")
+    say(f"model   {config.model}")
+    say(f"        {report}")
+    if frozen >= 0:
+        say(f"frozen  embeddings and {frozen} layers")
+    rows = " · ".join(f"{part} {len(examples)}" for part, examples in data.parts.items())
+    say(f"data    {config.train or 'lists'}: {rows} rows")
+    for note in data.notes:
+        say(f"        {note}")
+    lengths, cut = sets["train"].lengths, sets["train"].tokens.cut
+    say(
+        f"tokens  median {int(np.median(lengths))}, longest {lengths.max()} a text; "
+        f"--max-length {config.max_length} cuts {(cut > 0).mean():.1%} of the rows, "
+        f"{cut.sum() / (cut.sum() + lengths.sum()):.1%} of the tokens"
+    )
+
+
+def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int) -> None:
+    """The end of a run: metrics, a row for each class, speed, and what to do next."""
+    say("")
+    for part in ("validation", "test"):
+        if part in metrics:
+            numbers = [f"{k} {v:.4f}" for k, v in metrics[part].items() if isinstance(v, float)]
+            say(f"{part:<11}" + " · ".join(numbers[:5]))
+    part = "test" if "test" in metrics else "validation"
+    per_class = metrics.get(part, {}).get("per_class", {})
+    if per_class:
+        width = max(len(name) for name in per_class) + 2
+        say(f"\n{part + ' rows':<{width}} precision  recall      f1  support")
+        for name, row in list(per_class.items())[:30]:
+            say(f"{name:<{width}} {row['precision']:>9.4f} {row['recall']:>7.4f} {row['f1']:>7.4f} {row['support']:>8}")
+    timing = metrics["speed"]
+    say(
+        f"\ntrained in {timing['train_seconds']:.1f} s, {timing['examples_per_second']:.0f} examples/s, "
+        f"{timing['tokens_per_second']:.0f} tokens/s · whole run {timing['total_seconds']:.1f} s"
+    )
+    say(f"saved to {output} · reloaded logits differ by {metrics['reload_max_difference']:.1g}")
+    if mlp_size:
+        say("the mlp head is minibert's own: transformers cannot load this folder as a classifier")
+    example = "A text to classify"
+    say(f'\npredict: python -m minibert.predict {output} --text "{example}"')
