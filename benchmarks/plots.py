@@ -34,13 +34,13 @@ from minibert.train import Dataset, Training
 RESULTS = Path(__file__).parent / "results"
 MINILM = (6, 384)  # layers, hidden size
 POINTS: dict[str, list[tuple[str, dict[str, int]]]] = {
-    "mean tokens a text (batch 16)": [(str(m), {"mean": m, "batch": 16, "texts": 64}) for m in (8, 24, 64, 128)],
-    "texts a batch": [(str(b), {"batch": b, "texts": 4 * b}) for b in (4, 8, 16, 32, 64)],
+    "mean tokens a text (batch 16)": [(str(m), {"mean": m, "batch": 16, "texts": 16}) for m in (8, 24, 64, 96)],
+    "texts a batch": [(str(b), {"batch": b, "texts": 2 * b}) for b in (4, 8, 16, 32, 64)],
     "layers x hidden size (batch 16)": [
-        (f"{layers}x{hidden}", {"layers": layers, "hidden": hidden, "batch": 16, "texts": 32})
+        (f"{layers}x{hidden}", {"layers": layers, "hidden": hidden, "batch": 16, "texts": 16})
         for layers, hidden in ((3, 384), (6, 384), (12, 384), (12, 768))
     ],
-    "number of texts (batch 32)": [(str(n), {"batch": 32, "texts": n}) for n in (64, 128, 256, 512)],
+    "number of texts (batch 32)": [(str(n), {"batch": 32, "texts": n}) for n in (32, 64, 128, 256)],
 }
 Pass = Callable[[], Iterator[None]]  # one pass over the texts, a step at a time
 

@@ -54,7 +54,7 @@ def transformers_steps(data: Texts, kind: str, dropout: float | None = None) -> 
     """Steps of a plain torch loop over transformers' model; `kind` says how texts are padded and batched.
 
     "175" and "128" pad every text to that length, "dynamic" to the longest of a random batch, "grouped" to the
-    longest of a batch of like length with fused AdamW; "compiled" is that with torch.compile (dynamic shapes).
+    longest of a batch of like length, with fused AdamW.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -68,9 +68,8 @@ def transformers_steps(data: Texts, kind: str, dropout: float | None = None) -> 
         tokenizer(text, truncation=True, max_length=fixed or 512, padding="max_length" if fixed else False)
         for text in data.texts
     ]
-    grouped = kind in ("grouped", "compiled")
+    grouped = kind == "grouped"
     optimizer = transformers_optimizer(model, fused=grouped)
-    forward = torch.compile(model, dynamic=True) if kind == "compiled" else model
     order = np.random.default_rng(0).permutation(len(data.texts))
     if grouped:
         order = order[np.argsort([len(encoded[i]["input_ids"]) for i in order], kind="stable")]
@@ -78,7 +77,7 @@ def transformers_steps(data: Texts, kind: str, dropout: float | None = None) -> 
 
     def step(rows: np.ndarray) -> None:
         inputs = tokenizer.pad([encoded[i] for i in rows], return_tensors="pt")
-        loss = forward(**inputs, labels=torch.from_numpy(data.labels[rows])).loss
+        loss = model(**inputs, labels=torch.from_numpy(data.labels[rows])).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -149,7 +148,6 @@ TRAINERS: dict[str, Callable[[Texts], Iterator[Step]]] = {
     "transformers, padded to 128": lambda data: transformers_steps(data, "128"),
     "transformers, dynamic padding": lambda data: transformers_steps(data, "dynamic"),
     "transformers, best": lambda data: transformers_steps(data, "grouped"),
-    "transformers, best, compiled": lambda data: transformers_steps(data, "compiled"),
     "minibert": lambda data: minibert_steps(data),
 }
 SAVINGS = ("length buckets", "CLS-only last layer", "compact vocabulary", "bulk dropout", "attention chunks", "dropout")
