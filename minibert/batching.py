@@ -11,7 +11,7 @@ import torch
 
 from minibert.model import PackedInput
 from minibert.ops import Packing
-from minibert.tokens import Tokens, offsets_of
+from minibert.tokens import Tokens
 
 Batch = np.ndarray  # [B] int64, row numbers of the examples
 
@@ -56,12 +56,18 @@ def cut(order: np.ndarray, lengths: np.ndarray, batch_size: int | None, batch_to
     return batches
 
 
+def places_of(offsets: np.ndarray, rows: Batch) -> np.ndarray:
+    """[T] places in a flat array of what belongs to `rows`, where row i has offsets[i] to offsets[i + 1]."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(offsets[rows] - (ends - lengths), lengths)
+
+
 def collate(tokens: Tokens, rows: Batch) -> PackedInput:
     """Pack the tokens of some examples into one batch, in the order of `rows`."""
     lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
-    offsets = offsets_of(lengths)
-    position = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)  # [T]
-    index = np.repeat(tokens.offsets[rows], lengths) + position
+    index = places_of(tokens.offsets, rows)
+    position = index - np.repeat(tokens.offsets[rows], lengths)  # [T]
     return PackedInput(
         packing=Packing.from_lengths(lengths),
         input_ids=torch.from_numpy(tokens.ids[index].astype(np.int64)),

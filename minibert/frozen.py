@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minibert.batching import collate, plan_evaluation
+from minibert.batching import collate, places_of, plan_evaluation
 from minibert.device import Hardware
 from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import Packing
@@ -36,16 +36,8 @@ class FrozenActivations:
 
     def batch(self, rows: np.ndarray, lengths: np.ndarray) -> PackedInput:
         """The packed input of some texts, from the first unfrozen layer on."""
-        counts = self.offsets[rows + 1] - self.offsets[rows]
-        first = np.cumsum(counts) - counts
-        index = np.arange(counts.sum()) + np.repeat(self.offsets[rows] - first, counts)
-        hidden = torch.from_numpy(np.take(self.values, index, axis=0))
+        hidden = torch.from_numpy(np.take(self.values, places_of(self.offsets, rows), axis=0))
         return PackedInput(Packing.from_lengths(lengths), hidden=hidden, start_layer=self.start_layer)
-
-
-def bytes_needed(model: BertForSequenceClassification, tokens: Tokens, start_layer: int) -> int:
-    rows = len(tokens) if start_layer == len(model.encoder.layers) else int(tokens.offsets[-1])
-    return rows * model.config.hidden_size * 4
 
 
 def compute(
@@ -65,8 +57,7 @@ def compute(
         for rows in plan_evaluation(tokens.lengths, batch_tokens=hardware.evaluation_tokens):
             x = collate(tokens, rows).to(hardware.device)
             hidden = model.encoder.first_tokens(x, None) if whole else model.encoder(x, None, end=start_layer)
-            places = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
-            values[places] = hidden.float().cpu().numpy()
+            values[places_of(offsets, rows)] = hidden.float().cpu().numpy()
             progress.update(len(rows))
     return FrozenActivations(start_layer, values, offsets)
 

@@ -112,10 +112,10 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     sets = encode_parts(tokenizer, data, config)
     describe(say, config, data, sets, report, hardware, frozen)
 
-    output = open_output(config)
     weights = class_weights(data.problem, config.class_weights, sets["train"].targets)
     compact = prepare_sets(model, sets, frozen, config, hardware)
     training = Training(model, data.problem, sets, config, hardware, weights)
+    output = open_output(config)  # the last thing before training: an earlier run there is safe from every mistake
     record = run_record(config, data, command)
     fingerprint = {"version": __version__, "data": data_digest(data), **_settings(config)}
     checkpoints = output / CHECKPOINTS

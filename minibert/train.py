@@ -254,8 +254,8 @@ class Training:
         logits = evaluate(self.model, data, self.hardware)
         metrics = self.problem.metrics(logits, data.targets)
         value = metrics[self.metric]
-        value = -math.inf if value is None else value  # undefined, as Pearson's of equal predictions is
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
+        value = -sign * math.inf if value is None else value  # undefined, as Pearson's of equal predictions is
         if self.state.best_value is None or sign * value > sign * self.state.best_value:
             self.state.best_value, self.state.best_step, self.state.evaluations_since_best = value, self.state.step, 0
             self.best_logits = logits

@@ -243,6 +243,14 @@ def test_mistakes_get_one_line_and_exit_code_2(
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
 
 
+def test_a_mistake_with_overwrite_leaves_the_earlier_run_alone(trained: Path, messages: Path) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
+    arguments = ["--train", str(messages), "--output", str(trained), "--overwrite"]
+    for mistake in (["--metric", "bleu"], ["--class-weights", "none.json"]):
+        assert run("minibert.finetune", *arguments, *mistake, check=False).returncode == 2
+    assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
+
+
 def test_config_file_and_aliases_set_the_same_flags(tmp_path: Path) -> None:
     from minibert.cli import parse_run_config
 
