@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from minibert_kernels import adamw, backend, philox  # noqa: E402
+from minibert_kernels import adamw, backend, layer_norm, philox  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -72,6 +74,26 @@ def assert_close(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
     allowed = 2 * (plain.double() - exact).abs().max().item()
     allowed += torch.finfo(plain.dtype).eps * exact.abs().max().item()
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def outputs_of(function: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The function's output for tensors in `dtype`, and the gradients of the tensors."""
+    leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in tensors.items()}
+    out = function(**leaves)
+    out.backward(random(tuple(out.shape), torch.float16, str(out.device), 99).to(dtype))
+    return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def compare(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], tensors: dict[str, Tensor]) -> None:
+    """The rule of the module docstring for the output and every gradient; equal bits when run again."""
+    dtype = next(iter(tensors.values())).dtype
+    ours, plain = outputs_of(kernel, tensors, dtype), outputs_of(reference, tensors, dtype)
+    exact = outputs_of(reference, tensors, torch.float64)
+    for name in ours:
+        assert_close(name, ours[name], plain[name], exact[name])
+    if ours["out"].is_cuda:
+        again = outputs_of(kernel, tensors, dtype)
+        assert all(torch.equal(ours[name], again[name]) for name in ours)
 
 
 def rng_on(device: str, seed: int = -1234567890123456789, step: int = 5_000_000_123) -> Tensor:
@@ -199,6 +221,25 @@ def test_the_norm_has_equal_bits_from_run_to_run(device: str) -> None:
     grad = random((50_000,), torch.float32, device, 0)
     norms = {float(adamw.prepare_update_(grad, torch.zeros((), device=device))[adamw.NORM]) for _ in range(3)}
     assert len(norms) == 1
+
+
+# -- LayerNorm --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, size, p, with_bias", [(1, 1, 0.0, True), (37, 100, 0.1, True), (9, 384, 0.5, False)])
+def test_dropout_add_layer_norm(
+    device: str, dtype: torch.dtype, rows: int, size: int, p: float, with_bias: bool
+) -> None:
+    shapes = {"x": (rows, size), "residual": (rows, size), "weight": (size,), "bias": (size,), "linear_bias": (size,)}
+    tensors = {name: random(shape, dtype, device, i) for i, (name, shape) in enumerate(shapes.items())}
+    if not with_bias:
+        del tensors["linear_bias"]
+    options = {"eps": 1e-12 if dtype != torch.float16 else 1e-5, "p": p, "rng": rng_on(device), "site": 4}
+    compare(
+        partial(layer_norm.dropout_add_layer_norm, **options),
+        partial(layer_norm.dropout_add_layer_norm_reference, **options),
+        tensors,
+    )
 
 
 # -- where Triton is missing ------------------------------------------------------------------------------------------
