@@ -188,7 +188,7 @@ def dropout_add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, p: float, 
         from minibert_kernels.layer_norm import dropout_add_layer_norm
 
         site = masks.next_site()
-        return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, p, norm.eps, masks.rng, site)
+        return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, p=p, rng=masks.rng, site=site)
     return norm(dropout_add(x, residual, p, masks))
 
 
@@ -236,11 +236,11 @@ def flash_attention(
 
 
 def _triton_attention(qkv: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None) -> Tensor:
-    from minibert_kernels.attention import packed_attention
+    from minibert_kernels.attention import varlen_attention
 
     rng, site = (None, 0) if masks is None else (masks.on(qkv.device), masks.next_site())
     split = qkv.view(len(qkv), 3, heads, -1)
-    return packed_attention(split, packing.cu_seqlens, packing.max_seqlen, p, rng, site).flatten(1)
+    return varlen_attention(split, packing.cu_seqlens, packing.max_seqlen, p=p, rng=rng, site=site).flatten(1)
 
 
 def _fused_attention(qkv: Tensor, chunk: Chunk, heads: int, p: float) -> Tensor:

@@ -76,6 +76,8 @@ def _restore(training: Training, tensors: dict[str, Tensor]) -> None:
                 optimizer.restore(parameter, {key: tensors[f"{key}.{name}"].to(device) for key in keys})
             if f"best.{name}" in tensors:
                 training.best[name] = tensors[f"best.{name}"].to(device)
+        if training.fixed is not None:
+            training.fixed.optimizer.refresh()
         optimizer.skipped.copy_(tensors["skipped"])
         training.recent_losses = list(tensors.get("recent_losses", torch.empty(0)).to(device))
         if optimizer.loss_scale is not None:
