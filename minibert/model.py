@@ -71,12 +71,23 @@ class Embeddings(nn.Module):
         self.dropout = config.hidden_dropout_prob
 
     def forward(self, x: PackedInput, masks: DropoutMasks | None) -> Tensor:
+        if masks is not None and masks.rng is not None:
+            return self._in_one_kernel(x, masks)
         hidden = self.word_embeddings(x.input_ids) + self.position_embeddings(x.position_ids)  # [T, H]
         if x.token_type_ids is None:
             hidden = hidden + self.token_type_embeddings.weight[0]
         else:
             hidden = hidden + self.token_type_embeddings(x.token_type_ids)
         return ops.dropout(self.norm(hidden), self.dropout, masks)
+
+    def _in_one_kernel(self, x: PackedInput, masks: DropoutMasks) -> Tensor:
+        from minibert_kernels.embedding import embedding_layer_norm
+
+        ids = (x.input_ids, x.position_ids, x.token_type_ids)
+        tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
+        norm, site = self.norm, masks.next_site()
+        weights = (*(table.weight for table in tables), norm.weight, norm.bias)
+        return embedding_layer_norm(*ids, *weights, norm.eps, p=self.dropout, rng=masks.rng, site=site)
 
 
 class Layer(nn.Module):
