@@ -42,6 +42,8 @@ class Hardware:
 def choose(config: RunConfig) -> Hardware:
     """Resolve the `auto` flags; what was asked for by name and cannot run here is a UserError that says why."""
     cuda = torch.cuda.is_available()
+    if config.deterministic:
+        be_deterministic()
     if config.device == "cuda" and not cuda:
         raise UserError("--device cuda: torch finds no usable GPU here; use --device cpu, or mend the driver")
     device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
@@ -50,6 +52,13 @@ def choose(config: RunConfig) -> Hardware:
     if config.engine not in ("auto", "eager"):
         raise UserError(f"--engine {config.engine}: not in this version; use eager")
     return Hardware(device, _precision(config, device), "sdpa", "eager")
+
+
+def be_deterministic() -> None:
+    """Only kernels that give the same bits each time; the CPU's do anyway, given the same number of threads."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on the GPU
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def _precision(config: RunConfig, device: torch.device) -> str:
