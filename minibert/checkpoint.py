@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minibert import __version__
 from minibert.config import BertConfig
 from minibert.errors import UserError
-from minibert.files import atomic, one_line, read_json, write_json
+from minibert.files import atomic, one_line, read_json, write_json, writing
 from minibert.model import BertForSequenceClassification, BertModel
 
 # Theirs -> ours, `{}` for the layer's number. A name with three rows of theirs is the fused query, key, value.
@@ -265,7 +265,8 @@ def save_model(folder: Path, model: BertForSequenceClassification, labels: list[
         "minibert": {"version": __version__, "mlp_size": model.mlp_size, **ours},
     }
     config.pop("num_labels", None)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, their_tensors(model), {"format": "pt"})
     write_json(folder / CONFIG, config)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from minibert.config import RunConfig
 from minibert.errors import UserError
 
+Result = TypeVar("Result")
 RESERVED_BLOCK, RESERVED_BLOCKS = 512 << 20, 8  # address space of the heap that is marked for huge pages
 
 
@@ -52,6 +56,27 @@ def choose(config: RunConfig) -> Hardware:
     if config.engine not in ("auto", "eager"):
         raise UserError(f"--engine {config.engine}: not in this version; use eager")
     return Hardware(device, _precision(config, device), "sdpa", "eager")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def attempt(compute: Callable[[], Result]) -> Result | None:
+    """What `compute` gives, or None where memory runs out; what it left behind is given back."""
+    try:
+        return compute()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    gc.collect()  # only now: the exception held on to every tensor of the attempt
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def be_deterministic() -> None:

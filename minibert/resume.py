@@ -77,7 +77,9 @@ def _checked_state(values: dict[str, Any]) -> State:
     for field in dataclasses.fields(State):
         value = getattr(state, field.name)
         kinds = {"float": (int, float), "float | None": (int, float, type(None))}.get(str(field.type), (int,))
-        if isinstance(value, bool) or not isinstance(value, kinds) or (field.name != "best_value" and value < 0):
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ValueError(f"{field.name} is {value!r}")
+        if field.name != "best_value" and not value >= 0:  # type: ignore[operator]
             raise ValueError(f"{field.name} is {value!r}")
     return state
 

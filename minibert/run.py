@@ -134,7 +134,9 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     weights = class_weights(data.problem, config.class_weights, sets["train"].targets)
     compact = prepare_sets(model, sets, frozen, config, hardware)
     training = Training(model, data.problem, sets, config, hardware, weights)
-    output = open_output(config, held)  # the last thing before training: an earlier run there is safe from every mistake
+    output = open_output(
+        config, held
+    )  # the last thing before training: an earlier run there is safe from every mistake
     record = run_record(config, data, command)
     fingerprint = fingerprint_of(config, data, tokenizer, hardware, start, weights)
     checkpoints = output / CHECKPOINTS
@@ -150,6 +152,8 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
         say(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
         raise KeyboardInterrupt from None
 
+    with writing(output):  # a folder deleted meanwhile is not made again, half filled
+        output.stat()
     metrics, logits = evaluate_parts(training)
     if compact is not None:
         compact.expand()

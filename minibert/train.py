@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibert.batching import collate, plan_epoch, plan_evaluation
+from minibert.batching import collate, cut, halving, plan_epoch, plan_evaluation
 from minibert.config import RunConfig
-from minibert.device import Hardware
+from minibert.device import Hardware, attempt, out_of_memory
 from minibert.errors import UserError
 from minibert.files import writing
 from minibert.frozen import FrozenActivations
@@ -90,6 +90,7 @@ class State:
     skipped: int = 0
     log_bytes: int = 0  # length of train_log.jsonl at this point
     bad_in_row: int = 0  # steps skipped one after another up to here
+    most_tokens: int = 0  # of a micro-batch, since memory ran out; 0: it has not
 
 
 class Interrupted(Exception):
@@ -120,17 +121,25 @@ def train_step(
         loss = problem.loss_sum(logits, targets, class_weights, label_smoothing) / denominator
         (loss if optimizer.loss_scale is None else loss * optimizer.loss_scale).backward()
         total += loss.detach()
-    return total, optimizer.step(step, total)
+    try:
+        return total, optimizer.step(step, total)
+    except (MemoryError, RuntimeError) as error:  # half a step cannot be tried again
+        if not out_of_memory(error):
+            raise
+        raise UserError("not enough memory for the optimizer; use a smaller model or --freeze") from None
 
 
 def evaluate(model: BertForSequenceClassification, data: Dataset, hardware: Hardware) -> np.ndarray:
     """Logits [n, L] of every example, in their order; computed in batches of like length."""
     logits = np.empty((len(data), model.num_labels), dtype=np.float32)
+
+    def computed(rows: np.ndarray) -> np.ndarray:
+        with hardware.autocast():
+            return model.logits(data.batch(rows).to(hardware.device)).float().cpu().numpy()
+
     with torch.inference_mode():
-        for rows in plan_evaluation(data.lengths, batch_tokens=hardware.evaluation_tokens):
-            with hardware.autocast():
-                output = model.logits(data.batch(rows).to(hardware.device))
-            logits[rows] = output.float().cpu().numpy()
+        for rows, found in halving(plan_evaluation(data.lengths, batch_tokens=hardware.evaluation_tokens), computed):
+            logits[rows] = found
     return logits
 
 
@@ -195,15 +204,53 @@ class Training:
 
     def _step(self, step: Step) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
-        device, train = self.hardware.device, self.data["train"]
-        if device.type == "cuda":  # the generator behind dropout there: a function of seed and step, as on the CPU
+        if (
+            self.hardware.device.type == "cuda"
+        ):  # the generator behind dropout there: a function of seed and step, as on the CPU
             torch.cuda.manual_seed((self.config.seed * 1_000_003 + self.state.step) % (1 << 63))
-        batches = [(train.batch(rows).to(device), train.targets_of(rows, device)) for rows in step.batches]
-        result = train_step(
+        result = None
+        while result is None:
+            result = self._attempt(step)
+        self.state.step += 1
+        self.state.tokens += step.tokens
+        self.state.examples += step.examples
+        self.state.seconds += time.perf_counter() - started
+        return result
+
+    def _attempt(self, step: Step) -> tuple[Tensor, Tensor] | None:
+        """The step, or None where memory runs out: the next attempt then computes it in smaller pieces.
+
+        Losses are summed and divided as before, so the effective batch is the same; only dropout draws differ.
+        """
+        pieces = self._pieces(step)
+        result = attempt(lambda: self._train_step(step, pieces))
+        if result is not None:
+            return result
+        self.optimizer.adamw.zero_grad(set_to_none=True)
+        if max(len(rows) for rows in pieces) == 1:
+            raise UserError(
+                f"not enough memory to train on one example; {self._where(step)}; use a smaller --max-length or model"
+            )
+        tokens = max(int(self.data["train"].lengths[rows].sum()) for rows in pieces if len(rows) > 1)
+        self.state.most_tokens = tokens // 2
+        if not self.config.quiet:
+            tqdm.write(f"memory ran out at step {self.state.step + 1}: batches now in pieces of {tokens // 2} tokens")
+        return None
+
+    def _pieces(self, step: Step) -> list[np.ndarray]:
+        """The step's batches, each cut to what memory has been found to hold."""
+        if not self.state.most_tokens:
+            return step.batches
+        lengths = self.data["train"].lengths
+        return [piece for rows in step.batches for piece in cut(rows, lengths, None, self.state.most_tokens)]
+
+    def _train_step(self, step: Step, pieces: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        device, train = self.hardware.device, self.data["train"]
+        return train_step(
             self.model,
             self.problem,
             self.optimizer,
-            batches,
+            [(train.batch(rows).to(device), train.targets_of(rows, device)) for rows in pieces],
             step=self.state.step,
             denominator=step.denominator,
             masks=DropoutMasks(self.config.seed, self.state.step),
@@ -211,11 +258,6 @@ class Training:
             class_weights=None if self.weights is None else torch.from_numpy(self.weights).to(device),
             label_smoothing=self.config.label_smoothing,
         )
-        self.state.step += 1
-        self.state.tokens += step.tokens
-        self.state.examples += step.examples
-        self.state.seconds += time.perf_counter() - started
-        return result
 
     def _count_bad_steps(self) -> None:
         """Count steps skipped in a row; after BAD_STEPS the run ends, and its last checkpoint stays as it is."""
