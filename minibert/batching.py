@@ -71,7 +71,7 @@ def halving(batches: Iterable[Batch], compute: Callable[[Batch], Result]) -> Ite
     while queue:
         rows = queue.popleft()
         if most is not None and len(rows) > most:
-            queue.extendleft(reversed(cut(rows, np.ones(len(rows)), most, None)))
+            queue.extendleft(reversed([rows[start : start + most] for start in range(0, len(rows), most)]))
             continue
         result = attempt(partial(compute, rows))
         if result is not None:

@@ -175,6 +175,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             for name in file.keys():  # noqa: SIM118 - a handle, not a dict
                 tensor = file.get_tensor(name)
                 tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+                if not torch.isfinite(tensors[name].sum()) and not torch.isfinite(tensors[name]).all():
+                    raise UserError(f"{path}: {name} holds NaN or infinity; fetch the file again")
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({one_line(error)}); fetch the file again") from None
     return tensors
