@@ -83,11 +83,21 @@ class Embeddings(nn.Module):
     def _in_one_kernel(self, x: PackedInput, masks: DropoutMasks) -> Tensor:
         from minibert_kernels.embedding import embedding_layer_norm
 
-        ids = (x.input_ids, x.position_ids, x.token_type_ids)
-        tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
-        norm, site = self.norm, masks.next_site()
-        weights = (*(table.weight for table in tables), norm.weight, norm.bias)
-        return embedding_layer_norm(*ids, *weights, norm.eps, p=self.dropout, rng=masks.rng, site=site)
+        assert x.input_ids is not None and x.position_ids is not None
+        return embedding_layer_norm(
+            x.input_ids,
+            x.position_ids,
+            x.token_type_ids,
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.eps,
+            p=self.dropout,
+            rng=masks.rng,
+            site=masks.next_site(),
+        )
 
 
 class Layer(nn.Module):

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from minibert_kernels import adamw, attention, backend, gelu, layer_norm, philox  # noqa: E402
+from minibert_kernels import adamw, attention, backend, gelu, layer_norm, philox
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

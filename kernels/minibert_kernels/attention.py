@@ -102,9 +102,7 @@ def forward_kernel(
             context += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
             highest = new_highest
         context = context * ((65536.0 / (65536 - DROPPED)) / denominator)[:, None]
-        _store_rows(
-            out_ptr + start.to(tl.int64) * width + head * HEAD_SIZE, context, queries, length, width, HEAD_SIZE
-        )
+        _store_rows(out_ptr + start.to(tl.int64) * width + head * HEAD_SIZE, context, queries, length, width, HEAD_SIZE)
         if lse_ptr is not None:
             lse = highest + tl.log2(denominator)
             tl.store(lse_ptr + head.to(tl.int64) * num_tokens + start + queries, lse, mask=queries < length)

@@ -65,9 +65,7 @@ def configurations() -> list[Configuration]:
         Configuration("adamw fp32 grad", adamw.adamw_kernel, adam, types={"grad_ptr": "*fp32"}),
         Configuration("adamw norm", adamw.sum_of_squares_kernel, {"BLOCK_SIZE": 4096}, 8),
         Configuration("adamw control", adamw.control_kernel, {**logs, "BLOCK_SIZE": 1024}),
-        Configuration(
-            "sum_partials", backend.sum_partials_kernel, {"SIZE": 2304, "BLOCK_ROWS": 32, "BLOCK_COLS": 64}
-        ),
+        Configuration("sum_partials", backend.sum_partials_kernel, {"SIZE": 2304, "BLOCK_ROWS": 32, "BLOCK_COLS": 64}),
     ]
     for size in (384, 768, 1024):
         columns = backend.next_power_of_2(size)
@@ -118,7 +116,9 @@ def compile_kernel(configuration: Configuration, arch: int, dtype: str = "bf16")
     signature = {n: "constexpr" if n in constants else types.get(n, f"*{dtype}") for n in names}
     pointers = [i for i, n in enumerate(names) if signature[n].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
-    source = ASTSource(configuration.kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes)
+    source = ASTSource(
+        configuration.kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes
+    )
     target = GPUTarget("cuda", arch, 32)
     compiled = triton_compile(source, target=target, options={"num_warps": configuration.warps})
     registers, stack = resource_usage(compiled.asm["cubin"])
