@@ -150,11 +150,15 @@ class Encoder(nn.Module):
     def forward(self, x: PackedInput, masks: DropoutMasks | None, end: int | None = None) -> Tensor:
         """Return the activations [T, H] after layer `end` (default the last)."""
         hidden = self.embeddings(x, self._masks_of(-1, masks)) if x.hidden is None else x.hidden
-        for number, layer in enumerate(self.layers[x.start_layer : end], start=x.start_layer):
-            arguments = (hidden, x.packing, self._masks_of(number, masks))
-            keep = not self.recompute or not hidden.requires_grad
-            hidden = layer(*arguments) if keep else checkpoint(layer, *arguments, use_reentrant=False)
+        for number in range(len(self.layers))[x.start_layer : end]:
+            if self.recompute and hidden.requires_grad:
+                hidden = checkpoint(self._layer, number, hidden, x.packing, masks, use_reentrant=False)
+            else:
+                hidden = self._layer(number, hidden, x.packing, masks)
         return hidden
+
+    def _layer(self, number: int, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:
+        return self.layers[number](hidden, packing, self._masks_of(number, masks))
 
     def _masks_of(self, layer: int, masks: DropoutMasks | None) -> DropoutMasks | None:
         return None if masks is None or layer < self.frozen_layers else masks.of_layer(layer)

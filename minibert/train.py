@@ -247,10 +247,8 @@ class Training:
         if self.hardware.device.type == "cpu":
             return
         largest = max(self._steps_of_epoch(0), key=lambda step: step.tokens)
-        pieces = self._pieces(largest)
-        while attempt(lambda: self._passes(pieces)) is None:
-            self._shrink(largest, pieces)
-            pieces = self._pieces(largest)
+        while attempt(lambda: self._passes(self._pieces(largest))) is None:
+            self._shrink(largest, self._pieces(largest))
         self.optimizer.drop_gradients()
 
     def _passes(self, pieces: list[np.ndarray]) -> bool:
