@@ -23,7 +23,7 @@ from minibert_kernels.backend import (
     tl,
     use_triton,
 )
-from minibert_kernels.philox import dropout_reference, drop_threshold, keep_mask_kernel
+from minibert_kernels.philox import drop_threshold, dropout_reference, keep_mask_kernel
 
 
 def row_blocks(tensor: Tensor, size: int) -> tuple[int, int]:
