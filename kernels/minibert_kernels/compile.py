@@ -70,6 +70,7 @@ def configurations() -> list[Configuration]:
         Configuration("adamw control", adamw.control_kernel, {**logs, "BLOCK_SIZE": 1024}),
         Configuration("sum_partials", backend.sum_partials_kernel, {"SIZE": 2304, "BLOCK_ROWS": 32, "BLOCK_COLS": 64}),
     ]
+    tile: dict[str, Any]
     for size in (384, 768, 1024):
         columns = backend.next_power_of_2(size)
         segments = {"SIZE": size, "BLOCK_ROWS": 8, "BLOCK_COLS": 128}
@@ -94,9 +95,8 @@ def configurations() -> list[Configuration]:
             name = f"{longest} x {head_size}"
             rows, columns, warps = attention.short_blocks(longest)
             tile = {"BLOCK_Q": rows, "BLOCK_K": columns, "lse_ptr": None, **head}
-            found.append(
-                Configuration(f"attention forward {name}", attention.forward_kernel, tile, warps, attention.STAGES)
-            )
+            kernel = attention.forward_kernel
+            found.append(Configuration(f"attention forward {name}", kernel, tile, warps, attention.STAGES))
             rows, columns, warps = attention.short_backward_blocks(longest, head_size)
             tile, kernel = {"BLOCK_Q": rows, "BLOCK": columns, **head}, attention.short_backward_kernel
             found.append(Configuration(f"attention backward {name}", kernel, tile, warps, attention.STAGES))
