@@ -1,8 +1,8 @@
 """Every Triton kernel against the plain torch that defines it.
 
-Without a GPU the kernels run in Triton's interpreter (fp32 and fp16: its bf16 is not the GPU's). With one, `pytest -m gpu`
-runs the same cases on it, bf16 too. The rule: against the reference in fp64, a kernel's error is at most twice
-that of the reference in the kernel's dtype, plus one rounding of the largest value.
+Without a GPU the kernels run in Triton's interpreter (fp32 and fp16: its bf16 is not the GPU's). With one,
+`pytest -m gpu` runs the same cases on it, bf16 too. The rule: against the reference in fp64, a kernel's error is at
+most twice that of the reference in the kernel's dtype, plus one rounding of the largest value.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from minibert_kernels import adamw, attention, backend, gelu, layer_norm, philox
+from minibert_kernels import adamw, attention, backend, embedding, gelu, layer_norm, philox
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -279,6 +279,43 @@ def test_bias_gelu(device: str, dtype: torch.dtype, rows: int, size: int, with_b
     compare(gelu.bias_gelu, gelu.bias_gelu_reference, tensors)
 
 
+# -- embedding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, size, p, with_types", [(1, 1, 0.0, False), (37, 100, 0.1, True), (9, 384, 0.5, False)])
+def test_embedding_layer_norm(
+    device: str, dtype: torch.dtype, rows: int, size: int, p: float, with_types: bool
+) -> None:
+    def ids(high: int, seed: int) -> Tensor:
+        return torch.randint(high, (rows,), generator=torch.Generator().manual_seed(seed)).to(device)
+
+    shapes = {"word": (50, size), "position": (11, size), "token_type": (2, size), "weight": (size,), "bias": (size,)}
+    options = {"input_ids": ids(50, 0), "position_ids": ids(11, 1), "token_type_ids": ids(2, 2) if with_types else None}
+    options |= {"eps": 1e-12 if dtype != torch.float16 else 1e-5, "p": p, "rng": rng_on(device), "site": 0}
+    compare(
+        partial(embedding.embedding_layer_norm, **options),
+        partial(embedding.embedding_layer_norm_reference, **options),
+        {name: random(shape, dtype, device, i) for i, (name, shape) in enumerate(shapes.items())},
+    )
+
+
+# -- compilation for GPUs that are not here ---------------------------------------------------------------------------
+
+
+def test_kernels_compile_for_hopper_without_spilling() -> None:
+    """With the ptxas of Triton's wheel: BERT base's sizes, and attention of every kind."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / "kernels")
+    command = [sys.executable, "-m", "minibert_kernels.compile", "--arch", "90"]
+    command += ["--only", "adamw|partials| 768| 3072|attention"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [line.rsplit(maxsplit=4) for line in done.stdout.splitlines()[1:]]
+    assert len(rows) == 30
+    stacks = {name: int(stack) for name, _, _, stack, _ in rows}
+    assert not {name: stack for name, stack in stacks.items() if stack > 0}
+
+
 # -- where Triton is missing ------------------------------------------------------------------------------------------
 
 
@@ -287,7 +324,15 @@ def test_modules_import_and_work_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from minibert_kernels import adamw
+from minibert_kernels import adamw, attention, embedding, gelu, layer_norm
+assert not layer_norm.use_triton(torch.ones(1))
+x, weight, rng = torch.randn(4, 8), torch.ones(8), torch.tensor([1, 2])
+out = layer_norm.dropout_add_layer_norm(gelu.bias_gelu(x, weight), x, weight, weight, 1e-12, p=0.1, rng=rng)
+assert out.shape == x.shape and out.isfinite().all()
+qkv = torch.randn(4, 3, 2, 16)
+assert attention.varlen_attention(qkv, torch.tensor([0, 1, 4]), 3, p=0.1, rng=rng).shape == (4, 2, 16)
+ids = torch.arange(4)
+assert embedding.embedding_layer_norm(ids, ids, None, x, x, x, weight, weight, 1e-12).shape == x.shape
 layout = adamw.FlatLayout.of([torch.Size([3])], [0], [(1.0, 0.0)])
 buffers = [layout.buffer() for _ in range(3)]
 grad = layout.buffer() + 1

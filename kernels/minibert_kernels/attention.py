@@ -4,9 +4,9 @@ Texts lie one behind another without padding; `cu_seqlens` says where each begin
 (and, in longer texts, one block of queries), so nothing is padded in memory and nothing is added up by atomics: results
 have equal bits from run to run. Attention dropout is drawn again in the backward pass (see philox.py).
 
-Texts of at most 128 tokens have all keys of a text on chip: the backward pass is one launch that needs neither the output
+Texts of at most 128 tokens have all their keys on chip: the backward pass is one launch that needs neither the output
 nor any statistics of the forward pass. Longer texts loop over blocks of keys (Dao et al. 2022, "FlashAttention"): the
-forward pass keeps the log of each softmax's denominator, the backward pass takes one launch by queries and one by keys.
+forward pass keeps the log of each softmax's denominator, the backward pass takes a launch by queries and one by keys.
 
 Rows at or past cu_seqlens[-1] are not written: a batch filled up to a fixed size gives the filling texts of its own.
 
@@ -14,6 +14,8 @@ Shapes: T tokens, B texts, N heads, D head size (32 or 64, or another power of 2
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -272,13 +274,22 @@ def key_backward_kernel(
 
 
 def short_blocks(max_seqlen: int) -> tuple[int, int, int]:
-    """(BLOCK_Q, BLOCK, warps) for texts of at most ON_CHIP tokens."""
+    """(BLOCK_Q, BLOCK_K, warps) of the forward pass for texts of at most ON_CHIP tokens."""
     if max_seqlen <= 32:
         return 32, 32, 2
     return (64, 64, 4) if max_seqlen <= 64 else (64, 128, 8)
 
 
+def short_backward_blocks(max_seqlen: int, head_size: int) -> tuple[int, int, int]:
+    """(BLOCK_Q, BLOCK, warps) of the backward pass: the largest that keep to registers (see compile.py)."""
+    block_q, block, warps = short_blocks(max_seqlen)
+    if block == 128:
+        block_q = 16 if head_size < 64 else 32
+    return block_q, block, warps
+
+
 LONG_BLOCKS = (64, 64, 4)  # (BLOCK_Q, BLOCK_K, warps)
+STAGES, LONG_STAGES = 1, 3  # of the software pipeline: none where the loop is short or registers are
 
 
 class VarlenAttention(torch.autograd.Function):
@@ -296,6 +307,7 @@ class VarlenAttention(torch.autograd.Function):
             *(qkv, cu_seqlens, out, lse, rng, site, num_tokens, scale),
             *(heads, head_size, block_q, block_k, dropped, INTERPRET),
             num_warps=warps,
+            num_stages=STAGES if short else LONG_STAGES,
         )
         ctx.save_for_backward(qkv, cu_seqlens, None if short else out, lse, rng)
         ctx.max_seqlen, ctx.site, ctx.scale, ctx.dropped = max_seqlen, site, scale, dropped
@@ -308,11 +320,12 @@ class VarlenAttention(torch.autograd.Function):
         texts, site, scale = len(cu_seqlens) - 1, ctx.site, ctx.scale
         grad_out, grad_qkv = grad_out.contiguous(), torch.empty_like(qkv)
         if lse is None:
-            block_q, block, warps = short_blocks(ctx.max_seqlen)
+            block_q, block, warps = short_backward_blocks(ctx.max_seqlen, head_size)
             short_backward_kernel[(texts, heads)](
                 *(grad_out, qkv, cu_seqlens, grad_qkv, rng, site, scale),
                 *(heads, head_size, block_q, block, ctx.dropped, INTERPRET),
                 num_warps=warps,
+                num_stages=STAGES,
             )
             return grad_qkv, None, None, None, None, None
         block_q, block_k, warps = LONG_BLOCKS
@@ -321,9 +334,12 @@ class VarlenAttention(torch.autograd.Function):
         query_backward_kernel[(texts, heads, cdiv(ctx.max_seqlen, block_q))](
             *(grad_out, out, qkv, cu_seqlens, lse, delta, grad_qkv, rng, site, num_tokens, scale, *sizes),
             num_warps=warps,
+            num_stages=LONG_STAGES,
         )
         key_backward_kernel[(texts, heads, cdiv(ctx.max_seqlen, block_k))](
-            *(grad_out, qkv, cu_seqlens, lse, delta, grad_qkv, rng, site, num_tokens, scale, *sizes), num_warps=warps
+            *(grad_out, qkv, cu_seqlens, lse, delta, grad_qkv, rng, site, num_tokens, scale, *sizes),
+            num_warps=warps,
+            num_stages=STAGES,
         )
         return grad_qkv, None, None, None, None, None
 
@@ -348,7 +364,7 @@ def varlen_attention_reference(
     dropped = drop_threshold(p) if rng is not None else 0
     bounds = cu_seqlens.tolist()
     contexts = [qkv.new_zeros(0, heads, head_size)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         query, key, value = qkv[start:stop].permute(1, 2, 0, 3)  # each [N, S, D]
         weights = torch.softmax(query @ key.transpose(1, 2) * head_size**-0.5, -1)
         if rng is not None and dropped:

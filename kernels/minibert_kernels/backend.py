@@ -1,17 +1,20 @@
 """Whether Triton runs here, and what the kernels share.
 
-Kernels run on CUDA tensors, and on CPU tensors in Triton's interpreter (`TRITON_INTERPRET=1`, set before Triton is first
-imported; slow, for tests). Everything else takes the plain-torch reference that lies beside each kernel. Without
+Kernels run on CUDA tensors, and on CPU tensors in Triton's interpreter (`TRITON_INTERPRET=1`, set before Triton is
+first imported; slow, for tests). Everything else takes the plain-torch reference that lies beside each kernel. Without
 Triton the modules import and the reference is all there is.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default so far; Triton 3.9 warns unless told
 
 try:
     import triton

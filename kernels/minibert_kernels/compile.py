@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ TYPES = {  # of kernel arguments by name; every other pointer is to the data typ
     **dict.fromkeys(["param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "group_table_ptr", "control_ptr"], "*fp32"),
     **dict.fromkeys(["loss_scale_ptr"], "*fp32"),
     **dict.fromkeys(["rng_ptr", "step_ptr", "input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr"], "*i64"),
+    **dict.fromkeys(["ids_ptr", "order_ptr", "ends_ptr"], "*i64"),
     **dict.fromkeys(["cu_seqlens_ptr", "block_groups_ptr"], "*i32"),
     **dict.fromkeys(["site", "num_rows", "num_tokens", "num_partials", "total"], "i32"),
     "scale": "fp32",
@@ -42,6 +44,7 @@ class Configuration:
     kernel: Any
     constants: dict[str, Any]
     warps: int = 4
+    stages: int = 3
     types: dict[str, str] = field(default_factory=dict)  # where they differ from TYPES
 
 
@@ -67,8 +70,10 @@ def configurations() -> list[Configuration]:
         Configuration("adamw control", adamw.control_kernel, {**logs, "BLOCK_SIZE": 1024}),
         Configuration("sum_partials", backend.sum_partials_kernel, {"SIZE": 2304, "BLOCK_ROWS": 32, "BLOCK_COLS": 64}),
     ]
+    tile: dict[str, Any]
     for size in (384, 768, 1024):
         columns = backend.next_power_of_2(size)
+        segments = {"SIZE": size, "BLOCK_ROWS": 8, "BLOCK_COLS": 128}
         tile = {"SIZE": size, "DROPPED": dropped, "BLOCK_ROWS": max(1, 1024 // columns), "BLOCK_COLS": columns}
         eps = {"EPS": 1e-12}
         found += [
@@ -76,6 +81,7 @@ def configurations() -> list[Configuration]:
             Configuration(f"layer_norm backward {size}", layer_norm.backward_kernel, tile),
             Configuration(f"embedding forward {size}", embedding.forward_kernel, {**tile, **eps}),
             Configuration(f"embedding backward {size}", embedding.backward_kernel, tile),
+            Configuration(f"embedding scatter {size}", embedding.scatter_kernel, segments),
         ]
     for size in (1536, 3072, 4096):
         tile = {"SIZE": size, "BLOCK_ROWS": 4, "BLOCK_COLS": 256}
@@ -84,22 +90,24 @@ def configurations() -> list[Configuration]:
             Configuration(f"gelu backward {size}", gelu.backward_kernel, tile),
         ]
     for head_size in (32, 64):
-        head = {"HEADS": 12, "HEAD_SIZE": head_size, "DROPPED": dropped, "UPCAST": False}
+        head: dict[str, Any] = {"HEADS": 12, "HEAD_SIZE": head_size, "DROPPED": dropped, "UPCAST": False}
         for longest in (32, 64, 128):
+            name = f"{longest} x {head_size}"
             rows, columns, warps = attention.short_blocks(longest)
-            name, blocks = f"{longest} x {head_size}", {"BLOCK_Q": rows, **head}
-            forward = {**blocks, "BLOCK_K": columns, "lse_ptr": None}
-            backward = {**blocks, "BLOCK": columns}
-            found += [
-                Configuration(f"attention forward {name}", attention.forward_kernel, forward, warps),
-                Configuration(f"attention backward {name}", attention.short_backward_kernel, backward, warps),
-            ]
+            tile = {"BLOCK_Q": rows, "BLOCK_K": columns, "lse_ptr": None, **head}
+            kernel = attention.forward_kernel
+            found.append(Configuration(f"attention forward {name}", kernel, tile, warps, attention.STAGES))
+            rows, columns, warps = attention.short_backward_blocks(longest, head_size)
+            tile, kernel = {"BLOCK_Q": rows, "BLOCK": columns, **head}, attention.short_backward_kernel
+            found.append(Configuration(f"attention backward {name}", kernel, tile, warps, attention.STAGES))
         rows, columns, warps = attention.LONG_BLOCKS
         tile = {"BLOCK_Q": rows, "BLOCK_K": columns, **head}
         found += [
             Configuration(f"attention long forward {head_size}", attention.forward_kernel, tile, warps),
             Configuration(f"attention long dq {head_size}", attention.query_backward_kernel, tile, warps),
-            Configuration(f"attention long dk dv {head_size}", attention.key_backward_kernel, tile, warps),
+            Configuration(
+                f"attention long dk dv {head_size}", attention.key_backward_kernel, tile, warps, attention.STAGES
+            ),
         ]
     return found
 
@@ -120,7 +128,8 @@ def compile_kernel(configuration: Configuration, arch: int, dtype: str = "bf16")
         configuration.kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes
     )
     target = GPUTarget("cuda", arch, 32)
-    compiled = triton_compile(source, target=target, options={"num_warps": configuration.warps})
+    options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
+    compiled = triton_compile(source, target=target, options=options)
     registers, stack = resource_usage(compiled.asm["cubin"])
     return Usage(configuration.name, arch, registers, stack, compiled.metadata.shared)
 
@@ -142,7 +151,7 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", help="compute capability, such as 90; may be repeated")
-    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--only", default="", help="configurations whose name this pattern is found in")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     arguments = parser.parse_args()
     if backend.triton is None or backend.INTERPRET:
@@ -150,7 +159,7 @@ def main() -> None:
     print(f"{'kernel':34} {'arch':>5} {'registers':>9} {'stack':>6} {'shared':>7}")
     for arch in arguments.arch or ARCHITECTURES:
         for configuration in configurations():
-            if arguments.only in configuration.name:
+            if re.search(arguments.only, configuration.name):
                 usage = compile_kernel(configuration, arch, arguments.dtype)
                 columns = f"{usage.registers:9} {usage.stack:6} {usage.shared:7}"
                 print(f"{usage.name:34} sm_{usage.arch} {columns}", flush=True)

@@ -1,7 +1,7 @@
 """dropout(LayerNorm(word + position + token type embedding)), gathered, normed and dropped in one pass.
 
 The backward pass gathers the rows and draws the mask again. It gives the gradient of the summed rows [T, H] and of the
-norm's weight and bias; adding the rows' gradients up by id is left to `scatter_rows`.
+norm's weight and bias; `scatter_rows` adds the rows' gradients up by id, sorted first, without atomics.
 
 Shapes: T tokens, H columns.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minibert_kernels.backend import cdiv, jit, reduction_programs, sum_partials, tl, use_triton
+from minibert_kernels.backend import cdiv, jit, next_power_of_2, reduction_programs, sum_partials, tl, use_triton
 from minibert_kernels.layer_norm import row_blocks
 from minibert_kernels.philox import drop_threshold, dropout_reference, keep_mask_kernel
 
@@ -159,17 +159,50 @@ def backward_kernel(
     tl.store(partials_ptr + SIZE, tl.sum(grad_bias, axis=0), mask=in_row)
 
 
-def scatter_rows(grad: Tensor, ids: Tensor | None, table: Tensor) -> Tensor:
-    """The gradient of a table whose rows `ids` (None: all 0) were gathered, added up in fp32.
+@jit()
+def scatter_kernel(
+    grad_ptr,  # [T, H]
+    ids_ptr,  # [T] int64, sorted
+    order_ptr,  # [T] int64, the row of `grad` of each sorted id
+    ends_ptr,  # [T] int64, where the run of equal ids ends
+    out_ptr,  # [table rows, H]
+    SIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """A program where a run of equal ids begins adds up the run's rows, in order; the others have nothing to do."""
+    first = tl.program_id(0)
+    cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    row = tl.load(ids_ptr + first)
+    if (first == 0) | (row != tl.load(ids_ptr + tl.maximum(first - 1, 0))):
+        end = tl.load(ends_ptr + first).to(tl.int32)
+        total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
+        for start in range(first, end, BLOCK_ROWS):
+            places = start + tl.arange(0, BLOCK_ROWS)
+            rows = tl.load(order_ptr + places, mask=places < end, other=0)
+            mask = (places < end)[:, None] & (cols < SIZE)[None, :]
+            total += tl.load(grad_ptr + rows[:, None] * SIZE + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        sums = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * SIZE + cols, sums, mask=cols < SIZE)
 
-    torch's atomics on a GPU add in any order, unless torch.use_deterministic_algorithms is on.
-    """
-    total = torch.zeros(table.shape, dtype=torch.float32, device=grad.device)
+
+def scatter_rows(grad: Tensor, ids: Tensor | None, table: Tensor) -> Tensor:
+    """The gradient of a table whose rows `ids` (None: all 0) were gathered: equal bits from run to run."""
+    out = torch.zeros_like(table)
     if ids is None:
-        total[0] = grad.sum(0, dtype=torch.float32)
-    else:
-        total.index_add_(0, ids, grad.float())
-    return total.to(table.dtype)
+        out[0] = grad.sum(0, dtype=torch.float32)
+        return out
+    if len(table) <= 16:  # few long runs: a matrix product adds up faster
+        chosen = ids[None, :] == torch.arange(len(table), device=ids.device)[:, None]
+        return chosen.to(grad.dtype) @ grad
+    ids, order = torch.sort(ids, stable=True)
+    ends = torch.searchsorted(ids, ids, right=True)
+    size = grad.shape[1]
+    block_rows, block_cols = (8, 128) if grad.is_cuda else (8, max(16, next_power_of_2(size)))
+    scatter_kernel[(len(ids), cdiv(size, block_cols))](
+        grad, ids, order, ends, out, size, block_rows, block_cols, num_warps=4
+    )
+    return out
 
 
 class EmbeddingLayerNorm(torch.autograd.Function):

@@ -1,9 +1,9 @@
 """Dropout masks as a pure function of (seed, step, site, row, column), the same bits in Triton and in torch.
 
-Counter-based random numbers: Philox4x32 (Salmon et al. 2011) with 7 rounds, the fewest that pass BigCrush. The key is the
-seed; the counter is (column // 8, site, step, row), and its 128 bits are the 16 bits of 8 neighbouring columns. So a mask
-is never stored: the backward pass draws it again. Seed and step come as one int64 tensor `rng` [seed, step] on the
-device, which a CUDA graph can count up; the site, a number for each place with dropout, is a plain integer.
+Counter-based random numbers: Philox4x32 (Salmon et al. 2011) with 7 rounds, the fewest that pass BigCrush. The key is
+the seed; the counter is (column // 8, site, step, row), and its 128 bits are the 16 bits of 8 neighbouring columns. So
+a mask is never stored: the backward pass draws it again. Seed and step come as one int64 tensor `rng` [seed, step] on
+the device, which a CUDA graph can count up; the site, a number for each place with dropout, is a plain integer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ def keep_mask_kernel(rng_ptr, site, rows, first_group, COLS: tl.constexpr, DROPP
     seed = tl.load(rng_ptr)
     step = tl.load(rng_ptr + 1).to(tl.uint32)
     groups = first_group + tl.arange(0, COLS // 8)
-    site = tl.to_tensor(site).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, groups.to(tl.uint32)[None, :], site, step, rows.to(tl.uint32)[:, None], 7)
     low = tl.interleave(tl.interleave(w0 & 0xFFFF, w2 & 0xFFFF), tl.interleave(w1 & 0xFFFF, w3 & 0xFFFF))
     high = tl.interleave(tl.interleave(w0 >> 16, w2 >> 16), tl.interleave(w1 >> 16, w3 >> 16))
