@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minibert import __version__
-from minibert.config import BertConfig
+from minibert.config import MOST_LABELS, BertConfig
 from minibert.errors import UserError
-from minibert.files import atomic, one_line, read_json, write_json, writing
+from minibert.files import atomic, one_line, read_json, refuse_special, write_json, writing
 from minibert.model import BertForSequenceClassification, BertModel
 
 # Theirs -> ours, `{}` for the layer's number. A name with three rows of theirs is the fused query, key, value.
@@ -127,7 +127,10 @@ def load_model(
 
 def saved_num_labels(config: BertConfig) -> int:
     labels = config.source.get("id2label")
-    return len(labels) if isinstance(labels, dict) and labels else int(config.source.get("num_labels", 2))
+    count = len(labels) if isinstance(labels, dict) and labels else config.source.get("num_labels", 2)
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 < count <= MOST_LABELS:
+        raise UserError(f"{CONFIG}: num_labels {str(count)[:40]}: expected a whole number from 1 to {MOST_LABELS}")
+    return count
 
 
 def saved_mlp_size(config: BertConfig) -> int:
@@ -159,8 +162,10 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder / INDEX}: no weight_map of tensor names to file names")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        if shard != os.path.basename(shard) or shard in ("", ".", ".."):
+        if shard != os.path.basename(shard) or shard in ("", ".", "..") or not shard.isprintable():
             raise UserError(f"{folder / INDEX}: {shard!r} is not a plain file name; a shard must lie in the folder")
+        if not _lies_in(folder, folder / shard):
+            raise UserError(f"{folder / shard}: a link out of the folder; a shard must lie in it")
         tensors |= _read_file(folder / shard)
     missing = sorted(set(weight_map) - set(tensors))
     if missing:
@@ -168,16 +173,24 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _lies_in(folder: Path, path: Path) -> bool:
+    """Whether a shard is in its folder, or where the hub's cache keeps the files that its folders link to."""
+    home = path.resolve().parent
+    cached = folder.resolve().parent.name == "snapshots" and home == folder.resolve().parents[1] / "blobs"
+    return home == folder.resolve() or cached
+
+
 def _read_file(path: Path) -> dict[str, Tensor]:
     tensors = {}
     try:
+        refuse_special(path)
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a handle, not a dict
                 tensor = file.get_tensor(name)
                 tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
                 if not torch.isfinite(tensors[name].sum()) and not torch.isfinite(tensors[name]).all():
                     raise UserError(f"{path}: {name} holds NaN or infinity; fetch the file again")
-    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({one_line(error)}); fetch the file again") from None
     return tensors
 

@@ -119,11 +119,12 @@ def load(folder: str | Path, device: str = "auto") -> Classifier:
     if any(name.startswith("classifier.") for name in report.new):
         raise UserError(f"{folder}: this model has no classification head; train one with python -m minibert.finetune")
     hardware = choose(RunConfig(device=device))
+    tokenizer = fitting_tokenizer(path, path, model.config)
     ours = _saved_settings(model.config)
     problem = _saved_problem(model.config, model.num_labels, ours, path)
     length, truncation = _saved_length(model.config)
     model.to(hardware.device)
-    return Classifier(model, Tokenizer.from_folder(path), length, truncation, hardware, problem)
+    return Classifier(model, tokenizer, length, truncation, hardware, problem)
 
 
 def load_encoder(folder: str | Path, device: str = "auto", max_length: int | None = None) -> TextEncoder:
@@ -134,8 +135,20 @@ def load_encoder(folder: str | Path, device: str = "auto", max_length: int | Non
     length, truncation = _saved_length(model.config)
     if max_length is not None and not 8 <= max_length <= model.config.max_position_embeddings:
         raise UserError(f"--max-length {max_length}: give 8 to {model.config.max_position_embeddings}")
+    tokenizer = fitting_tokenizer(path, path, model.config)
     model.to(hardware.device)
-    return TextEncoder(model, Tokenizer.from_folder(path), max_length or length, truncation, hardware)
+    return TextEncoder(model, tokenizer, max_length or length, truncation, hardware)
+
+
+def fitting_tokenizer(folder: Path, model: Path, config: BertConfig) -> Tokenizer:
+    """The tokenizer of a folder, all of whose ids the model knows."""
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
+            f"use the tokenizer of {model}"
+        )
+    return tokenizer
 
 
 def _saved_settings(config: BertConfig) -> dict[str, Any]:
@@ -157,9 +170,19 @@ def _saved_problem(config: BertConfig, num_labels: int, ours: dict[str, Any], fo
     kind = config.source.get("problem_type") or (REGRESSION if num_labels == 1 else SINGLE)
     if kind not in PROBLEM_TYPES:
         raise UserError(f"{folder}/config.json: problem_type {kind!r} is not one of {', '.join(PROBLEM_TYPES)}")
-    return Problem(
-        kind, saved_labels(config, num_labels), list(ours.get("thresholds", [])), float(ours.get("temperature", 1.0))
-    )
+    labels = saved_labels(config, num_labels)
+    if len(set(labels)) < len(labels):
+        raise UserError(f"{folder}/config.json: id2label gives two labels the same name")
+    thresholds, temperature = ours.get("thresholds", []), ours.get("temperature", 1.0)
+    if not isinstance(thresholds, list) or len(thresholds) not in (0, num_labels) or not all(map(_number, thresholds)):
+        raise UserError(f"{folder}/config.json: thresholds are not a number for each label")
+    if not _number(temperature) or temperature <= 0:
+        raise UserError(f"{folder}/config.json: temperature {str(temperature)[:40]} is not a positive number")
+    return Problem(kind, labels, thresholds, float(temperature))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e9
 
 
 def saved_labels(config: BertConfig, num_labels: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import os
 import sys
 import tomllib
@@ -14,7 +15,7 @@ from typing import Any, NoReturn
 
 from minibert.config import RunConfig, flag_name
 from minibert.errors import UserError
-from minibert.files import one_line
+from minibert.files import one_line, refuse_special
 
 COMMANDS = {
     "finetune": "data file -> trained model folder",
@@ -22,6 +23,7 @@ COMMANDS = {
     "evaluate": "metrics of a saved model on a labelled file",
     "embed": "sentence embeddings",
 }
+LARGEST_CONFIG = 1 << 18  # bytes of a --config file
 GROUPS = ("model", "data", "tokens", "recipe", "speed", "stopping", "watching", "other")
 
 
@@ -34,6 +36,9 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 the user can fix it (one line says how), 130 Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show, such as half a character, is spelled out
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -135,8 +140,11 @@ def column_config(arguments: argparse.Namespace) -> RunConfig:
 def read_config_file(path: str) -> dict[str, Any]:
     """The keys of a TOML file as fields of `RunConfig`; an unknown key or a value of the wrong kind is an error."""
     try:
+        refuse_special(Path(path))
+        if Path(path).stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"larger than {LARGEST_CONFIG >> 10} kB")
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as TOML ({one_line(error)})") from None
     return checked_values(values, path)
 
@@ -161,13 +169,15 @@ def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
     if value is None and field.default is None:
         return None
     if kind is tuple:
-        items = value if isinstance(value, list | tuple) else str(value).split(",")
+        items = value if isinstance(value, list | tuple) else [part for part in str(value).split(",") if part]
         return tuple(str(item) for item in items)
     if isinstance(value, bool) is not (kind is bool) or (kind is int and isinstance(value, float)):
         raise UserError(f"{where}: {field.name} = {value!r} is not {kind.__name__}")
     try:
+        if "\0" in str(value):  # no path or name holds one
+            raise ValueError
         return kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         raise UserError(f"{where}: {field.name} = {value!r} is not {kind.__name__}") from None
 
 

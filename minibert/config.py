@@ -17,6 +17,7 @@ from minibert.files import read_json
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "silu", "swish", "tanh")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+MOST_LAYERS, MOST_LABELS = 512, 1 << 16  # more is a broken or hostile config.json
 TRUNCATIONS = ("head", "tail", "head_tail", "window")
 
 
@@ -49,6 +50,11 @@ class BertConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise UserError(f"{name} must be a number from 0 to 1, not {value!r}")
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise UserError(f"num_hidden_layers {self.num_hidden_layers}: at most {MOST_LAYERS}")
+        dropout = self.classifier_dropout
+        if dropout is not None and (not isinstance(dropout, int | float) or not 0 <= dropout < 1):
+            raise UserError(f"classifier_dropout must be a number from 0 to 1, not {dropout!r}")
         if self.hidden_size % self.num_attention_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
@@ -235,8 +241,8 @@ class RunConfig:
         at_least_one += ["gradient_accumulation_steps", "eval_steps", "early_stopping_patience", "save_steps"]
         for name in at_least_one:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{flag_name(name)} {value}: give a whole number of at least 1")
+            if value is not None and not 1 <= value < 1 << 31:
+                raise UserError(f"{flag_name(name)} {value}: give a whole number of at least 1, below 2**31")
         shares = ("dropout", "head_dropout", "validation_split", "test_split", "warmup_ratio", "label_smoothing")
         for name in shares:
             value = getattr(self, name)
@@ -248,7 +254,7 @@ class RunConfig:
                 raise UserError(f"{flag_name(name)} {value}: give a positive number")
         for name in ("weight_decay", "max_grad_norm", "seed", "split_seed"):
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
+            if not 0 <= value < 1 << 63:
                 raise UserError(f"{flag_name(name)} {value}: give a number of at least 0")
 
     def mlp_size(self) -> int:

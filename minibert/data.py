@@ -12,6 +12,7 @@ from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, label_text, sorted_labels
 from minibert.tables import Table, read_table, stream_table
+from minibert.tokens import valid_unicode
 
 # What people call their columns, in the order of trust; compared in lower case.
 TEXT_NAMES = """text sentence review question_text message sms tweet comment comment_text content question body
@@ -107,7 +108,7 @@ def _two_columns(
 
 def examples_from_table(table: Table, columns: Columns, with_labels: bool = True) -> Examples:
     def column(name: str) -> list[str]:
-        return ["" if value is None else str(value) for value in table.columns[name]]
+        return ["" if value is None else valid_unicode(str(value)) for value in table.columns[name]]
 
     texts = column(columns.text[0])
     if len(columns.text) > 1:

@@ -102,7 +102,7 @@ def _umask() -> int:
 
 def write_text(path: Path, text: str) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="")
 
 
 def write_json(path: Path, value: Any) -> None:

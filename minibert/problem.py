@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from minibert import metrics
 from minibert.errors import UserError
+from minibert.tokens import valid_unicode
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -118,7 +119,7 @@ def label_text(value: Any) -> str:
         return str(int(value))
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    return valid_unicode(str(value)).strip()
 
 
 def sorted_labels(names: set[str]) -> list[str]:

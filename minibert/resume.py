@@ -64,11 +64,18 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
         raise UserError(f"{path}: not a checkpoint of minibert ({one_line(error)})") from None
     changed = sorted(key for key in fingerprint | saved if fingerprint.get(key) != saved.get(key))
     if changed:
-        what = ", ".join(f"{key} (was {saved.get(key)}, is {fingerprint.get(key)})" for key in changed[:4])
+        named = [key for key in changed if key in fingerprint][:4] or changed[:1]
+        what = ", ".join(
+            f"{key[:40]} (was {_short(saved.get(key))}, is {_short(fingerprint.get(key))})" for key in named
+        )
         raise UserError(f"--resume: this is not the run that was begun; changed: {what}")
     _check_tensors(path, training, tensors)
     _restore(training, tensors)
     training.state = state
+
+
+def _short(value: object) -> str:
+    return one_line(value)[:40]
 
 
 def _checked_state(values: dict[str, Any]) -> State:

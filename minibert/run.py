@@ -24,7 +24,7 @@ import torch
 
 from minibert import __version__, predictions, token_cache
 from minibert.checkpoint import LoadReport, load_model, model_folder
-from minibert.classifier import Classifier, as_texts, load, saved_labels
+from minibert.classifier import Classifier, as_texts, fitting_tokenizer, load, saved_labels
 from minibert.config import BertConfig, RunConfig
 from minibert.console import describe, silence, summarise
 from minibert.data import Columns, Examples, RunData, load_data, prepare
@@ -184,8 +184,8 @@ def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, Ber
     """Tokenizer and model; the checkpoint's own head stays only where it was made for the same labels."""
     assert config.model is not None
     folder = model_folder(config.model)
-    tokenizer = Tokenizer.from_folder(model_folder(config.tokenizer) if config.tokenizer else folder)
     bert = BertConfig.from_file(folder / "config.json")
+    tokenizer = fitting_tokenizer(model_folder(config.tokenizer) if config.tokenizer else folder, folder, bert)
     fits = bert.source.get("id2label") and saved_labels(bert, len(problem.labels)) == problem.labels
     model, report = load_model(
         folder,
@@ -197,11 +197,6 @@ def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, Ber
         dropout=config.dropout,
         head_dropout=config.head_dropout,
     )
-    if tokenizer.vocab_size > bert.vocab_size:
-        raise UserError(
-            f"{config.tokenizer or folder}: the tokenizer has {tokenizer.vocab_size} tokens, "
-            f"the model {bert.vocab_size}; use the model's own tokenizer"
-        )
     model.cls_only = config.cls_only
     return tokenizer, model, report
 
@@ -282,7 +277,7 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
 def write_predictions(
     path: Path, examples: Examples, problem: Problem, logits: np.ndarray, targets: np.ndarray
 ) -> None:
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(predictions.header(examples, problem))
         writer.writerows(predictions.rows(examples, problem, logits, targets))

@@ -11,22 +11,27 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import re
+import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from minibert.errors import UserError
-from minibert.files import one_line
+from minibert.files import one_line, refuse_special
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".label")
 LONGEST_LINE = 64 << 20  # characters: a longer one is a broken or hostile file, not a text
 LARGEST_JSON = 2 << 30  # bytes: a JSON array can only be read as a whole
+MOST_COLUMNS = 4096  # more is a broken or hostile file, which rows of that width would let fill the memory
+EXPANSION, EXPANSION_FREE = 200, 256 << 20  # decompressed over compressed bytes, once that much has come out
 SAMPLE = 1 << 18  # characters looked at to guess delimiter and quoting
-READ_ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError)
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, struct.error)
 
 
 @dataclass
@@ -49,6 +54,7 @@ def read_table(path: str | Path, *, header: bool = True, encoding: str | None = 
         if whole is None:
             whole = table
             continue
+        _refuse_width(path, len(whole.columns.keys() | table.columns.keys()))
         for name in [name for name in table.columns if name not in whole.columns]:
             whole.columns[name] = [None] * len(whole.lines)
         for name, values in whole.columns.items():
@@ -65,12 +71,13 @@ def stream_table(
     path = Path(path)
     if path.is_dir() or not path.exists():
         raise UserError(f"{path}: {'is a folder; give a file' if path.is_dir() else 'no such file'}")
+    refuse_special(path)
     suffix = _suffix(path)
     try:
         if suffix == ".parquet":
             yield from _parquet(path, rows)
             return
-        encoding = encoding or _detect_encoding(path)
+        encoding = _known(encoding) if encoding else _detect_encoding(path)
         reader: Callable[..., Iterator[Table]] = {".jsonl": _json_lines, ".json": _json}.get(suffix, _delimited)
         if suffix in (".txt", ".label"):
             reader = _plain
@@ -80,10 +87,17 @@ def stream_table(
                 yield table
     except UnicodeError as error:
         raise UserError(f"{path}: not {encoding} text ({one_line(error)}); give --encoding") from None
-    except LookupError:
-        raise UserError(f"--encoding {encoding}: no such encoding; try utf-8, cp1252 or latin-1") from None
     except READ_ERRORS as error:
         raise UserError(f"{path}: cannot be read ({one_line(error) or type(error).__name__})") from None
+
+
+def _known(encoding: str) -> str:
+    """A text encoding that this Python knows."""
+    try:
+        "a".encode(encoding)
+    except (LookupError, UnicodeError, ValueError):
+        raise UserError(f"--encoding {encoding}: no such encoding; try utf-8, cp1252 or latin-1") from None
+    return encoding
 
 
 def _suffix(path: Path) -> str:
@@ -101,18 +115,47 @@ def _zip_member(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
+            locked = any(entry.flag_bits & 1 for entry in archive.infolist())
     except READ_ERRORS as error:
         raise UserError(f"{path}: cannot be read as zip ({one_line(error)})") from None
     if len(names) != 1:
         raise UserError(f"{path}: holds {len(names)} files; expected one data file")
+    if locked:
+        raise UserError(f"{path}: is encrypted; decrypt it first")
     return names[0]
 
 
 def _open(path: Path) -> IO[bytes]:
     name = path.name.lower()
     if name.endswith(".zip"):
-        return zipfile.ZipFile(path).open(_zip_member(path))
-    return gzip.open(path) if name.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+        return io.BufferedReader(Expanding(zipfile.ZipFile(path).open(_zip_member(path)), path), 1 << 16)
+    if name.endswith(".gz"):
+        return io.BufferedReader(Expanding(gzip.open(path), path), 1 << 16)  # type: ignore[arg-type]
+    return open(path, "rb")
+
+
+class Expanding(io.RawIOBase):
+    """A compressed file as it comes out; one that grows as no text does is refused before it fills the memory."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self.file, self.path = file, path
+        self.most = max(EXPANSION_FREE, EXPANSION * path.stat().st_size)
+        self.out = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.file.read(len(buffer))
+        self.out += len(data)
+        if self.out > self.most:
+            raise UserError(f"{self.path}: grows more than {EXPANSION}-fold when decompressed; give it decompressed")
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _detect_encoding(path: Path) -> str:
@@ -228,8 +271,10 @@ def _headless(path: Path, first: Row, rows: Iterator[Row], size: int) -> Iterato
     """Columns called 0, 1, 2, ...; rows may differ in length, short ones are filled up with None."""
     lines, cells = [first[0]], [first[1]]
     widest = len(first[1])
+    _refuse_width(path, widest)
     for line, row in rows:
         widest = max(widest, len(row))
+        _refuse_width(path, widest)
         if len(lines) == size:
             yield _table(path, *_squared(widest), lines, [r + [None] * (widest - len(r)) for r in cells])
             lines, cells = [], []
@@ -243,11 +288,17 @@ def _squared(width: int) -> tuple[list[str]]:
 
 
 def _column_names(path: Path, cells: list[str]) -> list[str]:
+    _refuse_width(path, len(cells))
     names = [cell.strip() or str(i) for i, cell in enumerate(cells)]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise UserError(f"{path}, line 1: column {twice[0]!r} appears twice; rename one, or give --no-header")
     return names
+
+
+def _refuse_width(path: Path | str, width: int) -> None:
+    if width > MOST_COLUMNS:
+        raise UserError(f"{path}: {width} columns; minibert reads at most {MOST_COLUMNS}")
 
 
 def _delimiter(sample: str, usual: str) -> str:
@@ -356,14 +407,17 @@ def _object_chunks(path: Path, objects: Iterator[tuple[int, dict[str, Any]]], si
         lines.append(line)
         rows.append(row)
         if len(rows) == size:
-            yield Table(str(path), _columns_of(rows), lines)
+            yield Table(str(path), _columns_of(path, rows), lines)
             lines, rows, yielded = [], [], True
     if rows or not yielded:
-        yield Table(str(path), _columns_of(rows), lines)
+        yield Table(str(path), _columns_of(path, rows), lines)
 
 
-def _columns_of(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    names = dict.fromkeys(name for row in rows for name in row)
+def _columns_of(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    names: dict[str, None] = {}
+    for row in rows:
+        names.update(dict.fromkeys(row))
+        _refuse_width(path, len(names))
     return {name: [row.get(name) for row in rows] for name in names}
 
 
@@ -374,7 +428,8 @@ def _parquet(path: Path, size: int) -> Iterator[Table]:
     except ImportError:
         raise UserError(f'{path}: reading Parquet needs pyarrow; pip install "minibert[parquet]"') from None
     try:
-        file = parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path, page_checksum_verification=True)
+        _refuse_width(path, len(file.schema_arrow.names))
         start, yielded = 1, False
         for batch in file.iter_batches(batch_size=size):
             lines = list(range(start, start + len(batch)))
@@ -382,5 +437,5 @@ def _parquet(path: Path, size: int) -> Iterator[Table]:
             start, yielded = start + len(batch), True
         if not yielded:
             yield Table(str(path), {name: [] for name in file.schema_arrow.names})
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({one_line(error)})") from None

@@ -19,12 +19,16 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from minibert.config import TRUNCATIONS
 from minibert.errors import UserError
-from minibert.files import one_line, read_json, write_json, write_text
+from minibert.files import one_line, read_json, refuse_special, write_json, write_text
 
 TOKENIZER, TOKENIZER_CONFIG, VOCABULARY = "tokenizer.json", "tokenizer_config.json", "vocab.txt"
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 # Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?": 128 of 510 tokens from the head, the rest the tail.
 HEAD_SHARE = 128 / 510
+LONGEST_TOKEN = 1000  # characters of a word that WordPiece looks up; BERT's is 100
+MOST_PARTS = 50  # of a tokenizer's normalizer or pre-tokenizer
+HARMLESS = """BertNormalizer BertPreTokenizer ByteLevel CharDelimiterSplit Digits Lowercase Metaspace NFC NFD NFKC NFKD
+Nmt Precompiled Punctuation Strip StripAccents UnicodeScripts Whitespace WhitespaceSplit""".split()
 CHUNK = 20_000  # texts handed to Rust at once: enough for all cores, little enough memory
 
 
@@ -73,7 +77,7 @@ class Tokenizer:
         if ids["cls"] is None or ids["sep"] is None:
             raise UserError(f"the tokenizer has no {names['cls']} and {names['sep']}; is it a BERT tokenizer?")
         self.cls_id, self.sep_id = int(ids["cls"]), int(ids["sep"])
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())  # ids may have gaps
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -84,12 +88,16 @@ class Tokenizer:
             raise UserError(f"{config_path}: expected a JSON object")
         try:
             if (folder / TOKENIZER).is_file():
-                return cls(tokenizers.Tokenizer.from_file(str(folder / TOKENIZER)), config)
+                source = read_json(folder / TOKENIZER)
+                refuse_harmful(source)
+                return cls(tokenizers.Tokenizer.from_str(json.dumps(source)), config)
             if (folder / VOCABULARY).is_file():
                 return cls(_from_vocabulary(folder / VOCABULARY, config), config)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
-        except Exception as error:  # the Rust library raises plain Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the Rust library raises plain Exception, and panics of no better kind
             raise UserError(f"{folder}: the tokenizer cannot be read ({one_line(error)})") from None
         raise UserError(f"{folder}: no {TOKENIZER} or {VOCABULARY}; give --tokenizer, a folder with one")
 
@@ -109,7 +117,7 @@ class Tokenizer:
     def _pieces(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """WordPiece ids of each text, without special tokens: (flat int32 ids, int64 lengths)."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        clean = [text if text.isascii() else _valid_unicode(text) for text in texts]
+        clean = [text if text.isascii() else valid_unicode(text) for text in texts]
         encoded = [e.ids for e in self.backend.encode_batch_fast(clean, add_special_tokens=False)]
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum())), lengths
@@ -189,7 +197,7 @@ def gather_spans(
     return source[index], lengths.sum(1), flat_lengths
 
 
-def _valid_unicode(text: str) -> str:
+def valid_unicode(text: str) -> str:
     """Lone surrogates, which no UTF-8 holds, become U+FFFD; the tokenizer drops it like a control character."""
     return text.encode("utf-8", "replace").decode("utf-8") if _has_surrogate(text) else text
 
@@ -210,7 +218,11 @@ def _token_text(value: Any, default: str) -> str:
 
 def _from_vocabulary(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """BERT's tokenizer as transformers builds it from a vocabulary and the options of tokenizer_config.json."""
-    words = [line.rstrip("\n") for line in path.read_text(encoding="utf-8").splitlines(keepends=True)]
+    refuse_special(path)
+    with open(path, encoding="utf-8") as file:  # its lines end at newlines alone: a token may be any other separator
+        words = [line.rstrip("\n") for line in file]
+    if max(map(len, words), default=0) > LONGEST_TOKEN:
+        raise UserError(f"{path.name} holds a token of more than {LONGEST_TOKEN} characters; is it a vocabulary?")
     vocabulary = {word: index for index, word in enumerate(words)}
     special = {key: _token_text(config.get(f"{key}_token"), default) for key, default in SPECIAL_TOKENS.items()}
     missing = [token for token in special.values() if token not in vocabulary]
@@ -233,6 +245,30 @@ def _from_vocabulary(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer
     )
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
     return backend
+
+
+def refuse_harmful(source: Any) -> None:
+    """Only parts that take time and memory in proportion to the text: a pattern may never end, replacements explode.
+
+    source: a parsed tokenizer.json, perhaps a stranger's.
+    """
+    if not isinstance(source, dict):
+        raise UserError(f"{TOKENIZER}: expected a JSON object")
+    for stage in ("normalizer", "pre_tokenizer"):
+        pending, count = [source.get(stage)], 0
+        while pending:
+            part, count = pending.pop(), count + 1
+            if part is None:
+                continue
+            kind = part.get("type") if isinstance(part, dict) else part
+            if kind == "Sequence" and isinstance(part.get(f"{stage}s"), list | type(None)):
+                pending += part.get(f"{stage}s") or part.get("pretokenizers") or []
+            elif kind not in HARMLESS or count > MOST_PARTS:
+                raise UserError(f"{TOKENIZER}: {stage} {str(kind)[:40]!r} is not of a BERT tokenizer")
+    model = source.get("model")
+    longest = model.get("max_input_chars_per_word", 100) if isinstance(model, dict) else 100
+    if not isinstance(longest, int) or longest > LONGEST_TOKEN:
+        raise UserError(f"{TOKENIZER}: max_input_chars_per_word {str(longest)[:40]} is more than {LONGEST_TOKEN}")
 
 
 def _lowercases(backend: tokenizers.Tokenizer) -> bool:

@@ -310,8 +310,7 @@ class Training:
             if self.state.bad_in_row == BAD_STEPS:
                 raise UserError(
                     f"loss or gradient not finite for {BAD_STEPS} steps in a row, up to step {self.state.step}; "
-                    f"{self._where(step)}; look at these rows, or lower --learning-rate. Nothing bad was learned: "
-                    "those steps were skipped, and the last checkpoint is as it was"
+                    f"{self._where(step)}; look at these rows, or lower --learning-rate. The last checkpoint is good"
                 )
         self.unchecked = []
 

@@ -42,3 +42,14 @@ def test_figures_are_those_of_the_result_files() -> None:
     """Every file of results that the README names is there."""
     for name in re.findall(r"benchmarks/results/[\w.-]+", README):
         assert (ROOT / name.rstrip(".")).exists(), name
+
+
+def test_promises_name_tests() -> None:
+    """Each promise stands beside a test that exists."""
+    promised = README.split("## What is promised")[1].split("\n## ")[0]
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    rows = [row for row in promised.splitlines() if row.startswith("| ")][1:]
+    for row in rows:
+        named = re.findall(r"`(test_\w+)`", row)
+        assert named, row
+        assert not [name for name in named if f"def {name}(" not in tests], row
