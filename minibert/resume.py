@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from minibert import distributed
 from minibert.checkpoint import write_tensors
 from minibert.errors import UserError
 from minibert.files import one_line
@@ -48,6 +49,14 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
         raise UserError(f"--resume: this is not the run that was begun; changed: {what}")
     _restore(training, tensors)
     training.state = state
+
+
+def share_checkpoint(training: Training) -> None:
+    """Put every process where the first one stands: its folder need not be seen by the others."""
+    training.state = distributed.from_first(training.state)
+    tensors = distributed.tensors_from_first(_tensors(training))
+    if not distributed.is_first():
+        _restore(training, tensors)
 
 
 def _tensors(training: Training) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import json
 import platform
 import shutil
 import time
+import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime
@@ -21,7 +22,7 @@ import safetensors
 import tokenizers
 import torch
 
-from minibert import __version__, predictions, token_cache
+from minibert import __version__, distributed, predictions, token_cache
 from minibert.checkpoint import LoadReport, load_model, model_folder
 from minibert.classifier import Classifier, as_texts, load, saved_labels
 from minibert.config import BertConfig, RunConfig
@@ -34,7 +35,7 @@ from minibert.frozen import compute
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
 from minibert.problem import Problem, class_weights
-from minibert.resume import STATE_FILE, load_checkpoint, save_checkpoint
+from minibert.resume import STATE_FILE, load_checkpoint, save_checkpoint, share_checkpoint
 from minibert.tokens import Tokenizer
 from minibert.train import Dataset, Interrupted, Training, evaluate
 from minibert.vocabulary import CompactVocabulary, worth_compacting
@@ -53,8 +54,9 @@ def run_from_files(config: RunConfig, command: list[str]) -> Classifier:
         if config.validation or config.test:
             raise UserError("--train is missing: give the training file beside the others")
         config = demonstration(config)
-    refuse_at_once(config)
-    return run(config, load_data(config), command)
+    with distributed.processes(config):
+        refuse_at_once(config)
+        return run(config, load_data(config), command)
 
 
 def demonstration(config: RunConfig) -> RunConfig:
@@ -72,6 +74,8 @@ def refuse_at_once(config: RunConfig) -> None:
     if config.truncation == "window":
         raise UserError("--truncation window: not in this version yet; use head, tail or head_tail")
     choose(config)
+    if not distributed.is_first():  # it alone writes
+        return
     if config.output is None:
         if config.resume:
             raise UserError("--resume: give --output, the folder of the run to continue")
@@ -96,12 +100,15 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
             raise UserError(f"{part}: {len(first)} texts but {len(values)} labels; give one label for each text")
         parts[part] = Examples(f"{part} list", first, second, values, list(range(len(first))))
     notes: list[str] = []
-    return run(config, prepare(parts, Columns(("text",), None, ("label",)), config, notes), ["minibert.finetune(...)"])
+    with distributed.processes(config):
+        data = prepare(parts, Columns(("text",), None, ("label",)), config, notes)
+        return run(config, data, ["minibert.finetune(...)"])
 
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     """Train on prepared data and leave the output folder of the contract."""
     started = time.perf_counter()
+    config = replace(config, quiet=config.quiet or not distributed.is_first())
     say = silence if config.quiet else partial(print, flush=True)
     keep_freed_memory()
     hardware = choose(config)
@@ -113,26 +120,38 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     describe(say, config, data, sets, report, hardware, frozen)
 
     weights = class_weights(data.problem, config.class_weights, sets["train"].targets)
+    fingerprint = {"version": __version__, "data": data_digest(data), **_settings(config)}
+    if distributed.joined():
+        say(f"spread  over {distributed.world()} processes, each batch split by tokens")
+        distributed.refuse_unlike(must_be_alike(fingerprint, model.config, sets, weights))
+        distributed.same_weights(model)
     compact = prepare_sets(model, sets, frozen, config, hardware)
     training = Training(model, data.problem, sets, config, hardware, weights)
-    output = open_output(config)  # the last thing before training: an earlier run there is safe from every mistake
+    output = open_output(config) if distributed.is_first() else Path(config.output or "")  # the last thing before training: an earlier run there is safe from every mistake
     record = run_record(config, data, command)
-    fingerprint = {"version": __version__, "data": data_digest(data), **_settings(config)}
     checkpoints = output / CHECKPOINTS
+    first = distributed.is_first()
     if config.resume:
-        load_checkpoint(checkpoints, training, fingerprint)
+        if first:
+            load_checkpoint(checkpoints, training, fingerprint)
+        share_checkpoint(training)
         say(f"resumed at step {training.state.step} of {training.total_steps}")
-    write_json(output / "run.json", record)
+    if first:
+        write_json(output / "run.json", record)
+    save = (lambda: save_checkpoint(checkpoints, training, fingerprint)) if first else (lambda: None)
     try:
-        training.run(output / "train_log.jsonl", lambda: save_checkpoint(checkpoints, training, fingerprint))
+        training.run(output / "train_log.jsonl", save)
     except Interrupted:
         say(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
+        distributed.wait_for_all()
         raise KeyboardInterrupt from None
 
     metrics, logits = evaluate_parts(training)
     if compact is not None:
         compact.expand()
     classifier = Classifier(model, tokenizer, config.max_length or 0, config.truncation, hardware, data.problem)
+    if not first:
+        return classifier
     classifier.save(output)
     for part, values in logits.items():
         path = output / f"predictions-{part}.csv"
@@ -237,7 +256,9 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
         if part in training.data:
             data = training.data[part]
             known = training.best_logits if part == "validation" else None
-            logits[part] = evaluate(training.model, data, training.hardware) if known is None else known
+            if known is None:
+                known = evaluate(training.model, data, training.hardware, together=True)
+            logits[part] = known
             metrics[part] = training.problem.metrics(logits[part], data.targets)
     return metrics, logits
 
@@ -276,6 +297,7 @@ def speed(training: Training, total_seconds: float) -> dict[str, Any]:
         "train_seconds": round(state.seconds, 3),
         "total_seconds": round(total_seconds, 3),
         "skipped_steps": state.skipped,
+        "processes": distributed.world(),
         "device": hardware.device.type,
         "precision": hardware.precision,
         "attention": hardware.attention,
@@ -312,6 +334,18 @@ def data_digest(data: RunData) -> str:
         for column in (examples.texts, examples.pairs, examples.labels):
             digest.update(json.dumps([part, column]).encode())
     return digest.hexdigest()
+
+
+def must_be_alike(
+    fingerprint: dict[str, Any], bert: BertConfig, sets: dict[str, Dataset], weights: np.ndarray | None
+) -> dict[str, Any]:
+    """What no process may have otherwise than the first. Where files lie may differ from machine to machine."""
+    paths = ("model", "tokenizer", "train", "validation", "test", "class_weights")
+    return {key: value for key, value in fingerprint.items() if key not in paths} | {
+        "architecture": repr(bert),
+        "encoded texts": [zlib.crc32(dataset.tokens.ids.tobytes()) for dataset in sets.values()],
+        "class weights": None if weights is None else weights.tolist(),
+    }
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibert.batching import collate, plan_epoch, plan_evaluation
+from minibert import distributed
+from minibert.batching import collate, plan_epoch, plan_evaluation, split
 from minibert.config import RunConfig
 from minibert.device import Hardware
 from minibert.errors import UserError
@@ -104,7 +105,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One update from the packed batches and targets of one step; returns (mean loss, gradient norm) as tensors.
 
-    The losses of all batches are summed and divided by `denominator`, so accumulation equals one large batch.
+    The losses of all batches are summed and divided by `denominator`, so accumulation equals one large batch, and so
+    do the batches of several processes.
     """
     total = torch.zeros((), device=hardware.device)
     for x, targets in batches:
@@ -113,18 +115,25 @@ def train_step(
         loss = problem.loss_sum(logits, targets, class_weights, label_smoothing) / denominator
         (loss if optimizer.loss_scale is None else loss * optimizer.loss_scale).backward()
         total += loss.detach()
+    total = distributed.sum_gradients(optimizer.parameters, total)
     return total, optimizer.step(step)
 
 
-def evaluate(model: BertForSequenceClassification, data: Dataset, hardware: Hardware) -> np.ndarray:
-    """Logits [n, L] of every example, in their order; computed in batches of like length."""
-    logits = np.empty((len(data), model.num_labels), dtype=np.float32)
+def evaluate(
+    model: BertForSequenceClassification, data: Dataset, hardware: Hardware, together: bool = False
+) -> np.ndarray:
+    """Logits [n, L] of every example, in their order; computed in batches of like length.
+
+    `together`: all processes call this at once; each computes its share and gets all logits.
+    """
+    logits = np.zeros((len(data), model.num_labels), dtype=np.float32)
+    batches = plan_evaluation(data.lengths, batch_tokens=hardware.evaluation_tokens)
     with torch.inference_mode():
-        for rows in plan_evaluation(data.lengths, batch_tokens=hardware.evaluation_tokens):
+        for rows in batches[distributed.rank() :: distributed.world()] if together else batches:
             with hardware.autocast():
                 output = model.logits(data.batch(rows).to(hardware.device))
             logits[rows] = output.float().cpu().numpy()
-    return logits
+    return distributed.sum_array(logits) if together else logits
 
 
 class Training:
@@ -155,12 +164,14 @@ class Training:
         """Train to the end; the model then holds the best weights. `save` writes a checkpoint of this object."""
         log_every = max(1, self.total_steps // 100)
         last_save = time.monotonic()
+        stop_request = distributed.StopRequest()
         log_file = _log_from(log_path, self.state.log_bytes)
         with _signals_noted() as signals, log_file as log, self._progress() as progress:
             for step in self._remaining_steps():
                 loss, norm = self._step(step)
                 self.recent_losses.append(loss)
                 progress.update(step.examples)
+                stop = stop_request.anywhere(bool(signals))
                 at_end = self.state.step == self.total_steps
                 if self.state.step % log_every == 0 or at_end:
                     self._log_step(log, progress, norm)
@@ -170,17 +181,18 @@ class Training:
                 self.state.log_bytes = log.tell()
                 minute_passed = time.monotonic() - last_save > SECONDS_BETWEEN_SAVES
                 at_end = at_end or self._out_of_patience()
-                if signals or self._save_due() or (evaluated and minute_passed) or at_end:
+                if stop or self._save_due() or (evaluated and minute_passed) or at_end:
                     save()
                     last_save = time.monotonic()
-                if signals and not at_end:
+                if stop and not at_end:
                     raise Interrupted
         self.use_best_weights()
 
     def _step(self, step: Step) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
         device, train = self.hardware.device, self.data["train"]
-        batches = [(train.batch(rows).to(device), train.targets_of(rows, device)) for rows in step.batches]
+        own = [split(rows, train.lengths, distributed.world())[distributed.rank()] for rows in step.batches]
+        batches = [(train.batch(rows).to(device), train.targets_of(rows, device)) for rows in own if len(rows)]
         result = train_step(
             self.model,
             self.problem,
@@ -188,7 +200,7 @@ class Training:
             batches,
             step=self.state.step,
             denominator=step.denominator,
-            masks=DropoutMasks(self.config.seed, self.state.step),
+            masks=DropoutMasks(self.config.seed + (distributed.rank() << 40), self.state.step),
             hardware=self.hardware,
             class_weights=None if self.weights is None else torch.from_numpy(self.weights).to(device),
             label_smoothing=self.config.label_smoothing,
@@ -251,9 +263,9 @@ class Training:
 
     def _evaluate_and_keep_best(self, log: IO[str], progress: tqdm[Any]) -> None:
         data = self.data["validation"]
-        logits = evaluate(self.model, data, self.hardware)
+        logits = evaluate(self.model, data, self.hardware, together=True)
         metrics = self.problem.metrics(logits, data.targets)
-        value = metrics[self.metric]
+        value = distributed.from_first(metrics[self.metric])  # machines may round differently, but must agree
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
         value = -sign * math.inf if value is None else value  # undefined, as Pearson's of equal predictions is
         if self.state.best_value is None or sign * value > sign * self.state.best_value:
@@ -315,6 +327,10 @@ def _write_line(log: IO[str], line: dict[str, Any]) -> None:
 @contextmanager
 def _log_from(path: Path, start: int) -> Iterator[IO[str]]:
     """The log, cut back to where the run stands: steps after the checkpoint will be written again."""
+    if not distributed.is_first():
+        with open(os.devnull, "w", encoding="utf-8") as log:
+            yield log
+        return
     with open(path, "a", encoding="utf-8") as log:
         log.truncate(start)
         log.seek(0, os.SEEK_END)
@@ -323,11 +339,14 @@ def _log_from(path: Path, start: int) -> Iterator[IO[str]]:
 
 @contextmanager
 def _signals_noted() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list, so that the loop ends between two steps; a second one ends at once."""
+    """Collect Ctrl-C and SIGTERM in a list, so that the loop ends between two steps; a second one ends at once.
+
+    torchrun repeats the signal by itself, and kills what has not ended after half a minute: there it is only noted.
+    """
     noted: list[int] = []
 
     def note(number: int, _frame: object) -> None:
-        if noted:
+        if noted and not distributed.joined():
             raise KeyboardInterrupt
         noted.append(number)
 
@@ -339,4 +358,4 @@ def _signals_noted() -> Iterator[list[int]]:
         yield noted
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if noted and distributed.joined() else handler)
