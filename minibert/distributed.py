@@ -13,23 +13,25 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.files import one_line
 
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store, Work
+
 TIMEOUT = timedelta(minutes=10)  # longest wait for another process before it counts as lost
 SLICE = 1 << 24  # elements of a host array that are added up at a time
 LAST_WORDS = 2.0  # seconds: torchrun ends all processes when one has ended, so the silent ones wait for the speaker
 
-_store: dist.Store | None = None  # torchrun's, which outlives every process of the run
+_store: Store | None = None  # torchrun's, which outlives every process of the run
 
 
 def launched() -> bool:
@@ -67,6 +69,8 @@ def join(config: RunConfig) -> None:
     cuda = config.device != "cpu" and torch.cuda.is_available()
     if cuda:
         _take_own_gpu(config.seed)
+    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
     with _others_needed("the other processes did not come"):
         _store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(
@@ -186,15 +190,13 @@ def from_first(value: Any) -> Any:
 def tensors_from_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The first process's tensors (on the CPU), in every process; the others' own are ignored."""
     described = from_first([(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
-    if is_first():
-        received = tensors
-    else:
-        received = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in described}
+    if not is_first():
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in described}
     if joined():
         with _others_needed():
-            for tensor in received.values():
+            for tensor in tensors.values():
                 dist.broadcast(tensor, src=0)
-    return received
+    return tensors
 
 
 def same_weights(model: nn.Module) -> None:
@@ -226,7 +228,7 @@ class StopRequest:
     """Whether any process was asked to stop. A question put in one step is answered in the next, so nobody waits."""
 
     def __init__(self) -> None:
-        self.asked: tuple[dist.Work, Tensor] | None = None
+        self.asked: tuple[Work, Tensor] | None = None
 
     def anywhere(self, here: bool) -> bool:
         """To be called by every process in every step: all get the same answer at the same step."""

@@ -74,7 +74,7 @@ def refuse_at_once(config: RunConfig) -> None:
     if config.truncation == "window":
         raise UserError("--truncation window: not in this version yet; use head, tail or head_tail")
     choose(config)
-    if not distributed.is_first():  # it alone writes
+    if not distributed.is_first():  # the folder is not its own to write
         return
     if config.output is None:
         if config.resume:
@@ -127,10 +127,12 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
         distributed.same_weights(model)
     compact = prepare_sets(model, sets, frozen, config, hardware)
     training = Training(model, data.problem, sets, config, hardware, weights)
-    output = open_output(config) if distributed.is_first() else Path(config.output or "")  # the last thing before training: an earlier run there is safe from every mistake
+    first = distributed.is_first()  # it alone writes
+    output = Path(config.output or "")
+    if first:
+        output = open_output(config)  # the last thing before training: an earlier run there is safe from every mistake
     record = run_record(config, data, command)
     checkpoints = output / CHECKPOINTS
-    first = distributed.is_first()
     if config.resume:
         if first:
             load_checkpoint(checkpoints, training, fingerprint)
