@@ -71,9 +71,8 @@ def folder(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Monkey
     tiny().rename(tmp_path / "model")
     rng = random.Random(1)
     texts = [" ".join(rng.choices(WORDS, k=rng.randint(2, 40))) for _ in range(120)]
-    write_csv(
-        tmp_path / "classes.csv", [(f"{'xyz'[i % 7 % 3]} {text}", "xyz"[i % 7 % 3]) for i, text in enumerate(texts)]
-    )
+    labels = ["xyz"[i % 7 % 3] for i in range(120)]
+    write_csv(tmp_path / "classes.csv", [(f"{label} {text}", label) for label, text in zip(labels, texts, strict=True)])
     write_csv(tmp_path / "several.csv", [(t, "|".join(w for w in ("good", "bad", "film") if w in t)) for t in texts])
     write_csv(tmp_path / "numbers.csv", [(text, str(len(text) / 7 + 0.25)) for text in texts])
     monkeypatch.chdir(tmp_path)
@@ -221,7 +220,7 @@ def test_two_machines(folder: Path) -> None:
 
 
 def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> None:
-    arguments = [*flags("few", "dead"), "--max-steps", "100", "--save-steps", "1"]
+    arguments = [*flags("few", "dead"), "--max-steps", "40", "--save-steps", "1"]
     process = torchrun("-m", "minibert.finetune", *arguments)
     with ended(process):
         wait_for_step(folder / "dead", 5, process)
@@ -231,12 +230,12 @@ def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> Non
     said = re.findall(r"^error: .*", err, re.MULTILINE)
     assert len(said) == 1 and re.match(r"error: process 0 of 2: another process has died .*--resume$", said[0]), err
     alone(*arguments, "--resume")
-    alone(*flags("few", "whole"), "--max-steps", "100")
-    assert_same_result("whole", "dead", tolerance=5e-5)
+    alone(*flags("few", "whole"), "--max-steps", "40")
+    assert_same_result("whole", "dead")
 
 
 def test_an_interrupted_job_goes_on_in_more_processes(folder: Path) -> None:
-    arguments = [*flags("few", "stopped"), "--max-steps", "100", "--eval-steps", "4"]
+    arguments = [*flags("few", "stopped"), "--max-steps", "40", "--eval-steps", "4"]
     process = torchrun("-m", "minibert.finetune", *arguments)
     with ended(process):
         wait_for_step(folder / "stopped", 5, process)
@@ -246,5 +245,5 @@ def test_an_interrupted_job_goes_on_in_more_processes(folder: Path) -> None:
     assert len(re.findall(r"^checkpoint at step \d+; continue with --resume", out, re.MULTILINE)) == 1
     code, out, err = result(torchrun("-m", "minibert.finetune", *arguments, "--resume", processes=3))
     assert code == 0 and out.count("resumed at step") == 1, err
-    alone(*flags("few", "whole"), "--max-steps", "100", "--eval-steps", "4")
-    assert_same_result("whole", "stopped", tolerance=5e-5)
+    alone(*flags("few", "whole"), "--max-steps", "40", "--eval-steps", "4")
+    assert_same_result("whole", "stopped")
