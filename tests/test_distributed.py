@@ -244,7 +244,7 @@ def test_an_interrupted_job_goes_on_in_more_processes(folder: Path) -> None:
     process = torchrun("-m", "minibert.finetune", *arguments)
     with ended(process):
         wait_for_step(folder / "stopped", 3, process)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does: torchrun and every worker
         code, out, err = result(process)
     assert code != 0 and "minibert/" not in err and "error: " not in err
     assert len(re.findall(r"^checkpoint at step \d+; continue with --resume", out, re.MULTILINE)) == 1
