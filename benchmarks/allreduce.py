@@ -27,11 +27,13 @@ ROUNDS = 7
 
 
 def main() -> None:
+    load = os.getloadavg()[0]
     distributed.join(RunConfig(device="cpu"))
     seconds = {name: measure(count) for name, count in PARAMETERS.items()}
     result = {
         "processes": distributed.world(),
         "threads_each": torch.get_num_threads(),
+        "load_before": load,  # other programs' share of the machine
         "megabytes": {name: {"fp32": count * 4 / 1e6, "bf16": count * 2 / 1e6} for name, count in PARAMETERS.items()},
         "measured_seconds": seconds,
         "model_seconds": {
@@ -70,5 +72,4 @@ def ring_seconds(size: float, gigabits: float, processes: int) -> float:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()
