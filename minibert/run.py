@@ -91,16 +91,16 @@ def refuse_at_once(config: RunConfig) -> None:
 
 def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iterable[Any]]]) -> Classifier:
     """The Python API's run: the same, from lists."""
-    refuse_at_once(config)
-    parts = {}
-    for part, (texts, labels) in given.items():
-        first, second = as_texts(texts, None)
-        values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-        if len(values) != len(first):
-            raise UserError(f"{part}: {len(first)} texts but {len(values)} labels; give one label for each text")
-        parts[part] = Examples(f"{part} list", first, second, values, list(range(len(first))))
-    notes: list[str] = []
     with distributed.processes(config):
+        refuse_at_once(config)
+        parts = {}
+        for part, (texts, labels) in given.items():
+            first, second = as_texts(texts, None)
+            values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+            if len(values) != len(first):
+                raise UserError(f"{part}: {len(first)} texts but {len(values)} labels; give one label for each text")
+            parts[part] = Examples(f"{part} list", first, second, values, list(range(len(first))))
+        notes: list[str] = []
         data = prepare(parts, Columns(("text",), None, ("label",)), config, notes)
         return run(config, data, ["minibert.finetune(...)"])
 
