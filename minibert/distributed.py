@@ -80,7 +80,10 @@ def join(config: RunConfig) -> None:
 
 
 def _take_own_gpu(seed: int) -> None:
-    local, count, gpus = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    local, count = (
+        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    gpus = torch.cuda.device_count()
     if count > gpus:
         if local:
             leave_quietly(2)

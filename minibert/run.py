@@ -121,7 +121,7 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
 
     weights = class_weights(data.problem, config.class_weights, sets["train"].targets)
     fingerprint = {"version": __version__, "data": data_digest(data), **_settings(config)}
-    if distributed.joined():
+    if distributed.world() > 1:
         say(f"spread  over {distributed.world()} processes, each batch split by tokens")
         distributed.refuse_unlike(must_be_alike(fingerprint, model.config, sets, weights))
         distributed.same_weights(model)

@@ -171,7 +171,6 @@ class Training:
                 loss, norm = self._step(step)
                 self.recent_losses.append(loss)
                 progress.update(step.examples)
-                stop = stop_request.anywhere(bool(signals))
                 at_end = self.state.step == self.total_steps
                 if self.state.step % log_every == 0 or at_end:
                     self._log_step(log, progress, norm)
@@ -181,6 +180,7 @@ class Training:
                 self.state.log_bytes = log.tell()
                 minute_passed = time.monotonic() - last_save > SECONDS_BETWEEN_SAVES
                 at_end = at_end or self._out_of_patience()
+                stop = stop_request.anywhere(bool(signals))
                 if stop or self._save_due() or (evaluated and minute_passed) or at_end:
                     save()
                     last_save = time.monotonic()
@@ -193,6 +193,7 @@ class Training:
         device, train = self.hardware.device, self.data["train"]
         own = [split(rows, train.lengths, distributed.world())[distributed.rank()] for rows in step.batches]
         batches = [(train.batch(rows).to(device), train.targets_of(rows, device)) for rows in own if len(rows)]
+        seed = self.config.seed + (distributed.rank() << 40)  # a stream of dropout for each process
         result = train_step(
             self.model,
             self.problem,
@@ -200,7 +201,7 @@ class Training:
             batches,
             step=self.state.step,
             denominator=step.denominator,
-            masks=DropoutMasks(self.config.seed + (distributed.rank() << 40), self.state.step),
+            masks=DropoutMasks(seed, self.state.step),
             hardware=self.hardware,
             class_weights=None if self.weights is None else torch.from_numpy(self.weights).to(device),
             label_smoothing=self.config.label_smoothing,
