@@ -80,9 +80,7 @@ def join(config: RunConfig) -> None:
 
 
 def _take_own_gpu(seed: int) -> None:
-    local, count = (
-        int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
+    local, count = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
     if count > gpus:
         if local:
