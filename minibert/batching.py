@@ -6,6 +6,7 @@ many examples as fit a budget. Every plan is a pure function of (lengths, sizes,
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -81,6 +82,22 @@ def halving(batches: Iterable[Batch], compute: Callable[[Batch], Result]) -> Ite
         else:
             most = len(rows) // 2
             queue.appendleft(rows)
+
+
+def split(rows: Batch, lengths: np.ndarray, parts: int) -> list[Batch]:
+    """Cut a batch into parts of about equal tokens, some empty if it has fewer rows: each keeps the order of `rows`.
+
+    The longest text first, each goes to the part with the fewest tokens so far.
+    """
+    if parts == 1:
+        return [rows]
+    loads = [(0, part) for part in range(parts)]
+    owner = np.empty(len(rows), dtype=np.int64)
+    for i in np.argsort(-lengths[rows], kind="stable").tolist():
+        load, part = loads[0]
+        owner[i] = part
+        heapq.heapreplace(loads, (load + int(lengths[rows[i]]), part))
+    return [rows[owner == part] for part in range(parts)]
 
 
 def places_of(offsets: np.ndarray, rows: Batch) -> np.ndarray:

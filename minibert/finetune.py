@@ -5,20 +5,29 @@ The same from Python, on two lists: `minibert.finetune(texts, labels, model=...,
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from minibert.cli import checked_values, parse_run_config, run_command
 from minibert.config import RunConfig
+from minibert.errors import UserError
 
 if TYPE_CHECKING:
     from minibert.classifier import Classifier
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_run_config(argv)
+    try:
+        config = parse_run_config(argv)
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # started by torchrun beside another that says the same
+            time.sleep(2)
+            raise SystemExit(2) from None
+        raise
     from minibert.run import run_from_files  # torch loads here, after the flags have been checked
 
     run_from_files(config, ["python", "-m", "minibert.finetune", *argv])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minibert import distributed
 from minibert.batching import collate, halving, places_of, plan_evaluation
 from minibert.device import Hardware
 from minibert.model import BertForSequenceClassification, PackedInput
@@ -43,13 +44,17 @@ class FrozenActivations:
 def compute(
     model: BertForSequenceClassification, tokens: Tokens, start_layer: int, hardware: Hardware, quiet: bool
 ) -> FrozenActivations | None:
-    """Run the frozen layers over all texts, or return None where the result fits neither memory nor disk."""
+    """Run the frozen layers over all texts, or return None where the result fits neither memory nor disk.
+
+    Several processes share the work, and each gets the whole.
+    """
     model.eval()
     whole = start_layer == len(model.encoder.layers)
     offsets = np.arange(len(tokens) + 1) if whole else tokens.offsets
     values = _storage((int(offsets[-1]), model.config.hidden_size))
-    if values is None:
+    if not distributed.all_agree(values is not None) or values is None:
         return None
+    batches = plan_evaluation(tokens.lengths, batch_tokens=hardware.evaluation_tokens)
     progress = tqdm(
         total=len(tokens), desc="frozen layers", unit=" texts", disable=True if quiet else None, leave=False
     )
@@ -60,22 +65,23 @@ def compute(
             hidden = model.encoder.first_tokens(x, None) if whole else model.encoder(x, None, end=start_layer)
             return hidden.float().cpu().numpy()
 
-        plan = plan_evaluation(tokens.lengths, batch_tokens=hardware.evaluation_tokens)
-        for rows, hidden in halving(plan, computed):
+        own = batches[distributed.rank() :: distributed.world()]
+        for rows, hidden in halving(own, computed):
             values[places_of(offsets, rows)] = hidden
             progress.update(len(rows))
-    return FrozenActivations(start_layer, values, offsets)
+    return FrozenActivations(start_layer, distributed.sum_array(values), offsets)
 
 
 def _storage(shape: tuple[int, int]) -> np.ndarray | None:
-    """An array in memory, or in an unnamed memory-mapped file that vanishes with the process, or None."""
+    """Zeros in memory, or in an unnamed memory-mapped file that vanishes with the process, or None."""
     size = shape[0] * shape[1] * 4
+    of_all = size * distributed.on_this_machine()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if size <= MEMORY_SHARE * memory:
-        return np.empty(shape, dtype=np.float32)
+    if of_all <= MEMORY_SHARE * memory:
+        return np.zeros(shape, dtype=np.float32)
     try:
         folder = Path(tempfile.gettempdir())
-        if size > DISK_SHARE * shutil.disk_usage(folder).free:
+        if of_all > DISK_SHARE * shutil.disk_usage(folder).free:
             return None
         with tempfile.TemporaryFile(dir=folder, prefix="minibert-") as file:
             if hasattr(os, "posix_fallocate"):  # a disk that fills up under a mapped file would kill the process

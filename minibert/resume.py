@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from minibert import distributed
 from minibert.checkpoint import write_tensors
 from minibert.errors import UserError
 from minibert.files import one_line, refuse_special, writing
@@ -111,6 +112,14 @@ def _check_tensors(path: Path, training: Training, tensors: dict[str, Tensor]) -
             wrong.append(name)
     if wrong:
         raise UserError(f"{path}: not a checkpoint of this run ({wrong[0]} is missing or does not fit)")
+
+
+def share_checkpoint(training: Training) -> None:
+    """Put every process where the first one stands: its folder need not be seen by the others."""
+    training.state = distributed.from_first(training.state)
+    tensors = distributed.tensors_from_first(_tensors(training))
+    if not distributed.is_first():
+        _restore(training, tensors)
 
 
 def _tensors(training: Training) -> dict[str, Tensor]:

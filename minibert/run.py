@@ -8,6 +8,7 @@ import json
 import platform
 import shutil
 import time
+import zlib
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -22,7 +23,7 @@ import safetensors
 import tokenizers
 import torch
 
-from minibert import __version__, predictions, token_cache
+from minibert import __version__, distributed, predictions, token_cache
 from minibert.checkpoint import LoadReport, load_model, model_folder
 from minibert.classifier import Classifier, as_texts, fitting_tokenizer, load, saved_labels
 from minibert.config import BertConfig, RunConfig
@@ -35,7 +36,14 @@ from minibert.frozen import compute
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
 from minibert.problem import Problem, class_weights
-from minibert.resume import STATE_FILE, code_digest, load_checkpoint, save_checkpoint, weights_digest
+from minibert.resume import (
+    STATE_FILE,
+    code_digest,
+    load_checkpoint,
+    save_checkpoint,
+    share_checkpoint,
+    weights_digest,
+)
 from minibert.tokens import Tokenizer
 from minibert.train import Dataset, Interrupted, Training, evaluate
 from minibert.vocabulary import CompactVocabulary, worth_compacting
@@ -54,8 +62,9 @@ def run_from_files(config: RunConfig, command: list[str]) -> Classifier:
         if config.validation or config.test:
             raise UserError("--train is missing: give the training file beside the others")
         config = demonstration(config)
-    refuse_at_once(config)
-    return run(config, load_data(config), command)
+    with distributed.processes(config):
+        refuse_at_once(config)
+        return run(config, load_data(config), command)
 
 
 def demonstration(config: RunConfig) -> RunConfig:
@@ -73,6 +82,8 @@ def refuse_at_once(config: RunConfig) -> None:
     if config.truncation == "window":
         raise UserError("--truncation window: not in this version yet; use head, tail or head_tail")
     choose(config)
+    if not distributed.is_first():  # the folder is not its own to write
+        return
     if config.output is None:
         if config.resume:
             raise UserError("--resume: give --output, the folder of the run to continue")
@@ -100,16 +111,18 @@ def refuse_full(output: Path, config: RunConfig) -> None:
 
 def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iterable[Any]]]) -> Classifier:
     """The Python API's run: the same, from lists."""
-    refuse_at_once(config)
-    parts = {}
-    for part, (texts, labels) in given.items():
-        first, second = as_texts(texts, None)
-        values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
-        if len(values) != len(first):
-            raise UserError(f"{part}: {len(first)} texts but {len(values)} labels; give one label for each text")
-        parts[part] = Examples(f"{part} list", first, second, values, list(range(len(first))))
-    notes: list[str] = []
-    return run(config, prepare(parts, Columns(("text",), None, ("label",)), config, notes), ["minibert.finetune(...)"])
+    with distributed.processes(config):
+        refuse_at_once(config)
+        parts = {}
+        for part, (texts, labels) in given.items():
+            first, second = as_texts(texts, None)
+            values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+            if len(values) != len(first):
+                raise UserError(f"{part}: {len(first)} texts but {len(values)} labels; give one label for each text")
+            parts[part] = Examples(f"{part} list", first, second, values, list(range(len(first))))
+        notes: list[str] = []
+        data = prepare(parts, Columns(("text",), None, ("label",)), config, notes)
+        return run(config, data, ["minibert.finetune(...)"])
 
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
@@ -120,6 +133,7 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
 
 def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) -> Classifier:
     started = time.perf_counter()
+    config = replace(config, quiet=config.quiet or not distributed.is_first())
     say = silence if config.quiet else partial(print, flush=True)
     keep_freed_memory()
     hardware = choose(config)
@@ -134,32 +148,46 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     describe(say, config, data, sets, report, hardware, frozen)
 
     weights = class_weights(data.problem, config.class_weights, sets["train"].targets)
+    fingerprint = fingerprint_of(config, data, tokenizer, hardware, start, weights)
+    if distributed.world() > 1:
+        say(f"spread  over {distributed.world()} processes, each batch split by tokens")
+        distributed.refuse_unlike(must_be_alike(fingerprint, model.config, sets, weights))
+        distributed.same_weights(model)
     compact = prepare_sets(model, sets, frozen, config, hardware)
     training = Training(model, data.problem, sets, config, hardware, weights)
-    output = open_output(
-        config, held
-    )  # the last thing before training: an earlier run there is safe from every mistake
+    first = distributed.is_first()  # it alone writes
+    output = Path(config.output or "")
+    if first:  # the last thing before training: an earlier run there is safe from every mistake
+        output = open_output(config, held)
     record = run_record(config, data, command)
-    fingerprint = fingerprint_of(config, data, tokenizer, hardware, start, weights)
     checkpoints = output / CHECKPOINTS
-    if config.resume and not (checkpoints / STATE_FILE).is_file():
+    begun_before = distributed.from_first(first and (checkpoints / STATE_FILE).is_file())
+    if config.resume and not begun_before:
         say("no checkpoint yet: from the beginning")
     elif config.resume:
-        load_checkpoint(checkpoints, training, fingerprint)
+        if first:
+            load_checkpoint(checkpoints, training, fingerprint)
+        share_checkpoint(training)
         say(f"resumed at step {training.state.step} of {training.total_steps}")
-    write_json(output / "run.json", record)
+    if first:
+        write_json(output / "run.json", record)
+    save = (lambda: save_checkpoint(checkpoints, training, fingerprint)) if first else (lambda: None)
     try:
-        training.run(output / "train_log.jsonl", lambda: save_checkpoint(checkpoints, training, fingerprint))
+        training.run(output / "train_log.jsonl", save)
     except Interrupted:
         say(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
+        distributed.wait_for_all()
         raise KeyboardInterrupt from None
 
-    with writing(output):  # a folder deleted meanwhile is not made again, half filled
-        output.stat()
+    if first:
+        with writing(output):  # a folder deleted meanwhile is not made again, half filled
+            output.stat()
     metrics, logits = evaluate_parts(training)
     if compact is not None:
         compact.expand()
     classifier = Classifier(model, tokenizer, config.max_length or 0, config.truncation, hardware, data.problem)
+    if not first:
+        return classifier
     classifier.save(output)
     for part, values in logits.items():
         path = output / f"predictions-{part}.csv"
@@ -269,7 +297,9 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
         if part in training.data:
             data = training.data[part]
             known = training.best_logits if part == "validation" else None
-            logits[part] = evaluate(training.model, data, training.hardware) if known is None else known
+            if known is None:
+                known = evaluate(training.model, data, training.hardware, together=True)
+            logits[part] = known
             metrics[part] = training.problem.metrics(logits[part], data.targets)
     return metrics, logits
 
@@ -310,6 +340,7 @@ def speed(training: Training, total_seconds: float) -> dict[str, Any]:
         "train_seconds": round(state.seconds, 3),
         "total_seconds": round(total_seconds, 3),
         "skipped_steps": state.skipped,
+        "processes": distributed.world(),
         "device": hardware.device.type,
         "precision": hardware.precision,
         "attention": hardware.attention,
@@ -354,7 +385,6 @@ def fingerprint_of(
         "torch": torch.__version__,
         "numpy": np.__version__,
         "hardware": str(hardware),
-        "threads": torch.get_num_threads() if hardware.device.type == "cpu" else None,
         "starting weights": start,
         "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:12],
         "class weights": None if weights is None else weights.tolist(),
@@ -370,6 +400,18 @@ def rows_digest(examples: Examples) -> str:
     for column in (examples.texts, examples.pairs, examples.labels):
         digest.update(json.dumps(column).encode())
     return digest.hexdigest()[:12]
+
+
+def must_be_alike(
+    fingerprint: dict[str, Any], bert: BertConfig, sets: dict[str, Dataset], weights: np.ndarray | None
+) -> dict[str, Any]:
+    """What no process may have otherwise than the first. Where files lie may differ from machine to machine."""
+    paths = ("model", "tokenizer", "train", "validation", "test", "class_weights")
+    return {key: value for key, value in fingerprint.items() if key not in paths} | {
+        "architecture": repr(bert),
+        "encoded texts": [zlib.crc32(dataset.tokens.ids.tobytes()) for dataset in sets.values()],
+        "class weights": None if weights is None else weights.tolist(),
+    }
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibert.batching import collate, cut, halving, plan_epoch, plan_evaluation
+from minibert import distributed
+from minibert.batching import collate, cut, halving, plan_epoch, plan_evaluation, split
 from minibert.config import RunConfig
 from minibert.device import Hardware, attempt, out_of_memory
 from minibert.errors import UserError
@@ -116,7 +117,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One update from the packed batches and targets of one step; returns (mean loss, gradient norm) as tensors.
 
-    The losses of all batches are summed and divided by `denominator`, so accumulation equals one large batch.
+    The losses of all batches are summed and divided by `denominator`, so accumulation equals one large batch, and so
+    do the batches of several processes.
     """
     total = torch.zeros((), device=hardware.device)
     for x, targets in batches:
@@ -125,6 +127,7 @@ def train_step(
         loss = problem.loss_sum(logits, targets, class_weights, label_smoothing) / denominator
         (loss if optimizer.loss_scale is None else loss * optimizer.loss_scale).backward()
         total += loss.detach()
+    total = distributed.sum_gradients(optimizer.parameters, total)
     try:
         return total, optimizer.step(step, total)
     except (MemoryError, RuntimeError) as error:  # half a step cannot be tried again
@@ -133,18 +136,26 @@ def train_step(
         raise UserError("not enough memory for the optimizer; use a smaller model or --freeze") from None
 
 
-def evaluate(model: BertForSequenceClassification, data: Dataset, hardware: Hardware) -> np.ndarray:
-    """Logits [n, L] of every example, in their order; computed in batches of like length."""
-    logits = np.empty((len(data), model.num_labels), dtype=np.float32)
+def evaluate(
+    model: BertForSequenceClassification, data: Dataset, hardware: Hardware, together: bool = False
+) -> np.ndarray:
+    """Logits [n, L] of every example, in their order; computed in batches of like length.
+
+    `together`: all processes call this at once; each computes its share and gets all logits.
+    """
+    logits = np.zeros((len(data), model.num_labels), dtype=np.float32)
+    batches = plan_evaluation(data.lengths, batch_tokens=hardware.evaluation_tokens)
 
     def computed(rows: np.ndarray) -> np.ndarray:
         with hardware.autocast():
             return model.logits(hardware.place(data.batch(rows))).float().cpu().numpy()
 
     with torch.inference_mode():
-        for rows, found in halving(plan_evaluation(data.lengths, batch_tokens=hardware.evaluation_tokens), computed):
+        for rows, found in halving(
+            batches[distributed.rank() :: distributed.world()] if together else batches, computed
+        ):
             logits[rows] = found
-    return logits
+    return distributed.sum_array(logits) if together else logits
 
 
 class Training:
@@ -185,6 +196,7 @@ class Training:
         """Train to the end; the model then holds the best weights. `save` writes a checkpoint of this object."""
         log_every = max(1, self.total_steps // 100)
         last_save = time.monotonic()
+        stop_request = distributed.StopRequest()
         log_file = _log_from(log_path, self.state.log_bytes)
         self._probe()
         with _signals_noted() as signals, log_file as log, self._progress() as progress:
@@ -205,12 +217,13 @@ class Training:
                 since_save = time.monotonic() - last_save
                 due = self._save_due() or since_save > (SECONDS_BETWEEN_SAVES if evaluated else LONGEST_WITHOUT_SAVE)
                 at_end = at_end or self._out_of_patience()
-                if signals or due or at_end:
+                stop = stop_request.anywhere(bool(signals))
+                if stop or distributed.from_first(due) or at_end:
                     self._count_bad_steps()
                     _sync(log)  # the checkpoint counts on the log being there
                     save()
                     last_save = time.monotonic()
-                if signals and not at_end:
+                if stop and not at_end:
                     raise Interrupted
         if self.state.step == int(self.optimizer.skipped) > 0 and self.optimizer.loss_scale is None:
             raise UserError("no step had a finite loss and gradient, so nothing was learned; lower --learning-rate")
@@ -278,11 +291,13 @@ class Training:
             tqdm.write(f"memory ran out at step {self.state.step + 1}: batches now in pieces of {tokens // 2} tokens")
 
     def _pieces(self, step: Step) -> list[np.ndarray]:
-        """The step's batches, each cut to what memory has been found to hold."""
-        if not self.state.most_tokens:
-            return step.batches
+        """This process's part of the step's batches, each cut to what memory has been found to hold."""
         lengths = self.data["train"].lengths
-        return [piece for rows in step.batches for piece in cut(rows, lengths, None, self.state.most_tokens)]
+        own = [split(rows, lengths, distributed.world())[distributed.rank()] for rows in step.batches]
+        own = [rows for rows in own if len(rows)]
+        if not self.state.most_tokens:
+            return own
+        return [piece for rows in own for piece in cut(rows, lengths, None, self.state.most_tokens)]
 
     def _train_step(self, step: Step, pieces: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         hardware, train = self.hardware, self.data["train"]
@@ -297,7 +312,7 @@ class Training:
             [(hardware.place(train.batch(rows)), train.targets_of(rows, hardware.device)) for rows in pieces],
             step=self.state.step,
             denominator=step.denominator,
-            masks=DropoutMasks(self.config.seed, self.state.step),
+            masks=DropoutMasks(self.config.seed + (distributed.rank() << 40), self.state.step),  # each process its own
             hardware=hardware,
             class_weights=None if self.weights is None else torch.from_numpy(self.weights).to(hardware.device),
             label_smoothing=self.config.label_smoothing,
@@ -383,9 +398,9 @@ class Training:
     def _evaluate_and_keep_best(self, log: IO[str], progress: tqdm[Any]) -> None:
         self._settle()
         data = self.data["validation"]
-        logits = evaluate(self.model, data, self.hardware)
+        logits = evaluate(self.model, data, self.hardware, together=True)
         metrics = self.problem.metrics(logits, data.targets)
-        value = metrics[self.metric]
+        value = distributed.from_first(metrics[self.metric])  # machines may round differently, but must agree
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
         if value is None or not math.isfinite(value):  # undefined, as Pearson's of equal predictions is
             value = -sign * math.inf
@@ -456,6 +471,8 @@ def _sync(log: IO[str]) -> None:
 @contextmanager
 def _log_from(path: Path, start: int) -> Iterator[IO[str]]:
     """The log, cut back to where the run stands: steps after the checkpoint will be written again."""
+    if not distributed.is_first():
+        path, start = Path(os.devnull), 0
     with writing(path):
         log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed below
     try:
@@ -472,11 +489,14 @@ def _log_from(path: Path, start: int) -> Iterator[IO[str]]:
 
 @contextmanager
 def _signals_noted() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list, so that the loop ends between two steps; a second one ends at once."""
+    """Collect Ctrl-C and SIGTERM in a list, so that the loop ends between two steps; a second one ends at once.
+
+    torchrun repeats the signal by itself, and kills what has not ended after half a minute: there it is only noted.
+    """
     noted: list[int] = []
 
     def note(number: int, _frame: object) -> None:
-        if noted:
+        if noted and not distributed.joined():
             raise KeyboardInterrupt
         noted.append(number)
 
@@ -488,4 +508,4 @@ def _signals_noted() -> Iterator[list[int]]:
         yield noted
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if noted and distributed.joined() else handler)

@@ -1,0 +1,254 @@
+"""Several processes give what one gives, end together, and go on from one another's checkpoints: real torchrun runs."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minibert.batching import split
+from minibert.cli import parse_run_config
+from minibert.ops import DropoutMasks
+from minibert.run import run_from_files
+
+WORDS = "good bad film very not is was spam free call now see you at money win prize the a of and".split()
+COMMON = ["--max-length", "48", "--lr", "3e-4", "--batch-size", "12", "--dropout", "0", "--head-dropout", "0"]
+JOBS = {  # every way to train
+    "plain": ["--train", "classes.csv", "--epochs", "2"],
+    "dense": ["--train", "classes.csv", "--max-steps", "5", "--no-compact-vocabulary", "--batch-tokens", "200"],
+    "few": ["--train", "classes.csv", "--max-steps", "6", "--batch-size", "3"],
+    "weighted": ["--train", "classes.csv", "--class-weights", "balanced", "--gradient-accumulation-steps", "3"],
+    "prefix": ["--train", "classes.csv", "--epochs", "1", "--freeze", "1", "--head", "mlp:16"],
+    "frozen": ["--train", "classes.csv", "--epochs", "2", "--freeze", "all", "--label-smoothing", "0.1"],
+    "multi": ["--train", "several.csv", "--label-delimiter", "|", "--epochs", "2", "--test-split", "0.2"],
+    "regression": [*"--train numbers.csv --epochs 9 --eval-steps 3 --early-stopping-patience 2".split()],
+}
+SCRIPT = """
+import json, sys, zlib
+from minibert import distributed, finetune
+from minibert.cli import parse_run_config, run_command
+from minibert.errors import UserError
+from minibert.run import run_from_files
+
+for name, flags in json.loads(sys.argv[1]).items():
+    classifier = run_from_files(parse_run_config(flags), [])
+    weights = {name: zlib.crc32(p.detach().numpy().tobytes()) for name, p in classifier.model.named_parameters()}
+    distributed.refuse_unlike(weights)  # every process ends with the same bits
+assert distributed.from_first(distributed.rank()) == 0
+try:
+    distributed.refuse_unlike({"data": distributed.rank() == 1, "seed": 42})
+except UserError as error:
+    assert "process 1 differs from process 0 in data;" in str(error)
+else:
+    raise AssertionError("unlike data was not refused")
+sys.exit(run_command(finetune.main, ["--train", "none.csv"]))
+"""
+
+
+def write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+
+
+@pytest.fixture
+def folder(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a tiny model and data of every kind."""
+    tiny().rename(tmp_path / "model")
+    rng = random.Random(1)
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(2, 40))) for _ in range(120)]
+    labels = ["xyz"[i % 7 % 3] for i in range(120)]
+    write_csv(tmp_path / "classes.csv", [(f"{label} {text}", label) for label, text in zip(labels, texts, strict=True)])
+    write_csv(tmp_path / "several.csv", [(t, "|".join(w for w in ("good", "bad", "film") if w in t)) for t in texts])
+    write_csv(tmp_path / "numbers.csv", [(text, str(len(text) / 7 + 0.25)) for text in texts])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def flags(job: str, output: str) -> list[str]:
+    return [*COMMON, *JOBS[job], "--model", "model", "--output", output, "--device", "cpu"]
+
+
+def alone(*arguments: str) -> None:
+    """A run in one process: this one."""
+    run_from_files(parse_run_config([*arguments, "--quiet"]), [])
+
+
+def torchrun(*arguments: str, processes: int = 2) -> subprocess.Popen[str]:
+    """Start torchrun on this machine; each of its workers has one thread."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Whatever happens in the test, no process stays behind."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def result(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    with ended(process):
+        out, err = process.communicate(timeout=500)
+        return process.returncode, out, err
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that torchrun started, by rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = {}
+    for child in map(int, children):
+        environment = Path(f"/proc/{child}/environ").read_bytes().decode().split("\0")
+        ranks = [entry for entry in environment if entry.startswith("RANK=")]
+        if ranks:
+            found[int(ranks[0].removeprefix("RANK="))] = child
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> None:
+    log, deadline = output / "train_log.jsonl", time.monotonic() + 400
+    while not (log.exists() and f'"step": {step},' in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def lines(output: str | Path) -> list[dict[str, float]]:
+    found = [json.loads(line) for line in (Path(output) / "train_log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in found]
+
+
+def metrics(output: str) -> dict[str, Any]:
+    return json.loads(Path(output, "metrics.json").read_text())
+
+
+def validation(output: str) -> dict[str, float]:
+    return {name: value for name, value in metrics(output)["validation"].items() if isinstance(value, float)}
+
+
+def assert_same_result(a: str, b: str, tolerance: float = 1e-5) -> None:
+    """Log and weights, less the key biases: softmax cancels them, so their gradient is rounding that Adam blows up."""
+    logs = lines(a), lines(b)
+    assert [line.keys() for line in logs[0]] == [line.keys() for line in logs[1]]
+    for one, other in zip(*logs, strict=True):
+        assert list(one.values()) == pytest.approx(list(other.values()), abs=tolerance, rel=tolerance), one
+    tensors = [load_file(Path(output) / "model.safetensors") for output in (a, b)]
+    for name, tensor in tensors[0].items():
+        if not name.endswith("key.bias"):
+            assert float((tensor - tensors[1][name]).abs().max()) < tolerance, name
+
+
+def test_split_is_fair_and_whole() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 200, 500)
+    rows = rng.permutation(500)[:64]
+    for parts in (1, 2, 3, 8):
+        found = split(rows, lengths, parts)
+        assert sorted(np.concatenate(found)) == sorted(rows)
+        loads = [int(lengths[part].sum()) for part in found]
+        assert max(loads) < 1.02 * np.mean(loads)
+        places = [[list(rows).index(row) for row in part] for part in found]
+        assert all(place == sorted(place) for place in places)
+    assert [len(part) for part in split(rows[:2], lengths, 4)] == [1, 1, 0, 0]
+
+
+def all_jobs(folder: Path, suffix: str) -> list[str]:
+    """What torchrun is to run: every job, into folders of their own, and one with dropout."""
+    (folder / "jobs.py").write_text(SCRIPT)
+    jobs = {job: flags(job, f"{job}-{suffix}") for job in JOBS}
+    jobs["dropout"] = [*flags("plain", f"dropout-{suffix}"), "--dropout", "0.2", "--max-steps", "4"]
+    return ["jobs.py", json.dumps(jobs)]
+
+
+def test_processes_and_machines_give_what_one_process_gives(folder: Path) -> None:
+    """Four processes of one torchrun, and two torchruns that meet on a port as two machines do.
+
+    Each does every job and then makes a mistake, which is told once on each machine.
+    """
+    code, out, err = result(torchrun(*all_jobs(folder, "four"), processes=4))
+    assert code != 0 and err.count("error: none.csv: no such file") == err.count("error: ") == 1, err
+    assert out.count("saved to plain-four") == 1 and out.count("over 4 processes") == len(JOBS) + 1
+
+    port, machines = free_port(), []
+    for number, suffix in enumerate(("two", "unseen")):
+        meeting = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", port]
+        machines.append(torchrun(*meeting, *all_jobs(folder, suffix), processes=1))
+    with ended(machines[0]), ended(machines[1]):
+        (_, out, err), (_, other_out, other_err) = map(result, machines)
+    assert out.count("saved to plain-two") == 1 and other_out == ""
+    assert err.count("error: none.csv") == err.count("error: ") == other_err.count("error: ") == 1, err + other_err
+    assert not list(folder.glob("*-unseen"))
+
+    for job in JOBS:
+        alone(*flags(job, job))
+        for suffix, world in (("two", 2), ("four", 4)):
+            assert_same_result(job, f"{job}-{suffix}")
+            assert validation(f"{job}-{suffix}") == pytest.approx(validation(job), abs=1e-5)
+            assert metrics(f"{job}-{suffix}")["speed"]["processes"] == world
+    assert 3 < metrics("regression")["train"]["steps"] < 81  # stopped early, at the same step everywhere
+    assert lines("dropout-two")[0]["loss"] != pytest.approx(lines("plain-two")[0]["loss"], abs=1e-3)
+
+
+def test_processes_drop_different_elements() -> None:
+    """Each has a stream of its own, and the first the one that a single process has."""
+    like = torch.empty(())
+    masks = [DropoutMasks(42 + (rank << 40), 7).draw([1000], 0.5, like)[0] for rank in (0, 1, 2)]
+    assert torch.equal(masks[0], DropoutMasks(42, 7).draw([1000], 0.5, like)[0])
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert 0.4 < float((masks[a] == masks[b]).float().mean()) < 0.6
+
+
+def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> None:
+    arguments = [*flags("few", "dead"), "--max-steps", "150", "--save-steps", "1"]
+    process = torchrun("-m", "minibert.finetune", *arguments)
+    with ended(process):
+        wait_for_step(folder / "dead", 3, process)
+        os.kill(workers_of(process)[1], signal.SIGKILL)
+        code, _, err = result(process)
+    assert code != 0 and "minibert/" not in err  # no traceback of ours beside what torchrun says
+    said = re.findall(r"^error: .*", err, re.MULTILINE)
+    assert len(said) == 1 and re.match(r"error: process 0 of 2: another process has died .*--resume$", said[0]), err
+    alone(*arguments, "--resume")
+    alone(*flags("few", "whole"), "--max-steps", "150")
+    assert_same_result("whole", "dead")
+
+
+def test_an_interrupted_job_goes_on_in_more_processes(folder: Path) -> None:
+    arguments = [*flags("few", "stopped"), "--max-steps", "150", "--eval-steps", "25"]
+    process = torchrun("-m", "minibert.finetune", *arguments)
+    with ended(process):
+        wait_for_step(folder / "stopped", 3, process)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does: torchrun and every worker
+        code, out, err = result(process)
+    assert code != 0 and "minibert/" not in err and "error: " not in err
+    assert len(re.findall(r"^checkpoint at step \d+; continue with --resume", out, re.MULTILINE)) == 1
+    code, out, err = result(torchrun("-m", "minibert.finetune", *arguments, "--resume", processes=3))
+    assert code == 0 and out.count("resumed at step") == 1, err
+    alone(*flags("few", "whole"), "--max-steps", "150", "--eval-steps", "25")
+    assert_same_result("whole", "stopped")
