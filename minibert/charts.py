@@ -250,12 +250,15 @@ def table(header: Sequence[str], kinds: str, rows: Iterable[Sequence[Any]]) -> H
     lines = []
     for row in rows:
         cells = []
-        for value, kind in zip(row, kinds, strict=True):
+        for value, kind, column in zip(row, kinds, header, strict=True):
             content = esc(value) if kind == "n" else f"<bdi>{esc(value)}</bdi>"
-            cells.append(f'<td class="{names[kind]}">{content}</td>')
+            cells.append(f'<td class="{names[kind]}" data-name="{esc(column)}">{content}</td>')
         lines.append(f"<tr>{''.join(cells)}</tr>")
     body = "".join(lines)
-    return Html(f'<div class="panel scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    style = ' class="texts"' if kinds.startswith("t") else ""  # on a phone, texts stand above their other cells
+    return Html(
+        f'<div class="panel scroll"><table{style}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def meter(value: float) -> Html:

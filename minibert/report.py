@@ -40,6 +40,7 @@ from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.train import Dataset
 
 CLASSES, MATRIX, TEXTS, TEXT_LENGTH = 60, 20, 20, 400  # the most rows of each table, and the longest text in one
+CERTAIN = 0.8  # a row of at least this confidence is not among the least certain
 SHOWN_METRICS = {
     SINGLE: ("macro_f1", "accuracy", "mcc"),
     MULTI: ("micro_f1", "macro_f1", "subset_accuracy"),
@@ -491,7 +492,8 @@ def single_finds(
         return Found(part, row, rank, *names, f"{stated[row]:.3f}")
 
     wrong = top(np.where(right > 0, -np.inf, stated))
-    return [found(i, stated[i]) for i in wrong], [found(i, -stated[i]) for i in top(-stated)]
+    unsure = np.where(stated < CERTAIN, -stated, -np.inf)
+    return [found(i, stated[i]) for i in wrong], [found(i, -stated[i]) for i in top(unsure)]
 
 
 def multi_finds(
