@@ -9,7 +9,7 @@ from typing import Any
 from minibert.charts import cut
 from minibert.files import write_text
 from minibert.problem import MULTI, REGRESSION, SINGLE
-from minibert.report import TITLES, Finished, command, verdict
+from minibert.report import TITLES, Finished, command, model_name, verdict
 
 CLASSES = 40  # the most rows of the table of classes
 HUB_NAMES = {  # ours -> the name of the metric on the Hub
@@ -75,7 +75,7 @@ def plain(text: str) -> str:
 
 def markdown(text: object) -> str:
     """Text from data as Markdown that shows it as it is, in a table too."""
-    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$:-])", r"\\\1", cut(plain(str(text)), 80))
+    escaped = re.sub(r"([\\`*_{}\[\]|~$:])", r"\\\1", cut(plain(str(text)), 80))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
@@ -89,7 +89,7 @@ def introduction(run: Finished) -> str:
     subject = "a pair of texts" if run.data.columns.pair else "a text"
     names = ", ".join(markdown(name) for name in run.problem.labels[:12])
     more = f" and {len(run.problem.labels) - 12} more" if len(run.problem.labels) > 12 else ""
-    model = base_model(run) or Path(run.config.model or "").name
+    model = base_model(run) or model_name(run)
     return (
         f"A BERT classifier, fine-tuned from {markdown(model)} with minibert: it gives {subject} {kind} "
         f"({names}{more}). {markdown_sentence(verdict(run))}"
@@ -122,13 +122,13 @@ def recipe(run: Finished) -> str:
         ("learning rate", f"{config.learning_rate:g}, {config.schedule}, warm-up {config.warmup_ratio:.0%}"),
         ("optimiser", f"AdamW, weight decay {config.weight_decay:g}, gradients clipped at {config.max_grad_norm:g}"),
         ("frozen", config.freeze),
-        ("class weights", Path(config.class_weights).name),
+        ("class weights", markdown(Path(config.class_weights).name)),
         ("label smoothing", f"{config.label_smoothing:g}"),
         ("head", config.head),
         ("seed", config.seed),
         ("computed on", f"{speed['device']}, {speed['precision']}, {speed['train_seconds']:.0f} s of training"),
     ]
-    return "## Recipe\n\n" + rows_of(["setting", "value"], [[name, markdown(value)] for name, value in rows])
+    return "## Recipe\n\n" + rows_of(["setting", "value"], [[name, str(value)] for name, value in rows])
 
 
 def results(run: Finished) -> str:
@@ -141,9 +141,9 @@ def results(run: Finished) -> str:
     if "calibration" in run.metrics:
         error = run.metrics["calibration"][run.part]["expected_calibration_error"]
         text += (
-            f"\n\nProbabilities are scaled with temperature {run.problem.temperature:.4g}, fitted on validation: expected "
-            f"calibration error on {run.part} {number(error['after'])}, without it {number(error['before'])}. "
-            "minibert applies it; transformers does not know of it and gives the same labels with unscaled probabilities."
+            f"\n\nThe temperature of the probabilities is {run.problem.temperature:.4g}: expected calibration error on "
+            f"{run.part} {number(error['after'])}, without it {number(error['before'])}. minibert applies it; "
+            "transformers does not know of it and gives the same labels with unscaled probabilities."
         )
     per_class = run.metrics[run.part].get("per_class", {})
     if per_class:
@@ -202,7 +202,7 @@ def limits(run: Finished) -> str:
 
 
 def reproduce(run: Finished) -> str:
-    line = plain(command(run))
+    line = " ".join(re.sub(r"^(['\"]?)[/~].*/(?=.)", r"\1", word) for word in plain(command(run)).split(" "))
     fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", line)), default=0))
     versions = ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
     return f"## Reproduce\n\n{fence}\n{line}\n{fence}\n\nWith {versions}. `report.html` beside this file has the plots."

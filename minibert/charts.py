@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 WIDTH, HEIGHT = 360, 230  # of a chart, in the units of its text: readable on a phone as it is
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 12, 36
 MOST_POINTS = 240  # of a curve
 INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

@@ -124,12 +124,17 @@ def section(title: str, pieces: Sequence[Html], grid: bool = True) -> Html:
 def header(run: Finished, name: str) -> Html:
     kind = run.problem.kind.replace("_", " ")
     rows = " · ".join(f"{len(examples):,} {part}" for part, examples in run.data.parts.items())
-    model = Path(run.config.model or "").name
     return Html(
         f"<header><h1><bdi>{esc(name)}</bdi></h1>"
-        f'<div class="soft">{esc(kind)} · {esc(model)} · {esc(rows)} rows</div>'
+        f'<div class="soft">{esc(kind)} · {esc(model_name(run))} · {esc(rows)} rows</div>'
         f'<p class="lead">{esc(verdict(run))}</p><div class="tiles">{join(tiles(run))}</div></header>\n'
     )
+
+
+def model_name(run: Finished) -> str:
+    """The last part of --model; two parts where the last says nothing."""
+    parts = Path(run.config.model or "").parts
+    return "/".join(parts[-2:] if parts and parts[-1] == "model" else parts[-1:])
 
 
 def verdict(run: Finished) -> str:
@@ -224,7 +229,7 @@ def training_charts(run: Finished, log: list[dict[str, Any]]) -> list[Html]:
         body = chart(curves, "epoch", "validation", marks=best, x_range=epoch_range)
         pieces.append(figure("Metrics on validation", body, legend=keys(curves)))
     rate = [Series("learning rate", column(steps, "epoch"), column(steps, "learning_rate"), 1)]
-    body = chart(rate, "epoch", "", x_range=epoch_range)
+    body = chart(rate, "epoch", "learning rate", x_range=epoch_range)
     return [*pieces, figure("Learning rate", body, note=f"{run.config.schedule}, after warm-up")]
 
 
