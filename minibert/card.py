@@ -17,7 +17,7 @@ HUB_NAMES = {  # ours -> the name of the metric on the Hub
     MULTI: {"micro_f1": "f1", "macro_f1": "f1", "subset_accuracy": "accuracy"},
     REGRESSION: {"pearson": "pearsonr", "spearman": "spearmanr", "mse": "mse", "mae": "mae"},
 }
-OUTLAWED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]+")
+OUTLAWED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]+")
 
 
 def write_card(output: Path, run: Finished) -> None:

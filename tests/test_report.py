@@ -66,8 +66,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         path = folder / f"{kind} <script>alert(1)<.jsonl"
         flags = write_rows(path, kind)
         outputs[kind] = folder / f"{kind}<script>"
-        # an odd learning rate and no dropout: enough to learn something in a second
-        recipe = ["--epochs", "6", "--lr", "2e-2", "--batch-size", "16", "--max-length", "32", "--test-split", "0.2"]
+        recipe = ["--epochs", "8", "--lr", "3e-3", "--batch-size", "16", "--max-length", "32", "--test-split", "0.2"]
         arguments = ["--train", str(path), "--model", str(model), "--output", str(outputs[kind]), "--quiet"]
         main([*arguments, *flags, *recipe, "--validation-split", "0.3", "--no-token-cache"])
     return outputs
