@@ -16,7 +16,7 @@ import numpy as np
 
 WIDTH, HEIGHT = 360, 230  # of a chart, in the units of its text: readable on a phone as it is
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 12, 36
-MOST_POINTS = 240  # of a curve
+MOST_POINTS, MOST_DOTS = 240, 40  # of a curve
 INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -100,7 +100,8 @@ def finite(series: Series) -> Series:
     if sizes is None and len(x) > MOST_POINTS and series.curve:
         keep = evenly_along(x, y, MOST_POINTS)
         x, y = x[keep], y[keep]
-    return Series(series.name, x, y, series.tone, series.curve, series.dots, series.dashed, sizes)
+    dots = series.dots and not (series.curve and sizes is None and len(x) > MOST_DOTS)
+    return Series(series.name, x, y, series.tone, series.curve, dots, series.dashed, sizes)
 
 
 def evenly_along(x: np.ndarray, y: np.ndarray, count: int) -> np.ndarray:
@@ -123,8 +124,10 @@ def rounded(limits: tuple[float, float]) -> tuple[float, float]:
     """Limits widened to whole ticks; from 0 where that is near."""
     low, high = limits
     low = 0.0 if 0 <= low < 0.5 * high else low
-    step = tick_step(low, high)
-    return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    for _ in range(2):  # wider limits may need a wider step
+        step = tick_step(low, high)
+        low, high = math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
+    return low, high
 
 
 def tick_step(low: float, high: float, count: int = 5) -> float:
@@ -229,7 +232,7 @@ def bar_list(rows: Sequence[tuple[str, float, str]]) -> Html:
     """Horizontal bars of (name, value, what to write behind it)."""
     highest = max((value for _, value, _ in rows), default=0) or 1
     parts = [
-        f'<span><bdi>{esc(name)}</bdi></span><span class="track">'
+        f'<span class="key" title="{esc(name)}"><bdi>{esc(name)}</bdi></span><span class="track">'
         f'<i style="width:{100 * value / highest:.1f}%"></i></span>'
         f'<span class="number">{esc(text)}</span>'
         for name, value, text in rows

@@ -372,7 +372,7 @@ def calibration_charts(run: Finished, part: str) -> list[Html]:
     if run.problem.kind == REGRESSION:
         return []
     temperature, multi = run.problem.temperature, run.problem.kind == MULTI
-    stages = [("without temperature", 1.0, 2), (f"temperature {temperature:.3g}", temperature, 1)]
+    stages = [("without temperature", 1.0, 2), (f"with temperature {temperature:.3g}", temperature, 1)]
     used = stages if temperature != 1 else [("as trained", 1.0, 1)]
     curves = [Series("perfect", np.array([0, 1]), np.array([0, 1]), 0, dashed=True)]
     errors, stated = [], np.zeros(0)
@@ -453,7 +453,9 @@ def text_tables(run: Finished) -> list[Html]:
             wrong, unsure = wrong + most_wrong, unsure + least_sure
     number = {SINGLE: "probability", MULTI: "probability", REGRESSION: "off by"}[run.problem.kind]
     title = "Furthest off" if run.problem.kind == REGRESSION else "Most confidently wrong"
-    advice = "Read these first: a row where a good model is sure and wrong is often a mistake in the labels."
+    advice = "Read these first: where a good model is sure and wrong, the mistake is often in the label."
+    if run.problem.kind == REGRESSION:
+        advice = "Read these first: where a good model is far off, the mistake is often in the label."
     pieces = []
     if wrong:
         pieces.append(

@@ -136,7 +136,7 @@ def test_report_holds_the_figures_of_the_metrics(runs: dict[str, Path]) -> None:
         assert text in page
     error = metrics["calibration"]["test"]["expected_calibration_error"]
     assert f"{error['before']:.4f} without temperature" in page
-    assert f"{error['after']:.4f} temperature {metrics['calibration']['temperature']:.3g}" in page
+    assert f"{error['after']:.4f} with temperature {metrics['calibration']['temperature']:.3g}" in page
     assert "--batch-size 16" in page and "finetune" in page
     assert "<script" not in page and "<img" not in page and 'http-equiv="Content-Security-Policy"' in page
     seconds = metrics["speed"]["seconds_by_part"]
