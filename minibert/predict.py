@@ -55,7 +55,7 @@ def write_predictions(classifier: Classifier, arguments: Any) -> None:
     if path is None:
         _write_rows(classifier, arguments, sys.stdout)
         return
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace", newline="") as file:
         count = _write_rows(classifier, arguments, file)
     print(f"{count} predictions written to {path}")
 

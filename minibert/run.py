@@ -260,7 +260,7 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
 def write_predictions(
     path: Path, examples: Examples, problem: Problem, logits: np.ndarray, targets: np.ndarray
 ) -> None:
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(predictions.header(examples, problem))
         writer.writerows(predictions.rows(examples, problem, logits, targets))

@@ -213,14 +213,23 @@ def test_card_is_one_that_the_hub_reads(runs: dict[str, Path]) -> None:
 
 
 def test_a_run_without_validation_has_a_report_and_a_card(tmp_path: Path) -> None:
-    texts = [f"good film {i}" if i % 2 else f"bad film {i}" for i in range(12)]
+    texts = [f"good film {i}" if i % 2 else f"bad film {i}" for i in range(40)]
     model, output = str(save_tiny(tmp_path / "tiny")), tmp_path / "run"
     flags = {"model": model, "output": str(output), "validation_split": 0.0, "quiet": True, "epochs": 1.0}
-    minibert.finetune(texts, [i % 2 for i in range(12)], **flags)
+    minibert.finetune(texts, [i % 2 for i in range(40)], **flags)
     page = (output / "report.html").read_text()
     assert "nothing to judge" in page and "Calibration" not in page and "Confusion" not in page
     assert "minibert.finetune(texts, labels" in page and "validation_split=0.0" in page
     assert ModelCard.load(output / "README.md").data.eval_results is None
+
+
+def test_text_that_is_no_valid_unicode_is_reported(tmp_path: Path) -> None:
+    """Half an emoji, as JSON can hold: it cannot be written to a file as it is."""
+    texts = [f"good film {i} \ud83d" if i % 2 else f"bad film {i}" for i in range(40)]
+    flags = {"model": str(save_tiny(tmp_path / "tiny")), "quiet": True, "max_steps": 1}
+    minibert.finetune(texts, [i % 2 for i in range(40)], output=str(tmp_path / "run"), **flags)
+    assert "good film" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "?" in (tmp_path / "run" / "predictions-validation.csv").read_text(encoding="utf-8")
 
 
 def test_escaping_leaves_nothing_that_is_markup_or_cannot_be_written() -> None:
