@@ -87,10 +87,13 @@ class Classifier(TextEncoder):
         tokens = self.encode(*as_texts(texts, pairs))
         return evaluate(self.model, Dataset(tokens, np.zeros(len(tokens))), self.hardware)
 
-    def predict(self, texts: Iterable[Any], pairs: Sequence[str] | None = None) -> list[Prediction]:
-        """A `Prediction` for each text."""
-        probabilities = self.problem.probabilities(self.logits(texts, pairs))
-        decisions = self.problem.decisions(probabilities)
+    def predict(
+        self, texts: Iterable[Any], pairs: Sequence[str] | None = None, temperature: bool = True
+    ) -> list[Prediction]:
+        """A `Prediction` for each text; `temperature=False` gives the probabilities as trained, same labels."""
+        problem = self.problem if temperature else self.problem.without_temperature()
+        probabilities = problem.probabilities(self.logits(texts, pairs))
+        decisions = problem.decisions(probabilities)
         return [self._prediction(d, p) for d, p in zip(decisions, probabilities, strict=True)]
 
     def _prediction(self, decision: Any, probabilities: np.ndarray) -> Prediction:
@@ -112,8 +115,11 @@ class Classifier(TextEncoder):
         self.tokenizer.save(Path(folder), self.max_length)
 
 
-def load(folder: str | Path, device: str = "auto") -> Classifier:
-    """Load a folder that `finetune` or `Classifier.save` wrote, or any BERT classifier in transformers' form."""
+def load(folder: str | Path, device: str = "auto", temperature: bool = True) -> Classifier:
+    """Load a folder that `finetune` or `Classifier.save` wrote, or any BERT classifier in transformers' form.
+
+    `temperature=False` leaves out the saved temperature: probabilities as trained, same labels.
+    """
     path = model_folder(folder)
     model, report = load_model(path, BertForSequenceClassification)
     if any(name.startswith("classifier.") for name in report.new):
@@ -122,6 +128,7 @@ def load(folder: str | Path, device: str = "auto") -> Classifier:
     tokenizer = fitting_tokenizer(path, path, model.config)
     ours = _saved_settings(model.config)
     problem = _saved_problem(model.config, model.num_labels, ours, path)
+    problem = problem if temperature else problem.without_temperature()
     length, truncation = _saved_length(model.config)
     model.to(hardware.device)
     return Classifier(model, tokenizer, length, truncation, hardware, problem)

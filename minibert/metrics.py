@@ -108,6 +108,15 @@ def precision_recall_points(labels: Array, scores: Array) -> tuple[Array, Array,
     return hits[last_of_tie] / taken, hits[last_of_tie] / max(hits[-1], 1), scores[order][last_of_tie]
 
 
+def roc_points(labels: Array, scores: Array) -> tuple[Array, Array]:
+    """At each distinct score as the threshold, from the highest down: (false positive rate, true positive rate)."""
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(labels[order] == 1)
+    last_of_tie = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    false = last_of_tie + 1 - hits[last_of_tie]
+    return false / max(len(labels) - hits[-1], 1), hits[last_of_tie] / max(hits[-1], 1)
+
+
 def average_precision(labels: Array, scores: Array) -> float | None:
     if not (labels == 1).any():
         return None
@@ -143,10 +152,22 @@ def expected_calibration_error(labels: Array, probabilities: Array, bins: int = 
     """Mean gap between confidence and accuracy over equal bins of confidence (Guo et al. 2017)."""
     if not len(labels):
         return None
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    return calibration_gap(probabilities.max(1), probabilities.argmax(1) == labels, bins)
+
+
+def calibration_gap(confidence: Array, right: Array, bins: int = 15) -> float | None:
+    """The same from [n] stated probabilities and [n] 0/1 of whether it was so."""
+    counts, stated, found = reliability_bins(confidence, right, bins)
+    return float(np.abs(stated - found) @ counts / counts.sum()) if counts.sum() else None
+
+
+def reliability_bins(confidence: Array, right: Array, bins: int = 15) -> tuple[Array, Array, Array]:
+    """For each equal bin of confidence: (rows, mean confidence, share that was right), 0 where a bin is empty."""
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
-    gaps = np.bincount(place, confidence - right, minlength=bins)
-    return float(np.abs(gaps).sum() / len(labels))
+    counts = np.bincount(place, minlength=bins)
+    rows = np.maximum(counts, 1)
+    stated, found = (np.bincount(place, values, minlength=bins) / rows for values in (confidence, right))
+    return counts, stated, found
 
 
 def balanced_class_weights(labels: Array, num_classes: int) -> Array:

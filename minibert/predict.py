@@ -26,11 +26,13 @@ def main(argv: Sequence[str]) -> None:
     source.add_argument("--file", metavar="F", help="data file with a text column")
     parser.add_argument("--output", metavar="CSV", help="where to write (default: the terminal)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    text = "give probabilities as trained, without the temperature fitted on validation (labels stay the same)"
+    parser.add_argument("--no-temperature", dest="temperature", action="store_false", help=text)
     add_column_flags(parser)
     arguments = parser.parse_args(list(argv))
     from minibert.classifier import load
 
-    classifier = load(arguments.run, arguments.device)
+    classifier = load(arguments.run, arguments.device, arguments.temperature)
     if arguments.text and not arguments.output:
         print_predictions(classifier, arguments.text)
     else:
@@ -53,7 +55,7 @@ def write_predictions(classifier: Classifier, arguments: Any) -> None:
     if path is None:
         _write_rows(classifier, arguments, sys.stdout)
         return
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace", newline="") as file:
         count = _write_rows(classifier, arguments, file)
     print(f"{count} predictions written to {path}")
 

@@ -68,10 +68,10 @@ class Problem:
         return np.ones(len(targets))
 
     def example_losses(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """[n, L], targets -> [n] plain losses, without class weights or smoothing."""
+        """[n, L], targets -> [n] plain losses of the probabilities, without class weights or smoothing."""
         if self.kind == REGRESSION:
             return (logits[:, 0] - targets) ** 2
-        x, y = torch.from_numpy(logits), torch.from_numpy(targets)
+        x, y = torch.from_numpy(logits) / self.temperature, torch.from_numpy(targets)
         if self.kind == SINGLE:
             return F.cross_entropy(x, y, reduction="none").numpy()
         return F.binary_cross_entropy_with_logits(x, y, reduction="none").mean(1).numpy()
@@ -95,6 +95,14 @@ class Problem:
             return [self.labels[i] for i in probabilities.argmax(1)]
         given = probabilities >= self.threshold_array()
         return [[self.labels[i] for i in np.flatnonzero(row)] for row in given]
+
+    def without_temperature(self) -> Problem:
+        """The same decisions with the probabilities as trained: thresholds move along with the probabilities."""
+        if self.temperature == 1.0:
+            return self
+        p = np.array(self.thresholds, dtype=np.float64).clip(1e-12, 1 - 1e-12)
+        odds = (p / (1 - p)) ** self.temperature
+        return Problem(self.kind, self.labels, (odds / (1 + odds)).tolist())
 
     def threshold_array(self) -> np.ndarray:
         return np.array(self.thresholds or [0.5] * len(self.labels))

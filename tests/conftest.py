@@ -61,14 +61,16 @@ def tiny(tmp_path: Path, minilm: Path) -> Callable[..., Path]:
     """Save a tiny random checkpoint of a transformers class, with a tokenizer, and give its folder."""
 
     def make(kind: str = "BertModel", **changes: object) -> Path:
-        config = tiny_config(**changes)
-        folder = tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}"
-        lively(getattr(transformers, kind)(config)).save_pretrained(folder)
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789.,!?"]
-        words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
-        words += "the a of and good bad film very not is was spam free call now see you at money win prize".split()
-        (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}', encoding="utf-8")
-        return folder
+        return save_tiny(tmp_path / f"{kind}-{len(list(tmp_path.iterdir()))}", kind, **changes)
 
     return make
+
+
+def save_tiny(folder: Path, kind: str = "BertModel", **changes: object) -> Path:
+    lively(getattr(transformers, kind)(tiny_config(**changes))).save_pretrained(folder)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789.,!?"]
+    words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
+    words += "the a of and good bad film very not is was spam free call now see you at money win prize".split()
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}', encoding="utf-8")
+    return folder

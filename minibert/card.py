@@ -1,0 +1,208 @@
+"""The model card: README.md in the run's folder, with the metadata that the Hugging Face Hub reads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from minibert.charts import cut
+from minibert.files import write_text
+from minibert.problem import MULTI, REGRESSION, SINGLE
+from minibert.report import TITLES, Finished, command, model_name, verdict
+
+CLASSES = 40  # the most rows of the table of classes
+HUB_NAMES = {  # ours -> the name of the metric on the Hub
+    SINGLE: {"accuracy": "accuracy", "macro_f1": "f1", "mcc": "matthews_correlation", "roc_auc": "roc_auc"},
+    MULTI: {"micro_f1": "f1", "macro_f1": "f1", "subset_accuracy": "accuracy"},
+    REGRESSION: {"pearson": "pearsonr", "spearman": "spearmanr", "mse": "mse", "mae": "mae"},
+}
+OUTLAWED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff]+")
+
+
+def write_card(output: Path, run: Finished) -> None:
+    name = plain(output.resolve().name)
+    parts = [f"---\n{metadata(run, name)}\n---", f"# {markdown(name)}", introduction(run), data(run), recipe(run)]
+    parts += [results(run), use(run), limits(run), reproduce(run)]
+    write_text(output / "README.md", "\n\n".join(parts) + "\n")
+
+
+def metadata(run: Finished, name: str) -> str:
+    """The YAML block: how to load the model, what it was made from and what it reached."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = []
+    if run.part is not None:
+        for ours, theirs in HUB_NAMES[run.problem.kind].items():
+            value = run.metrics[run.part].get(ours)
+            if value is not None:
+                results.append(
+                    EvalResult(
+                        task_type="text-classification",
+                        dataset_type="text",
+                        dataset_name=source_name(run),
+                        dataset_split=run.part,
+                        metric_type=theirs,
+                        metric_name=TITLES.get(ours, ours),
+                        metric_value=round(value, 6),
+                    )
+                )
+    card = ModelCardData(
+        library_name="minibert" if run.config.mlp_size() else "transformers",
+        pipeline_tag="text-classification",
+        tags=["bert", "minibert", run.problem.kind.replace("_", "-")],
+        base_model=base_model(run),
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return card.to_yaml().strip()
+
+
+def base_model(run: Finished) -> str | None:
+    """The model's id on the Hub, where that is what --model was: a folder's path says nothing to others."""
+    model = run.config.model or ""
+    return model if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) and not Path(model).exists() else None
+
+
+def source_name(run: Finished) -> str:
+    return plain(Path(run.config.train).name if run.config.train else "texts from Python") or "data"
+
+
+def plain(text: str) -> str:
+    """Text on one line that YAML can hold."""
+    return OUTLAWED.sub(" ", text.encode("utf-8", "replace").decode("utf-8")).strip()
+
+
+def markdown(text: object) -> str:
+    """Text from data as Markdown that shows it as it is, in a table too."""
+    escaped = re.sub(r"([\\`*_{}\[\]|~$:])", r"\\\1", cut(plain(str(text)), 80))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def rows_of(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines)
+
+
+def introduction(run: Finished) -> str:
+    kind = {SINGLE: "one label", MULTI: "any number of labels", REGRESSION: "a number"}[run.problem.kind]
+    subject = "a pair of texts" if run.data.columns.pair else "a text"
+    names = ", ".join(markdown(name) for name in run.problem.labels[:12])
+    more = f" and {len(run.problem.labels) - 12} more" if len(run.problem.labels) > 12 else ""
+    model = base_model(run) or model_name(run)
+    return (
+        f"A BERT classifier, fine-tuned from {markdown(model)} with minibert: it gives {subject} {kind} "
+        f"({names}{more}). {markdown_sentence(verdict(run))}"
+    )
+
+
+def markdown_sentence(text: str) -> str:
+    """A sentence of ours with a name from data in it."""
+    return re.sub(r"“(.*)”", lambda match: f"“{markdown(match[1])}”", plain(text))
+
+
+def data(run: Finished) -> str:
+    rows = [
+        [part, f"{len(examples):,}", markdown(Path(examples.source).name)] for part, examples in run.data.parts.items()
+    ]
+    lengths, lost = run.sets["train"].lengths, run.sets["train"].tokens.cut
+    text = (
+        f"A text has {lengths.mean():.0f} tokens on average. Texts are cut to {run.config.max_length} tokens "
+        f"({run.config.truncation}), which shortens {(lost > 0).mean():.1%} of the training rows."
+    )
+    return f"## Data\n\n{rows_of(['part', 'rows', 'file'], rows)}\n\n{text}"
+
+
+def recipe(run: Finished) -> str:
+    config, speed = run.config, run.metrics["speed"]
+    size = f"{config.batch_tokens} tokens" if config.batch_tokens else f"{config.batch_size} texts"
+    rows: list[tuple[str, Any]] = [
+        ("epochs", f"{config.epochs:g} (at most; {run.metrics['train']['steps']:,} steps were taken)"),
+        ("batch", f"{size}, times {config.gradient_accumulation_steps}"),
+        ("learning rate", f"{config.learning_rate:g}, {config.schedule}, warm-up {config.warmup_ratio:.0%}"),
+        ("optimiser", f"AdamW, weight decay {config.weight_decay:g}, gradients clipped at {config.max_grad_norm:g}"),
+        ("frozen", config.freeze),
+        ("class weights", markdown(Path(config.class_weights).name)),
+        ("label smoothing", f"{config.label_smoothing:g}"),
+        ("head", config.head),
+        ("seed", config.seed),
+        ("computed on", f"{speed['device']}, {speed['precision']}, {speed['train_seconds']:.0f} s of training"),
+    ]
+    return "## Recipe\n\n" + rows_of(["setting", "value"], [[name, str(value)] for name, value in rows])
+
+
+def results(run: Finished) -> str:
+    if run.part is None:
+        return "## Metrics\n\nNone: no rows were kept for validation or test."
+    parts = [part for part in ("validation", "test") if part in run.metrics]
+    names = [name for name, value in run.metrics[run.part].items() if isinstance(value, float)]
+    rows = [[name.replace("_", " "), *(number(run.metrics[part].get(name)) for part in parts)] for name in names]
+    text = "## Metrics\n\n" + rows_of(["metric", *parts], rows)
+    if "calibration" in run.metrics:
+        error = run.metrics["calibration"][run.part]["expected_calibration_error"]
+        text += (
+            f"\n\nThe temperature of the probabilities is {run.problem.temperature:.4g}: expected calibration error on "
+            f"{run.part} {number(error['after'])}, without it {number(error['before'])}. minibert applies it; "
+            "transformers does not know of it and gives the same labels with unscaled probabilities."
+        )
+    per_class = run.metrics[run.part].get("per_class", {})
+    if per_class:
+        items = list(per_class.items())[:CLASSES]
+        header = ["class", "precision", "recall", "F1", "rows"]
+        lines = [
+            [markdown(name), *(number(row[key]) for key in ("precision", "recall", "f1")), f"{row['support']:,}"]
+            for name, row in items
+        ]
+        rest = f"\n\nThe first {CLASSES} of {len(per_class)} classes." if len(per_class) > CLASSES else ""
+        text += f"\n\n{rows_of(header, lines)}{rest}"
+    return text
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def use(run: Finished) -> str:
+    text = """## Intended use
+
+For texts like those it was trained on: same language, same kind of source, same meaning of the labels.
+
+```python
+import minibert
+
+classifier = minibert.load("path/to/this/folder")
+print(classifier.predict(["a text"])[0])
+```"""
+    if run.config.mlp_size():
+        return text + "\n\nThe head has a hidden layer, which transformers lacks: load the folder with minibert."
+    return text + "\n\n`AutoModelForSequenceClassification.from_pretrained` of transformers loads the folder too."
+
+
+def limits(run: Finished) -> str:
+    lines = [
+        "Measured on rows like the training rows; on texts from elsewhere it will be less good. Try it on your own."
+    ]
+    if run.part is not None:
+        lines.append(f"The figures come from {len(run.sets[run.part].targets):,} rows; small differences are chance.")
+    if run.part == "validation":
+        lines.append("They are of the validation rows, which also chose the best weights: expect a little less.")
+    per_class = run.metrics.get(run.part or "", {}).get("per_class", {})
+    seen = {name: row for name, row in per_class.items() if row["support"]}
+    if seen:
+        worst = min(seen, key=lambda name: seen[name]["f1"])
+        f1 = number(seen[worst]["f1"])
+        lines.append(f"Weakest class: {markdown(worst)}, F1 {f1} on {seen[worst]['support']:,} rows.")
+    lost = run.sets["train"].tokens.cut
+    if (lost > 0).any():
+        lines.append(
+            f"Of a text longer than {run.config.max_length} tokens it reads only a part ({run.config.truncation})."
+        )
+    lines.append("It repeats the biases of its data and of the pretrained model. Decisions about people need a person.")
+    return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def reproduce(run: Finished) -> str:
+    line = " ".join(re.sub(r"^(['\"]?)[/~].*/(?=.)", r"\1", word) for word in plain(command(run)).split(" "))
+    fence = "`" * max(3, 1 + max((len(ticks) for ticks in re.findall("`+", line)), default=0))
+    versions = ", ".join(f"{name} {version}" for name, version in run.record["versions"].items())
+    return f"## Reproduce\n\n{fence}\n{line}\n{fence}\n\nWith {versions}. `report.html` beside this file has the plots."

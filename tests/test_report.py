@@ -1,0 +1,248 @@
+"""The report and the model card: true figures, escaped text, bounded size, a page that a real browser shows well."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import CHROMIUM, browser
+from conftest import save_tiny
+from huggingface_hub import ModelCard
+
+import minibert
+import minibert.calibration
+from minibert import report
+from minibert.charts import Series, chart, esc, finite, short, ticks
+from minibert.config import RunConfig
+from minibert.data import Columns, Examples, RunData
+from minibert.problem import SINGLE, Problem
+from minibert.report import Finished
+from minibert.tokens import Tokens, offsets_of
+from minibert.train import Dataset
+
+ARTEFACTS = Path(__file__).parent / "artefacts"
+EVIL = '<script>alert("x")</script><img src=http://127.0.0.1:9/x onerror=alert(1)></style>'
+NAMES = {"spam": f"<b>spam</b> | `{EVIL}`", "ham": "---\nham & \"co\": 'é' ✓ \u202e"}
+
+
+def texts_of(rng: np.random.Generator, count: int) -> list[str]:
+    words = "the a of and good bad film very not is was free call now see you at money win prize".split()
+    texts = [" ".join(rng.choice(words, rng.integers(3, 40))) for _ in range(count)]
+    return [f"{text} {EVIL}" if i % 5 == 0 else text for i, text in enumerate(texts)]
+
+
+def write_rows(path: Path, kind: str) -> list[str]:
+    """A file of 160 rows whose labels can partly be learnt, and the flags that read it."""
+    rng = np.random.default_rng(3)
+    rows = []
+    for text in texts_of(rng, 160):
+        money, noise = "money" in text, rng.random() < 0.15
+        if kind == "single":
+            label: Any = NAMES["spam" if money != noise else "ham"]
+        elif kind == "multi":
+            label = [name for name, has in ((NAMES["spam"], money), (NAMES["ham"], "film" in text)) if has != noise]
+        else:
+            label = text.count("money") + rng.normal() / 4
+        rows.append(json.dumps({"text": text, "label": label}))
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    kinds = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression"}
+    return ["--problem-type", kinds[kind]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each problem type, with hostile names wherever a name can be chosen."""
+    from minibert.finetune import main
+
+    folder = tmp_path_factory.mktemp("report")
+    model = save_tiny(folder / "tiny")
+    outputs = {}
+    for kind in ("single", "multi", "regression"):
+        path = folder / f"{kind} <script>alert(1)<.jsonl"
+        flags = write_rows(path, kind)
+        outputs[kind] = folder / f"{kind}<script>"
+        recipe = ["--epochs", "8", "--lr", "3e-3", "--batch-size", "16", "--max-length", "32", "--test-split", "0.2"]
+        arguments = ["--train", str(path), "--model", str(model), "--output", str(outputs[kind]), "--quiet"]
+        main([*arguments, *flags, *recipe, "--validation-split", "0.3", "--no-token-cache"])
+    return outputs
+
+
+HEADLINES = {
+    "single": ["Training", "Data", "On test", "Calibration", "Each class", "Most confidently wrong"],
+    "multi": ["Training", "Data", "Calibration", "Each class", "Most confidently wrong"],
+    "regression": ["Training", "Data", "On test", "Furthest off"],
+}
+FIGURES = {
+    "single": "Loss|Metrics on validation|Learning rate|Labels|Token lengths|Confusion matrix|Precision and recall|ROC|"
+    "Reliability|Distribution of confidence|Padding|Time by part",
+    "multi": "Loss|Metrics on validation|Learning rate|Labels|Token lengths|"
+    "Reliability|Distribution of stated probability|Padding|Time by part",
+    "regression": "Loss|Metrics on validation|Learning rate|Values|Token lengths|"
+    "Predicted and true|Errors|Padding|Time by part",
+}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to look at the report with")
+@pytest.mark.parametrize("kind", ["single", "multi", "regression"])
+def test_a_browser_shows_the_report(runs: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    ARTEFACTS.mkdir(exist_ok=True)
+    path = runs[kind] / "report.html"
+    with browser(tmp_path / "profile") as page:
+        for width, dark in ((1200, False), (1200, True), (390, False), (390, True)):
+            page.open(path, width, 800, dark)
+            page.screenshot(ARTEFACTS / f"report-{kind}-{width}-{'dark' if dark else 'light'}.png")
+            assert page.complaints() == []
+            assert page.requests() == [path.as_uri()]  # nothing else was asked for
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert page.evaluate("document.querySelectorAll('script, img, iframe, b, link, a').length") == 0
+            assert EVIL in page.evaluate("document.body.textContent")
+            background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert (sum(map(int, re.findall(r"\d+", background))) < 200) is dark
+        headlines = page.evaluate("[...document.querySelectorAll('h2')].map(e => e.textContent)")
+        assert [name for name in headlines if name != "Least certain"] == [*HEADLINES[kind], "Speed", "Do it again"]
+        assert (
+            page.evaluate("[...document.querySelectorAll('figcaption')].map(e => e.textContent).join('|')")
+            == FIGURES[kind]
+        )
+        small = "[...document.querySelectorAll('svg text')].filter(e => e.getBoundingClientRect().height < 9).length"
+        assert page.evaluate(small) == 0  # on a phone
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to look at the report with")
+def test_the_browser_tests_would_notice(tmp_path: Path) -> None:
+    """A page with all the faults that are looked for."""
+    bad = tmp_path / "bad.html"
+    bad.write_text("<script>console.error('no'); nothing()</script><img src='none.png'><p style='width: 2000px'>wide")
+    with browser(tmp_path / "profile") as page:
+        page.open(bad, 390, 800, False)
+        assert len(page.complaints()) >= 2 and len(page.requests()) == 2
+        assert page.evaluate("document.documentElement.scrollWidth") > 390
+
+
+def test_report_holds_the_figures_of_the_metrics(runs: dict[str, Path]) -> None:
+    metrics = json.loads((runs["single"] / "metrics.json").read_text())
+    page = (runs["single"] / "report.html").read_text()
+    test = metrics["test"]
+    for text in (
+        f"{test['macro_f1']:.3f}",
+        f"{test['accuracy']:.1%} of",
+        f"Area under the curve {test['roc_auc']:.4f}",
+    ):
+        assert text in page
+    error = metrics["calibration"]["test"]["expected_calibration_error"]
+    assert f"{error['before']:.4f} without temperature" in page
+    assert f"{error['after']:.4f} with temperature {metrics['calibration']['temperature']:.3g}" in page
+    assert "--batch-size 16" in page and "finetune" in page
+    assert "<script" not in page and "<img" not in page and 'http-equiv="Content-Security-Policy"' in page
+    seconds = metrics["speed"]["seconds_by_part"]
+    assert sum(seconds.values()) == pytest.approx(metrics["speed"]["total_seconds"], abs=2)
+
+
+def test_most_confidently_wrong_rows_are_so(runs: dict[str, Path]) -> None:
+    """The first text of the table is the wrong row of the highest probability in the predictions' files."""
+    import csv
+
+    wrong = []
+    for part in ("validation", "test"):
+        with open(runs["single"] / f"predictions-{part}.csv", encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row["label"] != row["predicted"]:
+                    wrong.append((float(row[f"probability_{row['predicted']}"]), row["text"]))
+    assert wrong
+    page = (runs["single"] / "report.html").read_text().split("Most confidently wrong")[1]
+    first = re.findall(r'<td class="text"[^>]*><bdi>(.*?)</bdi>', page, re.DOTALL)[0]
+    probability, _ = max(wrong)
+    assert first in {esc(text) for p, text in wrong if p > probability - 1e-5}
+    assert f"{probability:.3f}" in page
+
+
+def large(rows: int, classes: int) -> Finished:
+    rng = np.random.default_rng(0)
+    labels = [f"class {i} " + "long name " * 20 for i in range(classes)]
+    problem = Problem(SINGLE, labels, temperature=1.3)
+    targets = rng.integers(0, classes, rows)
+    logits = rng.normal(size=(rows, classes)).astype(np.float32)
+    logits[np.arange(rows), targets] += 2
+    examples = Examples("big.csv", ["word " * 400] * rows, None, [labels[i] for i in targets], list(range(rows)))
+    lengths = rng.integers(5, 512, rows)
+    tokens = Tokens(np.zeros(0, np.int32), offsets_of(lengths), None, np.zeros(rows, np.int32))
+    data = RunData({"train": examples, "validation": examples}, problem, Columns(("text",), None, ("label",)), [])
+    metrics: dict[str, Any] = {"validation": problem.metrics(logits, targets), "train": {"best_step": 5, "steps": 9}}
+    metrics["calibration"] = minibert.calibration.calibration_metrics(
+        problem, {"validation": logits}, {"validation": targets}
+    )
+    speed = {name: 1.0 for name in "examples_per_second tokens_per_second padding_fraction train_seconds".split()}
+    metrics["speed"] = (
+        speed | {"total_seconds": 2.0} | dict.fromkeys(("device", "precision", "attention", "engine"), "x")
+    )
+    sets = dict.fromkeys(("train", "validation"), Dataset(tokens, targets))
+    record = {"command": ["minibert.finetune(...)"], "data": {}, "versions": {}}
+    config = RunConfig(model="org/model", max_length=512)
+    return Finished(config, data, sets, {"validation": logits}, metrics, record)
+
+
+def test_a_large_run_has_a_small_report() -> None:
+    log = [{"step": i, "epoch": i / 9, "loss": 1.0, "learning_rate": 0.1} for i in range(1, 10)]
+    log += [{"step": i, "epoch": i / 1000, "validation_loss": 0.5, "validation_accuracy": 0.1} for i in range(5000)]
+    page = report.page(large(100_000, 150), log, "big")
+    assert len(page.encode()) < 400_000
+    assert "others)" in page and "Most often confused" in page
+
+
+def test_card_is_one_that_the_hub_reads(runs: dict[str, Path]) -> None:
+    for kind, wanted in (("single", "Accuracy"), ("multi", "micro F1"), ("regression", "Spearman")):
+        card = ModelCard.load(runs[kind] / "README.md")
+        assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-classification"
+        assert card.data.base_model is None  # a folder here is nothing to others
+        results = {result.metric_name.lower(): result for result in card.data.eval_results}
+        metrics = json.loads((runs[kind] / "metrics.json").read_text())["test"]
+        name = {"single": "accuracy", "multi": "micro_f1", "regression": "spearman"}[kind]
+        assert results[wanted.lower()].metric_value == pytest.approx(metrics[name], abs=1e-6)
+        assert results[wanted.lower()].dataset_split == "test"
+        for headline in ("Data", "Recipe", "Metrics", "Intended use", "Limits", "Reproduce"):
+            assert f"\n## {headline}\n" in card.text
+        assert "<b>" not in card.text.split("## Reproduce")[0] and "<img" not in card.text
+        tables = [line for line in card.text.splitlines() if line.startswith("|")]
+        assert tables and not any(re.search(r"(?<!\\)`", line) for line in tables)
+        assert str(runs[kind].parent) not in card.text
+
+
+def test_a_run_without_validation_has_a_report_and_a_card(tmp_path: Path) -> None:
+    texts = [f"good film {i}" if i % 2 else f"bad film {i}" for i in range(40)]
+    model, output = str(save_tiny(tmp_path / "tiny")), tmp_path / "run"
+    flags = {"model": model, "output": str(output), "validation_split": 0.0, "quiet": True, "epochs": 1.0}
+    minibert.finetune(texts, [i % 2 for i in range(40)], **flags)
+    page = (output / "report.html").read_text()
+    assert "nothing to judge" in page and "Calibration" not in page and "Confusion" not in page
+    assert "minibert.finetune(texts, labels" in page and "validation_split=0.0" in page
+    assert ModelCard.load(output / "README.md").data.eval_results is None
+
+
+def test_text_that_is_no_valid_unicode_is_reported(tmp_path: Path) -> None:
+    """Half an emoji, as JSON can hold: it cannot be written to a file as it is."""
+    texts = [f"good film {i} \ud83d" if i % 2 else f"bad film {i}" for i in range(40)]
+    flags = {"model": str(save_tiny(tmp_path / "tiny")), "quiet": True, "max_steps": 1}
+    minibert.finetune(texts, [i % 2 for i in range(40)], output=str(tmp_path / "run"), **flags)
+    assert "good film" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "?" in (tmp_path / "run" / "predictions-validation.csv").read_text(encoding="utf-8")
+
+
+def test_escaping_leaves_nothing_that_is_markup_or_cannot_be_written() -> None:
+    assert esc("<a href='x'>&\"") == "&lt;a href=&#x27;x&#x27;&gt;&amp;&quot;"
+    assert esc("a\x00b\ud83dc").encode() == "a\ufffdb?c".encode()
+    assert esc(esc("<")) == "&lt;"
+
+
+def test_ticks_and_curves() -> None:
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert [short(v) for v in (0, 5e-5, 0.25, 1500, 25_000, 3e6)] == ["0", "5e-5", "0.25", "1500", "25k", "3M"]
+    x = np.linspace(0, 1, 100_000)
+    thin = finite(Series("steep", x, np.minimum(x * 1000, 1)))
+    assert len(thin.x) < 300 and thin.y[-1] == 1 and (thin.x < 0.001).sum() > 50  # the steep part keeps its points
+    assert "nan" not in chart([Series("x", np.array([0, math.nan, 1]), np.array([1, 2, math.inf]))], "x", "y")
+    assert "nan" not in chart([Series("none", np.zeros(0), np.zeros(0))], "x", "y")
