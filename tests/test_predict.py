@@ -211,13 +211,12 @@ def test_standard_input_is_answered_while_it_comes(planted: Path) -> None:
 
 
 def test_a_million_lines_pass_through_little_memory() -> None:
-    line = "a text of a usual length, some sixty characters or so, ok\r\n".encode()
-    block = (line * (1 << 16))[: 1 << 16]  # cuts lines anywhere
+    line = b"a text of a usual length, some sixty characters or so, ok\r\n"
     blocks = islice(repeat(line * 1000), 1000)
     stream = io.BufferedReader(Blocks(blocks), 1 << 17)
     tracemalloc.start()
     count = 0
-    for examples in stream_lines(lambda: stream.read1(len(block)), "utf-8-sig"):
+    for examples in stream_lines(lambda: stream.read1(1 << 16), "utf-8-sig"):
         assert examples.lines[0] == count + 1 and set(examples.texts) == {line.decode().rstrip()}
         count += len(examples)
     peak = tracemalloc.get_traced_memory()[1]
