@@ -280,19 +280,21 @@ def test_standard_input_that_is_no_text(encoding: str, data: bytes, message: str
         (["--file", "-", "--text-column", "x"], "a\n", "--text-column: standard input is one text a line"),
     ],
 )
-def test_mistakes_are_one_line(planted: Path, arguments: list[str], text: str | None, message: str) -> None:
+def test_mistakes_are_one_line(untrained: Path, arguments: list[str], text: str | None, message: str) -> None:
     done = predict(str(untrained), *arguments, text=text, check=False)
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
 def test_the_input_is_never_overwritten_and_a_failure_leaves_nothing(untrained: Path, tmp_path: Path) -> None:
-    source = tmp_path / "in.csv"
+    folder = tmp_path / "data"
+    folder.mkdir()
+    source = folder / "in.csv"
     source.write_text("text\nzebra\n")
     done = predict(str(untrained), "--file", str(source), "--output", str(source), check=False)
     assert done.returncode == 2 and "is the file to read" in done.stderr and source.read_text() == "text\nzebra\n"
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n' * 10_001 + "oops\n")
-    arguments = ["--file", str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "out.parquet")]
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n' * 10_001 + "oops\n")
+    arguments = ["--file", str(folder / "bad.jsonl"), "--output", str(folder / "out.parquet")]
     done = predict(str(untrained), *arguments, check=False)
     assert done.returncode == 2 and "line 10002: not JSON" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "in.csv"]
+    assert sorted(path.name for path in folder.iterdir()) == ["bad.jsonl", "in.csv"]

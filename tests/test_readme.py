@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_every_flag_exists() -> None:
     parsers = (run_parser(), predict.parser(), export.parser())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README))
     assert named and not named - known
 
 
