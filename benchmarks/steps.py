@@ -1,29 +1,33 @@
 """Training steps of all trainers side by side: `python benchmarks/steps.py [--batches 16] [--output FILE.json]`.
 
-Every trainer trains on the same messages of SMS spam, in batches of 32, with dropout, in fp32. Steps are interleaved:
-one of each trainer in turn, so that a slow minute of the machine hits all of them. The time of a trainer is the sum
-over its batches, for batches of like length differ. Last line: JSON.
+Every trainer trains on the same messages of SMS spam, in batches of 32, with dropout, in fp32. Each lives in a process
+of its own, so that none inherits another's heap or caches, and they take turns step by step, so that a slow minute of
+the machine hits all of them. The time of a trainer is the sum over its batches, for batches of like length differ.
+Last line: JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import subprocess
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from trainers import BATCH, TRAINERS, sms_spam
+from trainers import BATCH, TRAINERS, Texts, sms_spam
 
 from minibert.run import demo_weights
 from minibert.tokens import Tokenizer
 
-WARM_UP = 2  # batches that are not counted
+WARM_UP = 4  # of so many batches one is trained on before the clock runs
+SETTLE = 0.02  # seconds for the last trainer's threads to stop spinning
 
 
 def main() -> None:
@@ -32,31 +36,50 @@ def main() -> None:
     parser.add_argument("--output", help="write the result to this JSON file")
     parser.add_argument("--only", nargs="*", help="names of trainers (default all)")
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    everything = sms_spam()
-    rows = np.random.default_rng(0).permutation(len(everything.texts))[: BATCH * arguments.batches]
-    data = everything.take(rows)
     names = [name for name in TRAINERS if not arguments.only or name in arguments.only]
-    warm_up = everything.take(rows[: BATCH * WARM_UP])
-    for name in names:
-        for step in TRAINERS[name](warm_up):
-            step()
-    seconds, matmul = interleave({name: list(TRAINERS[name](data)) for name in names})
-    result = report(data.texts, seconds, matmul, arguments.batches)
+    seconds, matmul = interleave({name: start(name, arguments.batches) for name in names}, arguments.batches)
+    result = report(chosen(arguments.batches).texts, seconds, matmul, arguments.batches)
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 
 
-def interleave(steps: dict[str, list[Any]]) -> tuple[dict[str, float], float]:
-    """Seconds of each trainer over all its steps, and the fastest large matmul seen between them (FLOP/s)."""
-    seconds = dict.fromkeys(steps, 0.0)
+def chosen(batches: int) -> Texts:
+    everything = sms_spam()
+    return everything.take(np.random.default_rng(0).permutation(len(everything.texts))[: BATCH * batches])
+
+
+def start(name: str, batches: int) -> Connection:
+    """Start a trainer's process; it has warmed up when the returned connection first says something."""
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    multiprocessing.get_context("spawn").Process(target=serve, args=(name, batches, there), daemon=True).start()
+    here.recv()
+    return here
+
+
+def serve(name: str, batches: int, driver: Connection) -> None:
+    """Make one step and report its seconds, as often as asked."""
+    torch.manual_seed(0)
+    steps = list(TRAINERS[name](chosen(batches)))
+    for step in steps[::WARM_UP]:
+        step()
+    driver.send("ready")
+    for step in steps:
+        driver.recv()
+        started = time.perf_counter()
+        step()
+        driver.send(time.perf_counter() - started)
+
+
+def interleave(workers: dict[str, Connection], batches: int) -> tuple[dict[str, float], float]:
+    """Seconds of each trainer over all its steps, and the median rate of a large product between them (FLOP/s)."""
+    seconds = dict.fromkeys(workers, 0.0)
     rates = []
-    for i in range(max(map(len, steps.values()))):
-        for name, of_trainer in steps.items():
-            started = time.perf_counter()
-            of_trainer[i]()
-            seconds[name] += time.perf_counter() - started
+    for _ in range(batches):
+        for name, worker in workers.items():
+            time.sleep(SETTLE)
+            worker.send("step")
+            seconds[name] += worker.recv()
         rates.append(matmul_rate())
     return seconds, float(np.median(rates))
 

@@ -54,7 +54,7 @@ def transformers_steps(data: Texts, kind: str, dropout: float | None = None) -> 
     """Steps of a plain torch loop over transformers' model; `kind` says how texts are padded and batched.
 
     "175" and "128" pad every text to that length, "dynamic" to the longest of a random batch, "grouped" to the
-    longest of a batch of like length, with fused AdamW.
+    longest of a batch of like length, with fused AdamW; "compiled" is "grouped" under torch.compile.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -68,7 +68,9 @@ def transformers_steps(data: Texts, kind: str, dropout: float | None = None) -> 
         tokenizer(text, truncation=True, max_length=fixed or 512, padding="max_length" if fixed else False)
         for text in data.texts
     ]
-    grouped = kind == "grouped"
+    grouped = kind in ("grouped", "compiled")
+    if kind == "compiled":
+        model = torch.compile(model, dynamic=True)
     optimizer = transformers_optimizer(model, fused=grouped)
     order = np.random.default_rng(0).permutation(len(data.texts))
     if grouped:
@@ -148,7 +150,16 @@ TRAINERS: dict[str, Callable[[Texts], Iterator[Step]]] = {
     "transformers, padded to 128": lambda data: transformers_steps(data, "128"),
     "transformers, dynamic padding": lambda data: transformers_steps(data, "dynamic"),
     "transformers, best": lambda data: transformers_steps(data, "grouped"),
+    "transformers, best, compiled": lambda data: transformers_steps(data, "compiled"),
     "minibert": lambda data: minibert_steps(data),
 }
-SAVINGS = ("length buckets", "CLS-only last layer", "compact vocabulary", "bulk dropout", "attention chunks", "dropout")
+SAVINGS = (
+    "length buckets",
+    "CLS-only last layer",
+    "compact vocabulary",
+    "bulk dropout",
+    "attention chunks",
+    "kept memory",
+    "dropout",
+)
 TRAINERS |= {f"minibert without {off}": lambda data, off=off: minibert_steps(data, off) for off in SAVINGS}
