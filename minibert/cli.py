@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": "labels and probabilities for new text",
     "evaluate": "metrics of a saved model on a labelled file",
     "embed": "sentence embeddings",
+    "export": "a model for onnxruntime",
 }
 LARGEST_CONFIG = 1 << 18  # bytes of a --config file
 GROUPS = ("model", "data", "tokens", "recipe", "speed", "stopping", "watching", "other")
@@ -119,7 +120,7 @@ class Several(argparse.Action):
     """A flag that may be repeated, or hold several values between commas."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        before = getattr(namespace, self.dest, ())
+        before = getattr(namespace, self.dest, None) or ()
         setattr(namespace, self.dest, (*before, *(value for value in str(values).split(",") if value)))
 
 

@@ -1,13 +1,18 @@
-"""`python -m minibert.predict RUN --text "..."` or `--file F [--output preds.csv]`: labels for new text.
+"""`python -m minibert.predict RUN` on `--text "..."`, `--file F` or standard input: labels for new text.
 
-A file is read, predicted and written in chunks, so its size does not matter.
+Everything is read, predicted and written in chunks, so its size does not matter. Standard input is one text a line,
+and answered as it comes.
 """
 
 from __future__ import annotations
 
-import csv
+import argparse
+import codecs
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -15,69 +20,238 @@ from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from minibert.classifier import Classifier
+    from minibert.data import Examples
+    from minibert.explain import Word
+
+FORMATS = ("csv", "jsonl", "parquet")
+STANDARD_INPUT = "-"
+READ_SIZE = 1 << 16  # bytes of standard input at a time: what a pipe holds
+
+
+def parser() -> Parser:
+    result = Parser(prog="python -m minibert.predict", description="Labels and probabilities for new text.")
+    result.add_argument("run", metavar="RUN", help="folder that finetune wrote, or any BERT classifier")
+    source = result.add_mutually_exclusive_group()
+    source.add_argument("--text", nargs="+", metavar="T", help="one or more texts")
+    source.add_argument("--file", metavar="F", help="data file with a text column; - is standard input, a text a line")
+    result.add_argument("--output", metavar="FILE", help="where to write: .csv, .jsonl or .parquet (default: stdout)")
+    result.add_argument("--format", choices=FORMATS[:2], help="of what goes to stdout (default csv)")
+    result.add_argument("--top-k", "--top_k", type=int, metavar="K", help="only the K most probable classes")
+    result.add_argument("--explain", action="store_true", help="mark the words that moved the result (a pass a word)")
+    result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    text = "give probabilities as trained, without the temperature fitted on validation (labels stay the same)"
+    result.add_argument("--no-temperature", dest="temperature", action="store_false", help=text)
+    add_column_flags(result)
+    return result
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = Parser(prog="python -m minibert.predict", description="Labels and probabilities for new text.")
-    parser.add_argument("run", metavar="RUN", help="folder that finetune wrote, or any BERT classifier")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--text", nargs="+", metavar="T", help="one or more texts")
-    source.add_argument("--file", metavar="F", help="data file with a text column")
-    parser.add_argument("--output", metavar="CSV", help="where to write (default: the terminal)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    text = "give probabilities as trained, without the temperature fitted on validation (labels stay the same)"
-    parser.add_argument("--no-temperature", dest="temperature", action="store_false", help=text)
-    add_column_flags(parser)
-    arguments = parser.parse_args(list(argv))
+    arguments = parser().parse_args(list(argv))
+    kind = output_format(arguments)
+    arguments.top_k = arguments.top_k or 0
+    if arguments.text is None and arguments.file in (None, STANDARD_INPUT):
+        check_standard_input(arguments)
     from minibert.classifier import load
+    from minibert.device import keep_freed_memory
+    from minibert.problem import REGRESSION
 
+    keep_freed_memory()
     classifier = load(arguments.run, arguments.device, arguments.temperature)
-    if arguments.text and not arguments.output:
-        print_predictions(classifier, arguments.text)
+    if arguments.top_k and classifier.problem.kind == REGRESSION:
+        raise UserError(f"--top-k {arguments.top_k}: {arguments.run} is a regression, it has no classes")
+    if arguments.text is not None and not (arguments.output or arguments.format):
+        print_predictions(classifier, arguments)
     else:
-        write_predictions(classifier, arguments)
+        write_predictions(classifier, arguments, kind)
 
 
-def print_predictions(classifier: Classifier, texts: list[str]) -> None:
-    """One line a text: label, probability, text."""
-    for text, prediction in zip(texts, classifier.predict(texts), strict=True):
-        print(f"{prediction.label}\t{prediction.score:.4f}\t{text}")
+def output_format(arguments: argparse.Namespace) -> str:
+    """csv, jsonl or parquet; refuse at once what could not be written in the end."""
+    if arguments.top_k is not None and arguments.top_k < 1:
+        raise UserError(f"--top-k {arguments.top_k}: give a whole number of at least 1")
+    if arguments.output is None:
+        return arguments.format or "csv"
+    path = Path(arguments.output)
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in FORMATS:
+        raise UserError(f"--output {path}: end the name in .csv, .jsonl or .parquet")
+    if arguments.format not in (None, kind):
+        raise UserError(f"--format {arguments.format}: --output {path} says {kind}; leave one of the two out")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder; make it, or give another --output")
+    if arguments.file and path.exists() and Path(arguments.file).exists() and path.samefile(arguments.file):
+        raise UserError(f"--output {path}: is the file to read; give another name")
+    if kind == "parquet" and find_spec("pyarrow") is None:
+        raise UserError(f'--output {path}: writing Parquet needs pyarrow; pip install "minibert[parquet]"')
+    return kind
 
 
-def write_predictions(classifier: Classifier, arguments: Any) -> None:
-    """CSV with a header, to --output (whole or not at all) or to standard output."""
+def check_standard_input(arguments: argparse.Namespace) -> None:
+    nothing = sys.stdin is None or (arguments.file is None and sys.stdin.isatty())
+    if nothing:
+        raise UserError("give --text, --file, or texts on standard input, one a line")
+    for name in ("text_column", "text_pair_column", "no_header"):
+        if getattr(arguments, name, None):
+            raise UserError(f"--{name.replace('_', '-')}: standard input is one text a line; give a --file")
+
+
+def print_predictions(classifier: Classifier, arguments: argparse.Namespace) -> None:
+    """For people: one line a text with label, probability and text, then what --top-k and --explain add."""
+    from minibert.explain import explain, marked, strongest
+    from minibert.predictions import most_probable
+
+    problem, texts = classifier.problem, arguments.text
+    logits = classifier.logits(texts)
+    words = explain(classifier, texts, None, logits) if arguments.explain else None
+    probabilities = problem.probabilities(logits)
+    for i, decision in enumerate(problem.decisions(probabilities)):
+        label = ", ".join(decision) or "(none)" if isinstance(decision, list) else decision
+        text = texts[i] if words is None else marked(texts[i], words[i])
+        print(f"{label}\t{probabilities[i].max():.4f}\t{text}")
+        for k in most_probable(probabilities[i : i + 1], arguments.top_k)[0] if arguments.top_k else ():
+            print(f"\t{probabilities[i, k]:.4f}\t{problem.labels[k]}")
+        if words is not None:
+            explained = problem.labels[int(probabilities[i].argmax())]
+            print(f"\tfor {explained}: " + (", ".join(map(str, strongest(words[i]))) or "no word matters"))
+
+
+def write_predictions(classifier: Classifier, arguments: argparse.Namespace, kind: str) -> None:
+    """All columns, to --output (whole or not at all) or to standard output, chunk by chunk."""
     from minibert.files import atomic
 
-    path = Path(arguments.output) if arguments.output else None
-    if path is not None and not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder; make it, or give another --output")
-    if path is None:
-        _write_rows(classifier, arguments, sys.stdout)
+    chunks = predicted_chunks(classifier, arguments)
+    if not arguments.output:
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+        write_text(classifier, chunks, arguments.top_k, kind, sys.stdout)
         return
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace", newline="") as file:
-        count = _write_rows(classifier, arguments, file)
+    path = Path(arguments.output)
+    with atomic(path) as temporary:
+        if kind == "parquet":
+            count = write_parquet(classifier, chunks, arguments.top_k, temporary)
+        else:  # half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes \udxxx
+            with open(temporary, "w", encoding="utf-8", newline="", errors="backslashreplace") as file:
+                count = write_text(classifier, chunks, arguments.top_k, kind, file)
     print(f"{count} predictions written to {path}")
 
 
-def _write_rows(classifier: Classifier, arguments: Any, file: IO[str]) -> int:
-    from minibert import predictions
+Chunk = tuple["Examples", "np.ndarray", "list[list[Word]] | None"]
+
+
+def predicted_chunks(classifier: Classifier, arguments: argparse.Namespace) -> Iterator[Chunk]:
+    """Texts with their logits and, if asked for, the effects of their words."""
+    from minibert.explain import explain
+
+    for examples in read_chunks(arguments):
+        logits = classifier.logits(examples.texts, examples.pairs)
+        words = explain(classifier, examples.texts, examples.pairs, logits) if arguments.explain else None
+        yield examples, logits, words
+
+
+def read_chunks(arguments: argparse.Namespace) -> Iterator[Examples]:
     from minibert.data import Examples, stream_examples
 
-    writer = csv.writer(file, lineterminator="\n")
-    if arguments.text:
-        lines = list(range(1, len(arguments.text) + 1))
-        chunks = iter([Examples("--text", arguments.text, None, None, lines)])
+    if arguments.text is not None:
+        yield Examples("--text", arguments.text, lines=list(range(1, len(arguments.text) + 1)))
+    elif arguments.file not in (None, STANDARD_INPUT):
+        yield from stream_examples(arguments.file, column_config(arguments))
     else:
-        chunks = stream_examples(arguments.file, column_config(arguments))
-    count = 0
-    for examples in chunks:
-        if count == 0:
-            writer.writerow(predictions.header(examples, classifier.problem))
-        logits = classifier.logits(examples.texts, examples.pairs)
-        writer.writerows(predictions.rows(examples, classifier.problem, logits, None))
-        count += len(examples)
+        encoding = column_config(arguments).encoding or "utf-8-sig"
+        empty = True
+        for examples in stream_lines(lambda: os.read(sys.stdin.fileno(), READ_SIZE), encoding):
+            yield examples
+            empty = False
+        if empty and arguments.file is None:
+            raise UserError("standard input is empty; give --text, --file, or texts on standard input, one a line")
+        if empty:
+            yield Examples("standard input", [])
+
+
+def stream_lines(read: Callable[[], bytes], encoding: str) -> Iterator[Examples]:
+    """The lines that are there, as soon as they are; blank ones too, so that line n is answered by row n."""
+    from minibert.data import Examples
+    from minibert.tables import LONGEST_LINE
+
+    source, rest, count = "standard input", "", 0
+    try:
+        decoder = codecs.getincrementaldecoder(encoding)()
+    except LookupError:
+        raise UserError(f"--encoding {encoding}: no such encoding; try utf-8, cp1252 or latin-1") from None
+    data = b"\n"
+    while data:
+        data = read()
+        try:
+            *lines, rest = (rest + decoder.decode(data, final=not data)).split("\n")
+        except UnicodeError:
+            raise UserError(f"{source}, after line {count}: not {encoding} text; give --encoding") from None
+        if len(rest) > LONGEST_LINE:
+            raise UserError(
+                f"{source}, line {count + len(lines) + 1}: longer than {LONGEST_LINE >> 20} million characters"
+            )
+        if lines:
+            numbers = list(range(count + 1, count + len(lines) + 1))
+            yield Examples(source, [line.removesuffix("\r") for line in lines], lines=numbers)
+            count += len(lines)
+    if rest:
+        yield Examples(source, [rest], lines=[count + 1])
+
+
+def write_text(classifier: Classifier, chunks: Iterator[Chunk], top_k: int, kind: str, file: IO[str]) -> int:
+    from minibert.predictions import columns, records, write_csv
+
+    count, first = 0, True
+    for examples, logits, words in chunks:
+        if kind == "csv":
+            table = columns(examples, classifier.problem, logits, top_k=top_k, words=words)
+            write_csv(file, table, header=first)
+        else:
+            for record in records(examples, classifier.problem, logits, top_k=top_k, words=words):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.flush()
+        count, first = count + len(examples), False
     return count
+
+
+def write_parquet(classifier: Classifier, chunks: Iterator[Chunk], top_k: int, path: Path) -> int:
+    import pyarrow
+    from pyarrow import parquet
+
+    from minibert.predictions import columns
+
+    writer, count = None, 0
+    try:
+        for examples, logits, words in chunks:
+            table = columns(examples, classifier.problem, logits, top_k=top_k, words=words)
+            schema = pyarrow.schema([(name, _arrow_type(name, classifier)) for name in table])
+            writer = writer or parquet.ParquetWriter(path, schema)
+            writer.write_table(pyarrow.table({name: _storable(values) for name, values in table.items()}, schema))
+            count += len(examples)
+    finally:
+        if writer is not None:
+            writer.close()
+    return count
+
+
+def _arrow_type(name: str, classifier: Classifier) -> Any:
+    import pyarrow
+
+    from minibert.problem import MULTI, REGRESSION
+
+    if name == "row":
+        return pyarrow.int64()
+    if name.startswith("probability") or name.endswith("_probability"):
+        return pyarrow.float64()
+    if name == "predicted" and classifier.problem.kind == MULTI:
+        return pyarrow.list_(pyarrow.string())
+    is_number = name == "predicted" and classifier.problem.kind == REGRESSION
+    return pyarrow.float64() if is_number else pyarrow.string()
+
+
+def _storable(values: list[Any]) -> list[Any]:
+    """Strings that UTF-8 can hold."""
+    return [v.encode("utf-8", "backslashreplace").decode() if isinstance(v, str) else v for v in values]
 
 
 if __name__ == "__main__":

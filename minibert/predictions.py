@@ -2,37 +2,111 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from minibert.data import Examples
-from minibert.problem import REGRESSION, Problem
+from minibert.explain import Word, strongest
+from minibert.problem import REGRESSION, SINGLE, Problem
+
+# What a spreadsheet takes for the start of a formula (OWASP, "CSV Injection"), behind any number of apostrophes.
+FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
-def header(examples: Examples, problem: Problem) -> list[str]:
-    """Column names for examples like these."""
-    columns = ["row", "text"]
-    columns += ["text_pair"] if examples.pairs is not None else []
-    columns += ["label"] if examples.labels is not None else []
-    columns += ["predicted"]
-    columns += [f"probability_{name}" for name in problem.labels] if problem.kind != REGRESSION else []
-    return columns + (["loss"] if examples.labels is not None else [])
+def columns(
+    examples: Examples,
+    problem: Problem,
+    logits: np.ndarray,
+    targets: np.ndarray | None = None,
+    *,
+    top_k: int = 0,
+    words: list[list[Word]] | None = None,
+) -> dict[str, list[Any]]:
+    """The table, column by column; `row` is the line a text has in its file.
+
+    A probability for each class, or with `top_k` the most probable ones and their names. targets None: no loss.
+    """
+    probabilities = problem.probabilities(logits)  # [n, L]
+    table: dict[str, list[Any]] = {"row": examples.lines, "text": examples.texts}
+    if examples.pairs is not None:
+        table["text_pair"] = examples.pairs
+    if examples.labels is not None:
+        table["label"] = examples.labels
+    table["predicted"] = problem.decisions(probabilities)
+    if problem.kind == SINGLE:
+        table["probability"] = probabilities.max(1).tolist()
+    if problem.kind != REGRESSION and top_k:
+        for rank, column in enumerate(most_probable(probabilities, top_k).T, start=1):
+            table[f"top_{rank}"] = [problem.labels[i] for i in column]
+            table[f"top_{rank}_probability"] = probabilities[np.arange(len(column)), column].tolist()
+    elif problem.kind != REGRESSION:
+        table |= {f"probability_{name}": probabilities[:, i].tolist() for i, name in enumerate(problem.labels)}
+    if words is not None:
+        table["words"] = ["; ".join(map(str, strongest(of_text))) for of_text in words]
+    if targets is not None:
+        table["loss"] = problem.example_losses(logits, targets).tolist()
+    return table
 
 
-def rows(examples: Examples, problem: Problem, logits: np.ndarray, targets: np.ndarray | None) -> Iterator[list[Any]]:
-    """One row for each example; `row` is the line it has in its file. targets None: no loss."""
+def records(
+    examples: Examples, problem: Problem, logits: np.ndarray, *, top_k: int = 0, words: list[list[Word]] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The same for JSON: an object for each text, with the classes and the words as objects in it."""
     probabilities = problem.probabilities(logits)
-    losses = None if targets is None else problem.example_losses(logits, targets)
+    order = most_probable(probabilities, top_k) if top_k else None
     for i, decision in enumerate(problem.decisions(probabilities)):
-        row: list[Any] = [examples.lines[i], examples.texts[i]]
-        row += [examples.pairs[i]] if examples.pairs is not None else []
-        row += [_cell(examples.labels[i])] if examples.labels is not None else []
-        row += [_cell(decision)]
-        row += [f"{p:.6f}" for p in probabilities[i]] if problem.kind != REGRESSION else []
-        yield row + ([f"{losses[i]:.6f}"] if losses is not None else [])
+        record: dict[str, Any] = {"row": examples.lines[i], "text": examples.texts[i]}
+        if examples.pairs is not None:
+            record["text_pair"] = examples.pairs[i]
+        record["predicted"] = decision
+        row = [round(float(p), 6) for p in probabilities[i]]
+        if problem.kind == SINGLE:
+            record["probability"] = max(row)
+        if problem.kind != REGRESSION and order is not None:
+            record["top"] = [{"label": problem.labels[k], "probability": row[k]} for k in order[i]]
+        elif problem.kind != REGRESSION:
+            record["probabilities"] = dict(zip(problem.labels, row, strict=True))
+        if words is not None:
+            record["words"] = [word.to_dict() for word in words[i]]
+        yield record
 
 
-def _cell(label: Any) -> Any:
-    return "|".join(label) if isinstance(label, list) else label
+def most_probable(probabilities: np.ndarray, count: int) -> np.ndarray:
+    """[n, L] -> [n, count] class numbers, the most probable first; of equals the earlier one."""
+    return np.argsort(-probabilities, axis=1, kind="stable")[:, :count]
+
+
+def write_csv(file: IO[str], table: dict[str, list[Any]], header: bool = True) -> None:
+    """The table as CSV, safe to open in a spreadsheet."""
+    plain = csv.writer(file, lineterminator="\n")
+    quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    if header:
+        plain.writerow(table)
+    cells = [[_cell(name, value) for value in values] for name, values in table.items()]
+    for row in zip(*cells, strict=True):  # csv leaves a lone carriage return bare before Python 3.13
+        writer = quoted if any("\r" in cell for cell in row if isinstance(cell, str)) else plain
+        writer.writerow(row)
+
+
+def _cell(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        value = "|".join(value)
+    if isinstance(value, str):
+        is_label = name not in ("text", "text_pair")
+        return value if is_label and NUMBER.fullmatch(value) else safe_cell(value)  # -1 is a number, no formula
+    return f"{value:.6f}" if isinstance(value, float) and name not in ("label", "predicted") else value
+
+
+def safe_cell(text: str) -> str:
+    """An apostrophe in front of what a spreadsheet would run as a formula; `plain_cell` takes it away again."""
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def plain_cell(cell: str) -> str:
+    """The text that `safe_cell` was given."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell

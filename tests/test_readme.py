@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from minibert import export, predict
 from minibert.cli import run_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,10 +15,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_every_flag_exists() -> None:
-    known = {option for action in run_parser()._actions for option in action.option_strings}
-    known |= {"--text", "--file"}  # of predict, evaluate and embed
+    parsers = (run_parser(), predict.parser(), export.parser())
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}  # torchrun's
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README))
     assert named and not named - known
 
 

@@ -1,0 +1,215 @@
+"""`python -m minibert.export RUN --onnx [--int8] [--output FILE]`: a model for onnxruntime, checked against ours."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minibert.cli import Parser, add_column_flags, column_config, run_command
+from minibert.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from minibert.classifier import Classifier
+    from minibert.data import Examples
+    from minibert.model import BertForSequenceClassification
+    from minibert.tokens import Tokens
+
+TOLERANCE = 1e-4  # of logits up to 1, or of their largest; fp32 against fp32
+LARGEST = 2_000_000_000  # bytes that a protobuf, and so an ONNX file, may have
+BATCH = 32
+
+
+def parser() -> Parser:
+    result = Parser(prog="python -m minibert.export", description="Write a trained model in another form.")
+    result.add_argument("run", metavar="RUN", help="folder that finetune wrote, or any BERT classifier")
+    result.add_argument("--onnx", action="store_true", help="as ONNX: padded ids, mask and types in, logits out")
+    result.add_argument("--int8", action="store_true", help="weights as 8-bit integers (dynamic quantisation)")
+    result.add_argument("--output", metavar="FILE", help="default RUN/model.onnx, or RUN/model-int8.onnx")
+    result.add_argument("--file", metavar="F", help="labelled data on which to compare --int8 (default: sample texts)")
+    add_column_flags(result, labels=True)
+    return result
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = parser().parse_args(list(argv))
+    if not arguments.onnx:
+        raise UserError("say which form to write: --onnx")
+    if arguments.file and not arguments.int8:
+        raise UserError("--file: is for --int8, whose predictions are compared on it; leave it out")
+    missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise UserError(f'--onnx: needs {" and ".join(missing)}; pip install "minibert[onnx]"')
+    folder = Path(arguments.run).expanduser()
+    output = Path(arguments.output or folder / ("model-int8.onnx" if arguments.int8 else "model.onnx"))
+    if arguments.output and not output.parent.is_dir():
+        raise UserError(f"{output.parent}: no such folder; make it, or give another --output")
+    if not arguments.output and not folder.is_dir():
+        raise UserError(f"--output: is needed where RUN is no folder here ({arguments.run})")
+    from minibert.classifier import load
+    from minibert.files import atomic
+
+    classifier = load(arguments.run, "cpu")
+    plain = output.with_name(f".{output.name}.{os.getpid()}.fp32.tmp")
+    with atomic(output) as temporary:
+        try:
+            print(export(classifier, plain if arguments.int8 else temporary))
+            if arguments.int8:
+                quantise(plain, temporary)
+                print(compare(classifier, plain, temporary, arguments))
+        finally:
+            plain.unlink(missing_ok=True)
+    print(f"saved to {output}, {output.stat().st_size / 1e6:.1f} MB")
+
+
+def export(classifier: Classifier, path: Path) -> str:
+    """Write the fp32 graph, run it in onnxruntime on several shapes, and say how far it is from our logits."""
+    import onnx
+    import onnxruntime
+
+    from minibert import __version__
+    from minibert.onnx_graph import build
+
+    size = sum(p.numel() * 4 for p in classifier.model.parameters())
+    if size > LARGEST:
+        raise UserError(f"--onnx: the model has {size / 1e9:.1f} GB, more than one ONNX file can hold")
+    problem = classifier.problem
+    metadata = {
+        "labels": problem.labels,
+        "problem_type": problem.kind,
+        "thresholds": problem.thresholds,
+        "temperature": problem.temperature,
+        "max_length": classifier.max_length,
+        "minibert": __version__,
+    }
+    onnx.save_model(build(classifier.model, metadata), str(path))
+    shapes, largest, difference = verify(classifier.model, path)
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise UserError(f"--onnx: onnxruntime's logits differ from ours by {difference:.2g}; nothing was written")
+    named = ", ".join(f"{batch}x{length}" for batch, length in shapes)
+    return (
+        f"checked in onnxruntime {onnxruntime.__version__} on {named} tokens: logits differ by {difference:.1g} at most"
+    )
+
+
+def verify(model: BertForSequenceClassification, path: Path) -> tuple[list[tuple[int, int]], float, float]:
+    """(batch sizes and lengths tried, our largest logit, the largest difference), on random ids, padded and not."""
+    import numpy as np
+    import torch
+
+    limit, types = model.config.max_position_embeddings, model.config.type_vocab_size
+    shapes = [(1, 1), (1, limit), (2, 7), (3, min(33, limit)), (5, min(128, limit))]
+    session, rng = open_session(path), np.random.default_rng(0)
+    largest = difference = 0.0
+    for batch, length in shapes:
+        lengths = rng.integers(1, length + 1, batch)
+        lengths[0] = length
+        inputs = {
+            "input_ids": rng.integers(0, model.config.vocab_size, (batch, length)),
+            "attention_mask": (np.arange(length) < lengths[:, None]).astype(np.int64),
+            "token_type_ids": rng.integers(0, types, (batch, length)),
+        }
+        theirs = session.run(["logits"], inputs)[0]
+        with torch.inference_mode():
+            ours = model(**{name: torch.from_numpy(value) for name, value in inputs.items()}).logits.numpy()
+        largest = max(largest, float(np.abs(ours).max()))
+        difference = float(np.maximum(difference, np.abs(ours - theirs).max()))  # NaN stays
+    return shapes, largest, difference
+
+
+def quantise(source: Path, target: Path) -> None:
+    """Weights of products as int8, one scale a column; activations are rounded as they come."""
+    import logging
+
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logger, level = logging.getLogger(), logging.getLogger().level
+    logger.setLevel(logging.ERROR)  # it asks for a shape inference that these graphs do not need
+    try:
+        # 7 bits of range: sums of full 8-bit products overflow on CPUs without VNNI, silently
+        quantize_dynamic(source, target, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
+    finally:
+        logger.setLevel(level)
+
+
+def compare(classifier: Classifier, plain: Path, small: Path, arguments: Any) -> str:
+    """What int8 changes: on the labelled --file in metrics too, else on the sample texts of the demonstration."""
+    import numpy as np
+
+    problem = classifier.problem
+    sessions = [open_session(plain), open_session(small)]
+    logits: list[list[np.ndarray]] = [[], []]
+    targets: list[np.ndarray] = []
+    for examples in _comparison_texts(classifier, arguments):
+        tokens = classifier.encode(examples.texts, examples.pairs)
+        for session, of_session in zip(sessions, logits, strict=True):
+            of_session.append(session_logits(session, tokens))
+        if arguments.file:
+            targets.append(problem.targets(examples.labels or []))
+    before, after = (problem.probabilities(np.concatenate(parts)) for parts in logits)
+    what = "value" if problem.kind == "regression" else "probability"
+    lines = [f"int8 against fp32 on {len(before)} {'rows' if arguments.file else 'sample texts'}: "]
+    if what == "probability":
+        pairs = zip(problem.decisions(before), problem.decisions(after), strict=True)
+        lines[0] += f"the same label on {sum(a == b for a, b in pairs) / len(before):.2%}, "
+    lines[0] += f"largest change of a {what} {np.abs(before - after).max():.4f}"
+    if targets:
+        truth = np.concatenate(targets)
+        old, new = (problem.metrics(np.concatenate(parts), truth) for parts in logits)
+        numbers = [name for name, value in old.items() if isinstance(value, float)]
+        lines += [f"  {name:<24} fp32 {old[name]:.4f}   int8 {new[name]:.4f}" for name in numbers]
+    return "\n".join(lines)
+
+
+def _comparison_texts(classifier: Classifier, arguments: Any) -> Iterator[Examples]:
+    from minibert.data import stream_examples, stream_labelled
+    from minibert.run import DEMO_DATA
+
+    if arguments.file:
+        yield from stream_labelled(arguments.file, classifier.problem, column_config(arguments))
+    else:
+        yield from stream_examples(str(DEMO_DATA), column_config(parser().parse_args(["-"])))
+
+
+def open_session(path: Path) -> Any:
+    """An onnxruntime session on the CPU that says nothing but errors."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def session_logits(session: Any, tokens: Tokens, *, by_length: bool = True) -> np.ndarray:
+    """[n, L] from onnxruntime, in batches of 32, of like length or as they come."""
+    import numpy as np
+
+    order = np.argsort(-tokens.lengths, kind="stable") if by_length else np.arange(len(tokens))
+    parts = [session.run(["logits"], padded(tokens, order[i : i + BATCH]))[0] for i in range(0, len(order), BATCH)]
+    logits = np.concatenate(parts)
+    result = np.empty_like(logits)
+    result[order] = logits
+    return result
+
+
+def padded(tokens: Tokens, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Some texts as the [B, S] arrays that the exported graph takes."""
+    import numpy as np
+
+    lengths = tokens.lengths[rows]
+    mask = np.arange(lengths.max()) < lengths[:, None]  # [B, S]
+    inputs = {"attention_mask": mask.astype(np.int64)}
+    for name, flat in (("input_ids", tokens.ids), ("token_type_ids", tokens.type_ids)):
+        inputs[name] = np.zeros(mask.shape, np.int64)
+        if flat is not None:
+            inputs[name][mask] = np.concatenate([flat[tokens.offsets[i] : tokens.offsets[i + 1]] for i in rows])
+    return inputs
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

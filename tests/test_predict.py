@@ -1,0 +1,300 @@
+"""Predictions as people use them: texts, files and pipes in; tables that spreadsheets and programs can read out."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from itertools import islice, repeat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pyarrow import parquet
+
+import minibert
+from minibert.data import Examples
+from minibert.errors import UserError
+from minibert.explain import explain, marked, word_spans
+from minibert.predict import stream_lines
+from minibert.predictions import columns, plain_cell, safe_cell, write_csv
+from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
+
+WORDS = "the meeting starts soon please bring your notes and coffee for our friends from work".split()
+FORMULAS = [
+    "=1+1",
+    "+49 30 1234",
+    "-2+3",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "'=1",
+    "''=1",
+    "'twas",
+    "fine",
+    "",
+    "＝1",
+    "a\rb",
+]
+
+
+def predict(*arguments: str, text: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "minibert.predict", *arguments]
+    options = {"input": text} if text is not None else {"stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def planted(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of texts in which one word, zebra, decides."""
+    rng = np.random.default_rng(0)
+    texts = [list(rng.choice(WORDS, 6)) for _ in range(96)]
+    for words in texts[::2]:
+        words[rng.integers(6)] = "zebra"
+    output = tmp_path_factory.mktemp("runs") / "planted"
+    labels = ["animal", "office"] * 48
+    recipe = {"epochs": 3, "lr": 5e-4, "batch_size": 8, "quiet": True, "metric": "loss"}
+    minibert.finetune([" ".join(t) for t in texts], labels, model=str(minilm), output=str(output), **recipe)
+    return output
+
+
+@pytest.fixture
+def untrained(tiny: Callable[..., Path]) -> Path:
+    return tiny("BertForSequenceClassification")
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text, newline="")))
+
+
+def test_texts_top_k_and_the_planted_word(planted: Path) -> None:
+    text = "please bring the zebra and coffee"
+    lines = predict(str(planted), "--text", text, "--top-k", "2", "--explain").stdout.splitlines()
+    label, probability, shown = lines[0].split("\t")
+    assert label == "animal" and float(probability) > 0.8
+    assert shown == text.replace("zebra", "[++zebra]")
+    assert [line.split("\t")[2] for line in lines[1:3]] == ["animal", "office"]
+    assert lines[3].startswith("\tfor animal: zebra +")
+    record = json.loads(predict(str(planted), "--text", text, "--format", "jsonl", "--explain").stdout)
+    assert record["predicted"] == "animal" and record["probability"] == record["probabilities"]["animal"]
+    assert [word["word"] for word in record["words"]] == text.split()
+    assert max(record["words"], key=lambda word: word["effect"])["word"] == "zebra"
+    assert all(text[w["start"] : w["end"]] == w["word"] for w in record["words"])
+
+
+def test_an_effect_is_what_leaving_the_word_out_changes(planted: Path) -> None:
+    """Also in second texts, with temperature, and for words outside ASCII."""
+    classifier = minibert.load(planted)
+    classifier.problem.temperature = 2.0
+    texts, pairs = ["A zebra, für uns!", ""], ["the coffee", "notes 咖啡"]
+    words = explain(classifier, texts, pairs, classifier.logits(texts, pairs))
+    assert [w.text for w in words[0]] == ["A", "zebra", ",", "für", "uns", "!", "the", "coffee"]
+    assert [w.in_pair for w in words[0]] == [False] * 6 + [True] * 2
+    assert [w.text for w in words[1]] == ["notes", "咖", "啡"]
+    whole, without = (p.probabilities for p in classifier.predict([(texts[0], pairs[0]), ("A , für uns!", pairs[0])]))
+    label = max(whole, key=lambda name: whole[name])
+    expected = np.log(whole[label] / (1 - whole[label])) - np.log(without[label] / (1 - without[label]))
+    assert words[0][1].effect == pytest.approx(expected, abs=1e-4)
+    assert marked(texts[0], words[0]).replace("[++zebra]", "zebra").replace("[--zebra]", "zebra") == texts[0]
+    assert explain(classifier, [], None, classifier.logits([])) == []
+    classifier.max_length = 16
+    assert len(explain(classifier, ["word " * 500], None, classifier.logits(["word " * 500]))[0]) == 16
+
+
+def test_words_of_a_text_with_special_tokens_and_broken_unicode(planted: Path) -> None:
+    tokenizer = minibert.load(planted).tokenizer
+    for text in ("[SEP] 👍🏽 naïve e\u0301 \ud800 x\x00y", "नमस्ते दुनिया", "", "   "):
+        spans = word_spans(tokenizer, text)
+        assert all(0 <= a < b <= len(text) for a, b in spans)
+        assert spans == sorted(spans)
+    assert [("नमस्ते दुनिया")[a:b] for a, b in word_spans(tokenizer, "नमस्ते दुनिया")] == ["नमस्ते", "दुनिया"]
+
+
+def test_every_output_format_holds_the_same(planted: Path, tmp_path: Path) -> None:
+    source = tmp_path / "texts.jsonl"
+    texts = ["=zebra", "coffee, please", 'a "quote"\nand a line', "half \ud83d pair", ""]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name in ("out.csv", "out.jsonl", "out.parquet"):
+        done = predict(str(planted), "--file", str(source), "--output", str(tmp_path / name), "--explain")
+        assert done.stdout.startswith("5 predictions written")
+    expected = minibert.load(planted).predict(texts)
+    readable = [text.encode("utf-8", "backslashreplace").decode() for text in texts]
+    with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["text"] for row in rows] == ["'=zebra", *readable[1:]]
+    assert [plain_cell(row["text"]) for row in rows] == readable
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["text"] for record in records] == texts
+    table = parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    assert table["text"] == readable and table["row"] == [1, 2, 3, 4, 5] == [int(row["row"]) for row in rows]
+    for i, prediction in enumerate(expected):
+        assert rows[i]["predicted"] == records[i]["predicted"] == table["predicted"][i] == prediction.label
+        assert float(rows[i]["probability"]) == pytest.approx(prediction.score, abs=1e-5)
+        assert table["probability_animal"][i] == pytest.approx(prediction.probabilities["animal"], abs=1e-5)
+        assert records[i]["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-5)
+        assert rows[i]["words"] == safe_cell(table["words"][i])
+
+
+def test_formulas_are_harmless_and_come_back() -> None:
+    for text in FORMULAS:
+        assert not safe_cell(text).startswith(tuple("=+-@\t\r＝"))
+        assert plain_cell(safe_cell(text)) == text
+    problem = Problem(SINGLE, ["-1", "=x"])
+    examples = Examples("list", FORMULAS, None, ["-1"] * len(FORMULAS), list(range(len(FORMULAS))))
+    logits = np.eye(2, dtype=np.float32)[np.arange(len(FORMULAS)) % 2]
+    file = io.StringIO(newline="")
+    write_csv(file, columns(examples, problem, logits, np.zeros(len(FORMULAS), np.int64)))
+    rows = rows_of(file.getvalue())
+    assert [plain_cell(row["text"]) for row in rows] == FORMULAS
+    assert [row["predicted"] for row in rows[:2]] == ["-1", "'=x"]  # a number is no formula
+    assert {row["label"] for row in rows} == {"-1"} and all(float(row["loss"]) > 0 for row in rows)
+
+
+def test_a_run_protects_its_prediction_files(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    texts = [f"=spam({i})" if i % 2 else f"you and the film {i}" for i in range(40)]
+    minibert.finetune(
+        texts, ["a", "b"] * 20, model=str(tiny()), max_steps=1, output=str(tmp_path / "x"), test_split=0.2, quiet=True
+    )
+    for part in ("validation", "test"):
+        rows = rows_of((tmp_path / "x" / f"predictions-{part}.csv").read_text())
+        assert any(row["text"].startswith("'=spam") for row in rows)
+        assert {plain_cell(row["text"]) for row in rows} <= set(texts)
+
+
+def test_columns_of_other_problems() -> None:
+    examples = Examples("list", ["x", "y"], lines=[1, 2])
+    multi = Problem(MULTI, ["a", "b", "c"], thresholds=[0.5, 0.9, 0.01], temperature=2.0)
+    logits = np.array([[2.0, 2.0, -8.0], [-20.0, -20.0, -20.0]], dtype=np.float32)
+    table = columns(examples, multi, logits, top_k=2)
+    assert table["predicted"] == [["a", "c"], []]
+    assert table["top_1"][0] == "a" and table["top_2"][0] == "b" and "probability_a" not in table
+    assert table["top_1_probability"][0] == pytest.approx(1 / (1 + np.exp(-1)))
+    assert list(columns(examples, Problem(REGRESSION, ["score"]), logits[:, :1])) == ["row", "text", "predicted"]
+    assert set(columns(examples, multi, logits, top_k=9)) == set(columns(examples, multi, logits, top_k=3))
+
+
+def test_saved_thresholds_and_temperature_are_applied(tiny: Callable[..., Path]) -> None:
+    folder = tiny("BertForSequenceClassification", num_labels=3, problem_type="multi_label_classification")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    plain = json.loads(predict(str(folder), "--text", "a good film", "--format", "jsonl").stdout)
+    low, *_ = sorted(plain["probabilities"], key=lambda name: plain["probabilities"][name])
+    thresholds = [0.0 if name == low else 1.0 for name in plain["probabilities"]]
+    path.write_text(json.dumps(config | {"minibert": {"thresholds": thresholds, "temperature": 5.0}}))
+    calibrated = json.loads(predict(str(folder), "--text", "a good film", "--format", "jsonl").stdout)
+    assert calibrated["predicted"] == [low]
+    for name, p in plain["probabilities"].items():
+        q = calibrated["probabilities"][name]
+        assert np.log(p / (1 - p)) / 5 == pytest.approx(np.log(q / (1 - q)), abs=1e-3)
+
+
+def test_standard_input_is_answered_while_it_comes(planted: Path) -> None:
+    command = [sys.executable, "-m", "minibert.predict", str(planted)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    assert process.stdin and process.stdout
+    answers = []
+    for text in ("our zebra", "", "coffee for friends"):
+        process.stdin.write(text + "\n")
+        process.stdin.flush()
+        if not answers:
+            assert process.stdout.readline().startswith("row,text,predicted,probability,")
+        answers.append(process.stdout.readline().split(","))  # would wait for ever if output waited for more input
+    assert [answer[:3] for answer in answers] == [
+        ["1", "our zebra", "animal"],
+        ["2", "", answers[1][2]],
+        ["3", "coffee for friends", "office"],
+    ]
+    rest, _ = process.communicate("no newline at the end")
+    assert process.returncode == 0 and rest.startswith("4,no newline at the end,")
+
+
+def test_a_million_lines_pass_through_little_memory() -> None:
+    line = b"a text of a usual length, some sixty characters or so, ok\r\n"
+    blocks = islice(repeat(line * 1000), 1000)
+    stream = io.BufferedReader(Blocks(blocks), 1 << 17)
+    tracemalloc.start()
+    count = 0
+    for examples in stream_lines(lambda: stream.read1(1 << 16), "utf-8-sig"):
+        assert examples.lines[0] == count + 1 and set(examples.texts) == {line.decode().rstrip()}
+        count += len(examples)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 1_000_000 and peak < 4 << 20
+
+
+class Blocks(io.RawIOBase):
+    """Bytes that are made as they are read."""
+
+    def __init__(self, blocks: islice[bytes]) -> None:
+        self.blocks, self.rest = blocks, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        self.rest = self.rest or next(self.blocks, b"")
+        size = min(len(buffer), len(self.rest))
+        buffer[:size], self.rest = self.rest[:size], self.rest[size:]
+        return size
+
+
+@pytest.mark.parametrize(
+    ("encoding", "data"), [("utf-8-sig", "\ufeffé\nü".encode()), ("utf-16", "é\r\nü".encode("utf-16"))]
+)
+def test_encodings_of_standard_input(encoding: str, data: bytes) -> None:
+    stream = io.BytesIO(data)
+    found = [text for examples in stream_lines(lambda: stream.read(1), encoding) for text in examples.texts]
+    assert found == ["é", "ü"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "data", "message"),
+    [
+        ("ascii", "x\nä\n".encode(), "after line 1: not ascii text; give --encoding"),
+        ("utf-8", "x\nä".encode()[:-1], "after line 1: not utf-8 text; give --encoding"),
+        ("klingon", b"x", "--encoding klingon: no such encoding"),
+    ],
+)
+def test_standard_input_that_is_no_text(encoding: str, data: bytes, message: str) -> None:
+    stream = io.BytesIO(data)
+    with pytest.raises(UserError, match=message):
+        list(stream_lines(lambda: stream.read(2), encoding))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "message"),
+    [
+        ([], "", "standard input is empty; give --text, --file"),
+        (["--text", "a", "--file", "b"], None, "--file: not allowed with argument --text"),
+        (["--text", "a", "--output", "x.xlsx"], None, "end the name in .csv, .jsonl or .parquet"),
+        (["--text", "a", "--output", "x.csv", "--format", "jsonl"], None, "--output x.csv says csv"),
+        (["--text", "a", "--top-k", "0"], None, "--top-k 0: give a whole number of at least 1"),
+        (["--file", "-", "--text-column", "x"], "a\n", "--text-column: standard input is one text a line"),
+    ],
+)
+def test_mistakes_are_one_line(untrained: Path, arguments: list[str], text: str | None, message: str) -> None:
+    done = predict(str(untrained), *arguments, text=text, check=False)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_the_input_is_never_overwritten_and_a_failure_leaves_nothing(untrained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    source = folder / "in.csv"
+    source.write_text("text\nzebra\n")
+    done = predict(str(untrained), "--file", str(source), "--output", str(source), check=False)
+    assert done.returncode == 2 and "is the file to read" in done.stderr and source.read_text() == "text\nzebra\n"
+    (folder / "bad.jsonl").write_text('{"text": "a"}\n' * 10_001 + "oops\n")
+    arguments = ["--file", str(folder / "bad.jsonl"), "--output", str(folder / "out.parquet")]
+    done = predict(str(untrained), *arguments, check=False)
+    assert done.returncode == 2 and "line 10002: not JSON" in done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["bad.jsonl", "in.csv"]
