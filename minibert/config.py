@@ -132,6 +132,12 @@ class RunConfig:
     label_delimiter: str | None = flag(None, "separates the labels of one row (multi-label)", group="data", kind=str)
     no_header: bool = flag(False, "the file has no header; columns are then called 0, 1, 2, ...", group="data")
     encoding: str | None = flag(None, "encoding of the files, if not UTF-8", group="data", kind=str)
+    on_bad_rows: str = flag(
+        "error",
+        "rows without text or label, or with the wrong number of cells",
+        group="data",
+        choices=("error", "skip"),
+    )
     validation_split: float = flag(0.15, "share of the training file for validation, where no file is", group="data")
     test_split: float = flag(0.0, "share of the training file for test, where no file is", group="data")
     split_seed: int = flag(42, "seed of the split", group="data")

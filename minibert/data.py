@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, label_text, sorted_labels
-from minibert.tables import Table, read_table, stream_table
+from minibert.tables import BadRow, Table, bad_rows_error, describe_bad, read_table, stream_table
+
+HEADER_ROWS = 200  # looked at to tell whether there is a header
 
 # What people call their columns, in the order of trust; compared in lower case.
 TEXT_NAMES = """text sentence review question_text message sms tweet comment comment_text content question body
@@ -38,6 +41,7 @@ class Examples:
     pairs: list[str] | None = None
     labels: list[Any] | None = None
     lines: list[int] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)  # rows of the source that are not among these
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -46,6 +50,7 @@ class Examples:
         def pick(values: list[Any] | None) -> Any:
             return None if values is None else [values[i] for i in rows]
 
+        """Some of the rows; `bad` stays behind, for it tells of the whole source."""
         return Examples(self.source, pick(self.texts), pick(self.pairs), pick(self.labels), pick(self.lines))
 
 
@@ -66,6 +71,7 @@ class RunData:
     problem: Problem
     columns: Columns
     notes: list[str]  # what was decided without being asked
+    skipped: dict[str, list[BadRow]] = field(default_factory=dict)  # by --on-bad-rows skip
 
 
 def text_keys(examples: Examples) -> list[str]:
@@ -115,7 +121,7 @@ def _two_columns(
 
 def examples_from_table(table: Table, columns: Columns, with_labels: bool = True) -> Examples:
     def column(name: str) -> list[str]:
-        return ["" if value is None else str(value) for value in table.columns[name]]
+        return ["" if _is_missing(value) else str(value) for value in table.columns[name]]
 
     texts = column(columns.text[0])
     if len(columns.text) > 1:
@@ -126,7 +132,11 @@ def examples_from_table(table: Table, columns: Columns, with_labels: bool = True
         labels = list(table.columns[columns.label[0]])
         if len(columns.label) > 1:
             labels = list(zip(*(table.columns[name] for name in columns.label), strict=True))
-    return Examples(table.path, texts, pairs, labels, list(table.lines))
+    return Examples(table.path, texts, pairs, labels, list(table.lines), list(table.bad))
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)  # NaN is how pandas writes nothing
 
 
 def load_data(config: RunConfig) -> RunData:
@@ -150,16 +160,24 @@ def load_data(config: RunConfig) -> RunData:
 def stream_examples(path: str, config: RunConfig, with_labels: bool = False) -> Iterator[Examples]:
     """Rows of a file, chunk by chunk, so that it may be larger than memory; the first chunk decides on the columns."""
     columns: Columns | None = None
-    for table in stream_table(path, header=not config.no_header, encoding=config.encoding):
+    bad: list[BadRow] = []
+    header = _has_header(path, config)
+    for table in stream_table(path, header=header, encoding=config.encoding, on_bad_rows=config.on_bad_rows):
         columns = columns or find_columns(table, config, need_label=with_labels)
-        yield examples_from_table(table, columns, with_labels)
+        examples = examples_from_table(table, columns, with_labels)
+        if with_labels:
+            may_lack_labels = config.label_delimiter is not None or len(columns.label) > 1
+            examples = usable(examples, config, may_lack_labels)
+        bad += examples.bad
+        yield examples
+    if bad:
+        print(f"skipped {len(bad)} rows of {path}, {describe_bad(bad)}", file=sys.stderr)
 
 
 def stream_labelled(path: str, problem: Problem, config: RunConfig) -> Iterator[Examples]:
     """`stream_examples` with labels that a trained model knows, for `evaluate`."""
     known = set(problem.labels)
     for examples in stream_examples(path, config, with_labels=True):
-        refuse_bad_rows(examples, may_lack_labels=problem.kind == MULTI)
         examples.labels = _labels_of(examples, problem.kind, Columns((), None, config.label_column), config)
         for line, value in zip(examples.lines, examples.labels, strict=True):
             names = {value} if problem.kind == SINGLE else set(value) if problem.kind == MULTI else set()
@@ -170,18 +188,45 @@ def stream_labelled(path: str, problem: Problem, config: RunConfig) -> Iterator[
 
 
 def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
-    table = read_table(path, header=not config.no_header, encoding=config.encoding)
-    if not table.lines:
+    header = _has_header(path, config)
+    if not header and not config.no_header:
+        notes.append(f"{path} has no header, as its first row looks like the others: columns 0, 1, ...")
+    table = read_table(path, header=header, encoding=config.encoding, on_bad_rows="skip")
+    if not table.lines and not table.bad:
         raise UserError(f"{path}: no rows; expected a header and at least one row of data")
     if table.encoding not in ("utf-8", config.encoding):
         notes.append(f"{path} is not UTF-8; read as {table.encoding} (--encoding says otherwise)")
     return table
 
 
+def _has_header(path: str, config: RunConfig) -> bool:
+    """Whether the first row holds names: it does not if all names are unknown and one is a value of its own column."""
+    if config.no_header:
+        return False
+    table = next(stream_table(path, encoding=config.encoding, rows=HEADER_ROWS, on_bad_rows="skip"))
+    asked = {*config.text_column, *config.label_column, *filter(None, [config.text_pair_column])}
+    known = {*TEXT_NAMES, *LABEL_NAMES, *(name for pair in PAIR_NAMES for name in pair)}
+    if not table.headed or any(name in asked or name.lower() in known for name in table.columns):
+        return True
+    return not any(_is_one_of(name, [str(value) for value in values]) for name, values in table.columns.items())
+
+
+def _is_one_of(name: str, values: list[str]) -> bool:
+    """A name that occurs below itself, in a column of few values or of numbers, is no name."""
+    if _is_number(name):
+        return name in values or (bool(values) and all(map(_is_number, values)))
+    return name in values and len(set(values)) <= len(values) / 2
+
+
 def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, notes: list[str]) -> RunData:
     """Check rows, name the labels, and split."""
-    for part in parts.values():
-        refuse_bad_rows(part, may_lack_labels=config.label_delimiter is not None)
+    may_lack_labels = config.label_delimiter is not None or len(columns.label) > 1
+    skipped = {}
+    for name in list(parts):
+        parts[name] = usable(parts[name], config, may_lack_labels)
+        if bad := parts[name].bad:
+            skipped[name] = bad
+            notes.append(f"skipped {len(bad)} rows of {parts[name].source}, {describe_bad(bad)}")
     problem = detect_problem(parts, columns, config, notes)
     if config.max_train_samples and config.max_train_samples < len(parts["train"]):
         share = config.max_train_samples / len(parts["train"])
@@ -189,18 +234,33 @@ def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, not
         parts["train"] = parts["train"].take(kept)
         notes.append(f"{len(kept)} training rows of those in the file (--max-train-samples)")
     _split_parts(parts, problem, config)
-    return RunData(parts, problem, columns, notes)
+    return RunData(parts, problem, columns, notes, skipped)
 
 
-def refuse_bad_rows(examples: Examples, may_lack_labels: bool = False) -> None:
-    """A row without text or label would train on nothing: name the first ones."""
-    labels = [] if may_lack_labels else examples.labels or []
-    for what, values in (("text", examples.texts), ("label", labels)):
-        bad = [i for i, v in enumerate(values) if v is None or (isinstance(v, str) and not v.strip())]
-        if bad:
-            lines = ", ".join(str(examples.lines[i]) for i in bad[:5]) + (", ..." if len(bad) > 5 else "")
-            rows = "row has" if len(bad) == 1 else "rows have"
-            raise UserError(f"{examples.source}, line {lines}: {len(bad)} {rows} no {what}; fill in or remove them")
+def usable(examples: Examples, config: RunConfig, may_lack_labels: bool = False) -> Examples:
+    """The rows that have text and label. The others are an error that names them or, if asked for, left in `bad`."""
+    bad = list(examples.bad)
+    kept = []
+    labels = None if may_lack_labels else examples.labels
+    for i, text in enumerate(examples.texts):
+        if not text.strip():
+            bad.append(BadRow(examples.lines[i], "no text"))
+        elif examples.pairs is not None and not examples.pairs[i].strip():
+            bad.append(BadRow(examples.lines[i], "no second text"))
+        elif labels is not None and (_is_missing(labels[i]) or (isinstance(labels[i], str) and not labels[i].strip())):
+            bad.append(BadRow(examples.lines[i], "no label"))
+        else:
+            kept.append(i)
+    if not bad:
+        return examples
+    bad.sort(key=lambda row: row.line)
+    if config.on_bad_rows == "error":
+        raise bad_rows_error(examples.source, bad)
+    if not kept:
+        raise UserError(f"{examples.source}: no row can be used; {describe_bad(bad)}")
+    left = examples.take(kept)
+    left.bad = bad
+    return left
 
 
 def detect_problem(parts: dict[str, Examples], columns: Columns, config: RunConfig, notes: list[str]) -> Problem:

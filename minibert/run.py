@@ -37,6 +37,7 @@ from minibert.optim import freeze
 from minibert.probe import Cost, measure, sample_rows
 from minibert.problem import Problem, class_weights
 from minibert.resume import STATE_FILE, load_checkpoint, save_checkpoint
+from minibert.tables import BadRow
 from minibert.tokens import Tokenizer
 from minibert.train import Dataset, Interrupted, Training, evaluate
 from minibert.vocabulary import CompactVocabulary, worth_compacting
@@ -47,6 +48,7 @@ CHECKPOINTS = Path("checkpoints", "last")
 OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json run.json
 check.json train_log.jsonl predictions-validation.csv predictions-test.csv""".split()
 CHECK = "check.json"  # what --check leaves; a run may follow in the same folder
+SKIPPED_NAMED = 20  # rows that could not be used, in run.json
 RELOADED_TEXTS = 64  # texts whose logits are compared after saving
 
 
@@ -357,6 +359,7 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
         "seed": config.seed,
         "data": {part: {"file": path, "sha256": file_hash(path)} for part, path in files.items()},
         "rows": {part: len(examples) for part, examples in data.parts.items()},
+        "skipped_rows": {part: skipped_record(bad) for part, bad in data.skipped.items()},
         "labels": data.problem.labels,
         "versions": {
             "minibert": __version__,
@@ -368,6 +371,10 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
         },
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
     }
+
+
+def skipped_record(bad: list[BadRow]) -> dict[str, Any]:
+    return {"rows": len(bad), "first": [{"line": row.line, "reason": row.reason} for row in bad[:SKIPPED_NAMED]]}
 
 
 def data_digest(data: RunData) -> str:
