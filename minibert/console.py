@@ -34,6 +34,8 @@ def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int) ->
         if part in metrics:
             numbers = [f"{k} {v:.4f}" for k, v in metrics[part].items() if isinstance(v, float)]
             say(f"{part:<11}" + " · ".join(numbers[:5]))
+    if "at_threshold_0.5" in metrics.get("validation", {}):
+        say("           thresholds: the best F1 of each label on validation, kept in config.json for predict")
     part = "test" if "test" in metrics else "validation"
     per_class = metrics.get(part, {}).get("per_class", {})
     if per_class:

@@ -265,32 +265,72 @@ def usable(examples: Examples, config: RunConfig, may_lack_labels: bool = False)
 
 def detect_problem(parts: dict[str, Examples], columns: Columns, config: RunConfig, notes: list[str]) -> Problem:
     """Name the labels of all parts; labels become names (or numbers for regression) in place."""
-    kind = config.problem_type if config.problem_type != "auto" else _guess_kind(parts["train"], columns, config, notes)
+    train = parts["train"]
+    if _are_indicators(train.labels or []):
+        columns.label = tuple(str(i) for i in range(len((train.labels or [])[0])))
+    kind, why = _guess_kind(train, columns, config)
+    if config.problem_type != "auto":
+        kind, why = config.problem_type, "as --problem-type says"
     for examples in parts.values():
         if examples.labels is None:
             raise UserError(f"{examples.source}: no label column {', '.join(columns.label)}")
         examples.labels = _labels_of(examples, kind, columns, config)
     if kind == REGRESSION:
+        notes.append(f"{kind}, {why}")
         return Problem(kind, [columns.label[0]])
     names: set[str] = set()
     for examples in parts.values():
         names |= _names_in(examples.labels or [], kind)
     if len(names) < 2 and kind == SINGLE:
-        raise UserError(f"{parts['train'].source}: only one label, {names.pop()!r}; a classifier needs two or more")
+        raise UserError(f"{train.source}: only one label, {names.pop()!r}; a classifier needs two or more")
     labels = list(columns.label) if kind == MULTI and len(columns.label) > 1 else sorted_labels(names)
-    notes.append(f"{kind}: {len(labels)} labels ({', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''})")
+    if not labels:
+        raise UserError(f"{train.source}: no row has a label; a classifier needs some")
+    notes.append(f"{kind}, {why}: {len(labels)} labels ({', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''})")
+    if kind == SINGLE and config.problem_type == "auto":
+        notes += _second_thoughts(train.labels or [])
     return Problem(kind, labels)
 
 
-def _guess_kind(train: Examples, columns: Columns, config: RunConfig, notes: list[str]) -> str:
+def _guess_kind(train: Examples, columns: Columns, config: RunConfig) -> tuple[str, str]:
+    """The problem type, and why."""
     values = train.labels or []
-    if len(columns.label) > 1 or config.label_delimiter or any(isinstance(v, list | tuple) for v in values):
-        return MULTI
+    if len(columns.label) > 1:
+        return MULTI, "as each label has a column of 0 and 1"
+    if config.label_delimiter:
+        return MULTI, "as --label-delimiter is given"
+    if any(isinstance(value, list | tuple) for value in values):
+        return MULTI, "as the labels are lists"
     names = {label_text(value) for value in values}
-    if len(names) > 2 and any(_is_fraction(name) for name in names) and all(_is_number(name) for name in names):
-        notes.append("the labels are numbers with fractions: regression (--problem-type says otherwise)")
-        return REGRESSION
-    return SINGLE
+    fraction = next((label_text(value) for value in values if _is_fraction(label_text(value))), None)
+    if len(names) > 2 and fraction is not None and all(_is_number(name) for name in names):
+        return REGRESSION, f"as the labels are numbers with fractions, such as {fraction}"
+    return SINGLE, "as each row has one label"
+
+
+def _are_indicators(values: Sequence[Any]) -> bool:
+    """Whether labels from Python are rows of 0 and 1, a place for each label, and not lists of labels 0 and 1."""
+    if not values or not all(isinstance(row, list | tuple) for row in values):
+        return False
+    same_length = len({len(row) for row in values}) == 1 and len(values[0]) > 1
+    return same_length and all(v in (0, 1) for row in values for v in row) and any(len(set(r)) < len(r) for r in values)
+
+
+def _second_thoughts(labels: list[str]) -> list[str]:
+    """What looks as if the labels were meant in another way."""
+    names = set(labels)
+    for delimiter in ",|;":
+        several = sorted(name for name in names if delimiter in name)
+        pieces = {piece.strip() for name in several for piece in name.split(delimiter)}
+        if several and pieces <= names:
+            return [
+                f"labels such as {several[0]!r} look like several: --label-delimiter {delimiter!r} takes them apart"
+            ]
+    if len(labels) >= 50 and len(names) > len(labels) / 2:
+        return [f"{len(names)} different labels in {len(labels)} rows: is --label-column right?"]
+    if len(names) > 10 and all(map(_is_number, names)):
+        return ["numbers without fractions are classes; --problem-type regression takes them as values"]
+    return []
 
 
 def _labels_of(examples: Examples, kind: str, columns: Columns, config: RunConfig) -> list[Any]:

@@ -297,15 +297,22 @@ def prepare_sets(
 
 
 def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metrics and logits of validation and test with the best weights."""
+    """Metrics and logits of validation and test with the best weights; validation also tunes the thresholds."""
     metrics: dict[str, Any] = {}
     logits: dict[str, np.ndarray] = {}
+    problem = training.problem
     for part in ("validation", "test"):
         if part in training.data:
             data = training.data[part]
             known = training.best_logits if part == "validation" else None
             logits[part] = evaluate(training.model, data, training.hardware) if known is None else known
-            metrics[part] = training.problem.metrics(logits[part], data.targets)
+            if part == "validation":
+                problem.tune(logits[part], data.targets)
+            metrics[part] = problem.metrics(logits[part], data.targets)
+            if problem.thresholds:
+                untuned = replace(problem, thresholds=[]).metrics(logits[part], data.targets)
+                names = ("micro_f1", "macro_f1", "subset_accuracy")
+                metrics[part]["at_threshold_0.5"] = {name: untuned[name] for name in names}
     return metrics, logits
 
 

@@ -256,6 +256,7 @@ class Training:
     def _evaluate_and_keep_best(self, log: IO[str], progress: tqdm[Any]) -> None:
         data = self.data["validation"]
         logits = evaluate(self.model, data, self.hardware)
+        self.problem.tune(logits, data.targets)
         metrics = self.problem.metrics(logits, data.targets)
         value = metrics[self.metric]
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
