@@ -150,6 +150,13 @@ class RunConfig:
     )
     truncation: str = flag("head", "which part of a longer text is kept", group="tokens", choices=TRUNCATIONS)
 
+    window_stride: int | None = flag(
+        None,
+        "tokens from one window's start to the next's (default half of --max-length)",
+        group="tokens",
+        kind=int,
+    )
+
     # recipe
     epochs: float = flag(3.0, "passes over the training rows", "num_train_epochs", group="recipe")
     max_steps: int | None = flag(None, "stop after so many steps, whatever --epochs", group="recipe", kind=int)
@@ -225,6 +232,9 @@ class RunConfig:
         if any(not seed.isdecimal() for seed in self.seeds):
             raise UserError(f"--seeds {','.join(self.seeds)}: give whole numbers, such as 1,2,3")
 
+        if self.window_stride is not None and self.truncation != "window":
+            raise UserError("--window-stride: has an effect only with --truncation window; add that or leave it out")
+
     def _check_choices(self) -> None:
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
@@ -232,7 +242,7 @@ class RunConfig:
                 raise UserError(f"{flag_name(f.name)} {getattr(self, f.name)}: give one of {', '.join(choices)}")
 
     def _check_ranges(self) -> None:
-        at_least_one = ["max_train_samples", "max_length", "max_steps", "batch_size", "batch_tokens"]
+        at_least_one = ["max_train_samples", "max_length", "window_stride", "max_steps", "batch_size", "batch_tokens"]
         at_least_one += ["gradient_accumulation_steps", "eval_steps", "early_stopping_patience", "save_steps"]
         for name in at_least_one:
             value = getattr(self, name)

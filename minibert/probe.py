@@ -65,7 +65,7 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
     what is spent once, before training.
     """
     config, train = training.config, training.data["train"]
-    batches = _batches(train.lengths, config)
+    batches = [part for rows in _batches(train.lengths, config) for part in training.within_budget(rows)]
     sizes = np.array([int(train.lengths[rows].sum()) for rows in batches])
     order = np.argsort(sizes)
     trained = sum(p.numel() * p.element_size() for _, p in training.trained_parameters())

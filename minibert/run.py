@@ -77,8 +77,6 @@ def refuse_at_once(config: RunConfig) -> None:
     for name, default in (("seeds", ()), ("report_to", "none")):
         if getattr(config, name) != default:
             raise UserError(f"--{name.replace('_', '-')}: not in this version yet; leave it out")
-    if config.truncation == "window":
-        raise UserError("--truncation window: not in this version yet; use head, tail or head_tail")
     choose(config)
     if config.output is None:
         if config.resume:
@@ -152,6 +150,7 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     if compact is not None:
         compact.expand()
     classifier = Classifier(model, tokenizer, config.max_length or 0, config.truncation, hardware, data.problem)
+    classifier.window_stride = config.window_stride
     classifier.save(output)
     for part, values in logits.items():
         path = output / f"predictions-{part}.csv"
@@ -254,7 +253,10 @@ def length_limit(config: RunConfig, bert: BertConfig) -> int:
         raise UserError(f"--max-length {config.max_length}: this model reads at most {limit} tokens")
     if config.max_length is not None and config.max_length < 8:
         raise UserError(f"--max-length {config.max_length}: give at least 8")
-    return config.max_length or min(512, limit)
+    length = config.max_length or min(512, limit)
+    if config.window_stride is not None and config.window_stride > length - 2:
+        raise UserError(f"--window-stride {config.window_stride}: windows hold {length - 2} tokens; give at most that")
+    return length
 
 
 def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict[str, Dataset]:
@@ -262,7 +264,7 @@ def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict
     encode = partial(token_cache.encode, tokenizer) if config.token_cache else tokenizer.encode
     return {
         part: Dataset(
-            encode(examples.texts, examples.pairs, config.max_length, config.truncation),
+            encode(examples.texts, examples.pairs, config.max_length, config.truncation, config.window_stride),
             data.problem.targets(examples.labels or []),
         )
         for part, examples in data.parts.items()
