@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from minibert.cli import run_command
 from minibert.config import RunConfig
 from minibert.data import load_data
+from minibert.finetune import main
 from minibert.inspection import FEW_ROWS, WIDTH, Inspection, check_lines, head_lines, histogram, inspect
+from minibert.predict import main as predict
 from minibert.tokens import Tokenizer
 
 
@@ -77,23 +78,21 @@ def test_the_screen_stays_a_screen_with_150_classes_and_long_names(tmp_path: Pat
     assert len(found.parts["train"].classes) == 150 and "140 more" in "\n".join(lines)
 
 
-def check(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "minibert.finetune", "--check", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def finetune(*arguments: str) -> int:
+    return run_command(main, arguments)
 
 
 @pytest.mark.parametrize("freeze", ["none", "1", "all"])
 def test_check_trains_nothing_and_tells_the_cost(
-    flawed: RunConfig, tiny: Callable[..., Path], tmp_path: Path, freeze: str
+    flawed: RunConfig, tiny: Callable[..., Path], tmp_path: Path, freeze: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    done = check(
-        *["--train", str(flawed.train), "--test", str(flawed.test), "--model", str(tiny()), "--batch-size", "8"],
-        *["--freeze", freeze, "--output", str(output), "--epochs", "2"],
-    )
-    assert done.returncode == 0 and done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert len(lines) <= 40 and max(map(len, lines[3:])) <= WIDTH and lines[-1].startswith("cost")
+    flags = ["--train", str(flawed.train), "--test", str(flawed.test), "--model", str(tiny()), "--batch-size", "8"]
+    capsys.readouterr()
+    assert finetune("--check", *flags, "--freeze", freeze, "--output", str(output), "--epochs", "2") == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert said.err == "" and len(lines) <= 40 and max(map(len, lines[3:])) <= WIDTH and lines[-1].startswith("cost")
     assert [path.name for path in output.iterdir()] == ["check.json"]
     written = json.loads((output / "check.json").read_text())
     rows = written["parts"]["train"]["rows"]
@@ -102,8 +101,33 @@ def test_check_trains_nothing_and_tells_the_cost(
     assert cost["seconds"] > 0 and 1 << 26 < cost["peak_memory_bytes"] < 1 << 33
 
 
-def test_check_finds_the_mistakes_that_a_run_would(flawed: RunConfig, tmp_path: Path) -> None:
+def test_a_run_may_follow_a_check_in_the_same_folder_and_records_skipped_rows(
+    flawed: RunConfig, tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open(str(flawed.train), "a") as file:
+        file.write(",good\nfar,too,many\n")
+    output = str(tmp_path / "out")
+    flags = ["--train", str(flawed.train), "--model", str(tiny()), "--output", output, "--max-steps", "2"]
+    assert (
+        finetune("--check", *flags) == 2 and "line 66: 1 row has no text; line 67: 3 cells" in capsys.readouterr().err
+    )
+    for how in (["--check"], []):
+        assert finetune(*how, *flags, "--on-bad-rows", "skip") == 0
+        assert "skipped 2 rows" in capsys.readouterr().out
+    skipped = json.loads((tmp_path / "out" / "run.json").read_text())["skipped_rows"]["train"]
+    assert skipped["rows"] == 2 and [row["line"] for row in skipped["first"]] == [66, 67]
+    check = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert check["parts"]["train"]["rows"] and "cost" not in check
+    assert run_command(predict, [output, "--file", str(flawed.train), "--on-bad-rows", "skip"]) == 0
+    said = capsys.readouterr()
+    assert "skipped 1 rows" in said.err and "line 67" in said.err and len(said.out.splitlines()) == 66
+
+
+def test_check_finds_the_mistakes_that_a_run_would(
+    flawed: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("keep")
-    done = check("--train", str(flawed.train), "--output", str(tmp_path / "used"))
-    assert done.returncode == 2 and "not empty" in done.stderr and done.stderr.count("\n") == 1
+    assert finetune("--check", "--train", str(flawed.train), "--output", str(tmp_path / "used")) == 2
+    error = capsys.readouterr().err
+    assert "not empty" in error and error.count("\n") == 1

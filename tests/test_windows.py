@@ -158,11 +158,7 @@ def test_strides_that_make_no_sense_are_errors(tiny: Callable[..., Path]) -> Non
     with pytest.raises(UserError, match="only with --truncation window"):
         RunConfig(window_stride=4)
     with pytest.raises(UserError, match="--window-stride 31: windows hold 30 tokens"):
+        texts, labels = [f"a {i}" for i in range(40)], ["x", "y"] * 20
         minibert.finetune(
-            [f"a {i}" for i in range(40)],
-            ["x", "y"] * 20,
-            model=str(tiny()),
-            truncation="window",
-            max_length=32,
-            window_stride=31,
+            texts, labels, model=str(tiny()), truncation="window", max_length=32, window_stride=31, quiet=True
         )
