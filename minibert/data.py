@@ -172,7 +172,11 @@ def stream_examples(path: str, config: RunConfig, with_labels: bool = False) -> 
         bad += examples.bad
         yield examples
     if bad:
-        print(f"skipped {len(bad)} rows of {path}, {describe_bad(bad)}", file=sys.stderr)
+        print(f"skipped {_rows(bad)} of {path}, {describe_bad(bad)}", file=sys.stderr)
+
+
+def _rows(bad: list[BadRow]) -> str:
+    return "1 row" if len(bad) == 1 else f"{len(bad)} rows"
 
 
 def stream_labelled(path: str, problem: Problem, config: RunConfig) -> Iterator[Examples]:
@@ -227,7 +231,7 @@ def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, not
         parts[name] = usable(parts[name], config, may_lack_labels)
         if bad := parts[name].bad:
             skipped[name] = bad
-            notes.append(f"skipped {len(bad)} rows of {parts[name].source}, {describe_bad(bad)}")
+            notes.append(f"skipped {_rows(bad)} of {parts[name].source}, {describe_bad(bad)}")
     problem = detect_problem(parts, columns, config, notes)
     if config.max_train_samples and config.max_train_samples < len(parts["train"]):
         share = config.max_train_samples / len(parts["train"])

@@ -113,14 +113,14 @@ def test_a_run_may_follow_a_check_in_the_same_folder_and_records_skipped_rows(
     )
     for how in (["--check"], []):
         assert finetune(*how, *flags, "--on-bad-rows", "skip") == 0
-        assert "skipped 2 rows" in capsys.readouterr().out
+        assert "skipped 2 rows of" in capsys.readouterr().out
     skipped = json.loads((tmp_path / "out" / "run.json").read_text())["skipped_rows"]["train"]
     assert skipped["rows"] == 2 and [row["line"] for row in skipped["first"]] == [66, 67]
     check = json.loads((tmp_path / "out" / "check.json").read_text())
     assert check["parts"]["train"]["rows"] and "cost" not in check
     assert run_command(predict, [output, "--file", str(flawed.train), "--on-bad-rows", "skip"]) == 0
     said = capsys.readouterr()
-    assert "skipped 1 rows" in said.err and "line 67" in said.err and len(said.out.splitlines()) == 66
+    assert "skipped 1 row of" in said.err and "line 67" in said.err and len(said.out.splitlines()) == 66
 
 
 def test_check_finds_the_mistakes_that_a_run_would(
