@@ -19,7 +19,7 @@ from minibert.device import attempt
 from minibert.errors import UserError
 from minibert.model import PackedInput
 from minibert.ops import Packing
-from minibert.tokens import Tokens
+from minibert.tokens import Tokens, places_of
 
 Batch = np.ndarray  # [B] int64, row numbers of the examples
 Result = TypeVar("Result")
@@ -98,13 +98,6 @@ def split(rows: Batch, lengths: np.ndarray, parts: int) -> list[Batch]:
         owner[i] = part
         heapq.heapreplace(loads, (load + int(lengths[rows[i]]), part))
     return [rows[owner == part] for part in range(parts)]
-
-
-def places_of(offsets: np.ndarray, rows: Batch) -> np.ndarray:
-    """[T] places in a flat array of what belongs to `rows`, where row i has offsets[i] to offsets[i + 1]."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1]) + np.repeat(offsets[rows] - (ends - lengths), lengths)
 
 
 def collate(tokens: Tokens, rows: Batch) -> PackedInput:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,10 @@ class TextEncoder:
     max_length: int
     truncation: str
     hardware: Hardware
+    window_stride: int | None = field(default=None, kw_only=True)
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tokens:
-        return self.tokenizer.encode(texts, pairs, self.max_length, self.truncation)
+        return self.tokenizer.encode(texts, pairs, self.max_length, self.truncation, self.window_stride)
 
     def embed(self, texts: Iterable[Any], pairs: Sequence[str] | None = None, pooling: str = "mean") -> np.ndarray:
         """[n, hidden_size] float32: the mean of a text's token rows, its [CLS] row, or BERT's pooler output."""
@@ -61,7 +62,7 @@ class TextEncoder:
             plan = plan_evaluation(tokens.lengths, batch_tokens=self.hardware.evaluation_tokens)
             for rows, found in halving(plan, computed):
                 vectors[rows] = found
-        return vectors
+        return tokens.mean_of_windows(vectors)
 
 
 def pooled(model: BertModel | BertForSequenceClassification, x: PackedInput, pooling: str) -> Tensor:
@@ -85,7 +86,7 @@ class Classifier(TextEncoder):
     def logits(self, texts: Iterable[Any], pairs: Sequence[str] | None = None) -> np.ndarray:
         """[n, num_labels] float32, in the order of `texts`; a text may be a (first, second) tuple."""
         tokens = self.encode(*as_texts(texts, pairs))
-        return evaluate(self.model, Dataset(tokens, np.zeros(len(tokens))), self.hardware)
+        return evaluate(self.model, Dataset(tokens, np.zeros(tokens.texts)), self.hardware)
 
     def predict(
         self, texts: Iterable[Any], pairs: Sequence[str] | None = None, temperature: bool = True
@@ -109,6 +110,7 @@ class Classifier(TextEncoder):
             problem_type=self.problem.kind,
             max_length=self.max_length,
             truncation=self.truncation,
+            window_stride=self.window_stride,
             thresholds=self.problem.thresholds,
             temperature=self.problem.temperature,
         )
@@ -129,9 +131,9 @@ def load(folder: str | Path, device: str = "auto", temperature: bool = True) -> 
     ours = _saved_settings(model.config)
     problem = _saved_problem(model.config, model.num_labels, ours, path)
     problem = problem if temperature else problem.without_temperature()
-    length, truncation = _saved_length(model.config)
+    length, truncation, stride = _saved_length(model.config)
     model.to(hardware.device)
-    return Classifier(model, tokenizer, length, truncation, hardware, problem)
+    return Classifier(model, tokenizer, length, truncation, hardware, problem, window_stride=stride)
 
 
 def load_encoder(folder: str | Path, device: str = "auto", max_length: int | None = None) -> TextEncoder:
@@ -139,12 +141,12 @@ def load_encoder(folder: str | Path, device: str = "auto", max_length: int | Non
     path = model_folder(folder)
     model, _ = load_model(path, BertModel)
     hardware = choose(RunConfig(device=device))
-    length, truncation = _saved_length(model.config)
+    length, truncation, stride = _saved_length(model.config)
     if max_length is not None and not 8 <= max_length <= model.config.max_position_embeddings:
         raise UserError(f"--max-length {max_length}: give 8 to {model.config.max_position_embeddings}")
     tokenizer = fitting_tokenizer(path, path, model.config)
     model.to(hardware.device)
-    return TextEncoder(model, tokenizer, max_length or length, truncation, hardware)
+    return TextEncoder(model, tokenizer, max_length or length, truncation, hardware, window_stride=stride)
 
 
 def fitting_tokenizer(folder: Path, model: Path, config: BertConfig) -> Tokenizer:
@@ -164,13 +166,16 @@ def _saved_settings(config: BertConfig) -> dict[str, Any]:
     return ours if isinstance(ours, dict) else {}
 
 
-def _saved_length(config: BertConfig) -> tuple[int, str]:
+def _saved_length(config: BertConfig) -> tuple[int, str, int | None]:
+    """max_length, truncation and window_stride as trained."""
     ours = _saved_settings(config)
     length, limit = ours.get("max_length"), config.max_position_embeddings
     truncation = ours.get("truncation")
     if not (isinstance(length, int) and 8 <= length <= limit):
         length = min(512, limit)
-    return length, truncation if truncation in TRUNCATIONS else "head"
+    stride = ours.get("window_stride")
+    stride = stride if isinstance(stride, int) and stride > 0 else None
+    return length, truncation if truncation in TRUNCATIONS else "head", stride
 
 
 def _saved_problem(config: BertConfig, num_labels: int, ours: dict[str, Any], folder: Path) -> Problem:

@@ -126,7 +126,7 @@ class Several(argparse.Action):
 
 def add_column_flags(parser: Parser, labels: bool = False) -> None:
     """The flags of `finetune` that say where in a file the texts are, for the other commands."""
-    names = {"text_column", "text_pair_column", "no_header", "encoding"}
+    names = {"text_column", "text_pair_column", "no_header", "encoding", "on_bad_rows"}
     names |= {"label_column", "label_delimiter"} if labels else set()
     for field in dataclasses.fields(RunConfig):
         if field.name in names:
@@ -134,7 +134,7 @@ def add_column_flags(parser: Parser, labels: bool = False) -> None:
 
 
 def column_config(arguments: argparse.Namespace) -> RunConfig:
-    names = ("text_column", "text_pair_column", "label_column", "label_delimiter", "no_header", "encoding")
+    names = "text_column text_pair_column label_column label_delimiter no_header encoding on_bad_rows".split()
     return RunConfig(**{name: getattr(arguments, name) for name in names if getattr(arguments, name, None)})
 
 

@@ -138,6 +138,12 @@ class RunConfig:
     label_delimiter: str | None = flag(None, "separates the labels of one row (multi-label)", group="data", kind=str)
     no_header: bool = flag(False, "the file has no header; columns are then called 0, 1, 2, ...", group="data")
     encoding: str | None = flag(None, "encoding of the files, if not UTF-8", group="data", kind=str)
+    on_bad_rows: str = flag(
+        "error",
+        "rows without text or label, or with the wrong number of cells",
+        group="data",
+        choices=("error", "skip"),
+    )
     validation_split: float = flag(0.15, "share of the training file for validation, where no file is", group="data")
     test_split: float = flag(0.0, "share of the training file for test, where no file is", group="data")
     split_seed: int = flag(42, "seed of the split", group="data")
@@ -149,6 +155,13 @@ class RunConfig:
         None, "longest text in tokens (default 512 or the model's limit)", "max_seq_length", group="tokens", kind=int
     )
     truncation: str = flag("head", "which part of a longer text is kept", group="tokens", choices=TRUNCATIONS)
+
+    window_stride: int | None = flag(
+        None,
+        "tokens from one window's start to the next's (default half of --max-length)",
+        group="tokens",
+        kind=int,
+    )
 
     # recipe
     epochs: float = flag(3.0, "passes over the training rows", "num_train_epochs", group="recipe")
@@ -231,6 +244,9 @@ class RunConfig:
         if any(not seed.isdecimal() for seed in self.seeds):
             raise UserError(f"--seeds {','.join(self.seeds)}: give whole numbers, such as 1,2,3")
 
+        if self.window_stride is not None and self.truncation != "window":
+            raise UserError("--window-stride: has an effect only with --truncation window; add that or leave it out")
+
     def _check_choices(self) -> None:
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
@@ -238,7 +254,7 @@ class RunConfig:
                 raise UserError(f"{flag_name(f.name)} {getattr(self, f.name)}: give one of {', '.join(choices)}")
 
     def _check_ranges(self) -> None:
-        at_least_one = ["max_train_samples", "max_length", "max_steps", "batch_size", "batch_tokens"]
+        at_least_one = ["max_train_samples", "max_length", "window_stride", "max_steps", "batch_size", "batch_tokens"]
         at_least_one += ["gradient_accumulation_steps", "eval_steps", "early_stopping_patience", "save_steps"]
         for name in at_least_one:
             value = getattr(self, name)

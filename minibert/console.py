@@ -6,14 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minibert import __version__
 from minibert.checkpoint import LoadReport
 from minibert.config import RunConfig
-from minibert.data import RunData
 from minibert.device import Hardware
-from minibert.train import Dataset
 
 Say = Callable[[str], None]
 
@@ -22,31 +18,13 @@ def silence(line: str) -> None:
     """Say nothing, as --quiet asks."""
 
 
-def describe(
-    say: Say,
-    config: RunConfig,
-    data: RunData,
-    sets: dict[str, Dataset],
-    report: LoadReport,
-    hardware: Hardware,
-    frozen: int,
-) -> None:
-    """The head of a run: what will be trained, on what, and what was decided without being asked."""
+def describe(say: Say, config: RunConfig, report: LoadReport, hardware: Hardware, frozen: int) -> None:
+    """The head of a run: what computes, and which model; `inspection` says the rest."""
     say(f"minibert {__version__} · {hardware}")
     say(f"model   {config.model}")
     say(f"        {report}")
     if frozen >= 0:
         say(f"frozen  embeddings and {frozen} layers")
-    rows = " · ".join(f"{part} {len(examples)}" for part, examples in data.parts.items())
-    say(f"data    {config.train or 'lists'}: {rows} rows")
-    for note in data.notes:
-        say(f"        {note}")
-    lengths, cut = sets["train"].lengths, sets["train"].tokens.cut
-    say(
-        f"tokens  median {int(np.median(lengths))}, longest {lengths.max()} a text; "
-        f"--max-length {config.max_length} cuts {(cut > 0).mean():.1%} of the rows, "
-        f"{cut.sum() / (cut.sum() + lengths.sum()):.1%} of the tokens"
-    )
 
 
 def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int) -> None:
@@ -56,6 +34,8 @@ def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int) ->
         if part in metrics:
             numbers = [f"{k} {v:.4f}" for k, v in metrics[part].items() if isinstance(v, float)]
             say(f"{part:<11}" + " · ".join(numbers[:5]))
+    if "at_threshold_0.5" in metrics.get("validation", {}):
+        say("           thresholds: the best F1 of each label on validation, kept in config.json for predict")
     part = "test" if "test" in metrics else "validation"
     per_class = metrics.get(part, {}).get("per_class", {})
     if per_class:

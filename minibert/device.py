@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from minibert import distributed
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.model import PackedInput
@@ -96,6 +97,10 @@ def _engine(config: RunConfig, device: torch.device) -> str:
             raise UserError('--engine compile: needs Triton (pip install "minibert[gpu]"); use eager')
     if config.freeze not in ("none", "embeddings", "0") and config.cache_frozen and config.engine != "eager":
         raise UserError(f"--engine {config.engine}: frozen layers are computed once, outside a step; use eager")
+    if config.truncation == "window" and config.engine != "eager":
+        raise UserError(f"--engine {config.engine}: windows are pooled in steps of changing shape; use eager")
+    if distributed.world() > 1 and config.engine != "eager":
+        raise UserError(f"--engine {config.engine}: for one process; use eager under torchrun")
     return config.engine
 
 

@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 from minibert import distributed
-from minibert.batching import collate, halving, places_of, plan_evaluation
+from minibert.batching import collate, halving, plan_evaluation
 from minibert.device import Hardware
 from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import Packing
-from minibert.tokens import Tokens
+from minibert.tokens import Tokens, places_of
 
 MEMORY_SHARE = 0.25  # of the machine's memory for activations; more goes to a memory-mapped file
 DISK_SHARE = 0.5  # of the free space for that file; more is not kept at all

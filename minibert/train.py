@@ -32,7 +32,7 @@ from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import DropoutMasks
 from minibert.optim import Optimizer
 from minibert.problem import Problem
-from minibert.tokens import Tokens
+from minibert.tokens import Tokens, places_of
 
 if TYPE_CHECKING:
     from minibert.engine import FixedSteps
@@ -60,11 +60,28 @@ class Dataset:
 
     @property
     def lengths(self) -> np.ndarray:
-        return self.tokens.lengths
+        """Tokens of each example."""
+        return self.tokens.text_lengths
+
+    def take(self, rows: np.ndarray) -> Dataset:
+        """Some of the examples; only before frozen layers are computed."""
+        return Dataset(self.tokens.take(rows), self.targets[rows])
 
     def batch(self, rows: np.ndarray) -> PackedInput:
+        if self.tokens.windows is None:
+            return self.rows(rows)
+        windows = places_of(self.tokens.windows, rows)
+        owner = np.repeat(np.arange(len(rows)), np.diff(self.tokens.windows)[rows])
+        order = np.argsort(self.tokens.lengths[windows], kind="stable")
+        x = self.rows(windows[order])
+        shares = (owner[order] == np.arange(len(rows))[:, None]).astype(np.float32)  # [texts, windows]
+        x.window_shares = torch.from_numpy(shares / shares.sum(1, keepdims=True))
+        return x
+
+    def rows(self, rows: np.ndarray) -> PackedInput:
+        """Rows of the tokens: examples, or windows of them."""
         if self.frozen is not None:
-            return self.frozen.batch(rows, self.lengths[rows])
+            return self.frozen.batch(rows, self.tokens.lengths[rows])
         return collate(self.tokens, rows)
 
     def targets_of(self, rows: np.ndarray, device: torch.device) -> Tensor:
@@ -142,20 +159,21 @@ def evaluate(
     """Logits [n, L] of every example, in their order; computed in batches of like length.
 
     `together`: all processes call this at once; each computes its share and gets all logits.
+    Windows are batched as if each were a text, so that even a book needs no more memory than other texts.
     """
-    logits = np.zeros((len(data), model.num_labels), dtype=np.float32)
-    batches = plan_evaluation(data.lengths, batch_tokens=hardware.evaluation_tokens)
+    logits = np.zeros((len(data.tokens), model.num_labels), dtype=np.float32)
+    batches = plan_evaluation(data.tokens.lengths, batch_tokens=hardware.evaluation_tokens)
 
     def computed(rows: np.ndarray) -> np.ndarray:
         with hardware.autocast():
-            return model.logits(hardware.place(data.batch(rows))).float().cpu().numpy()
+            return model.logits(hardware.place(data.rows(rows))).float().cpu().numpy()
 
     with torch.inference_mode():
         for rows, found in halving(
             batches[distributed.rank() :: distributed.world()] if together else batches, computed
         ):
             logits[rows] = found
-    return distributed.sum_array(logits) if together else logits
+    return data.tokens.mean_of_windows(distributed.sum_array(logits) if together else logits)
 
 
 class Training:
@@ -357,9 +375,17 @@ class Training:
         steps = []
         for start in range(0, len(batches), config.gradient_accumulation_steps):
             chosen = batches[start : start + config.gradient_accumulation_steps]
+            chosen = [part for batch in chosen for part in self.within_budget(batch)]
             rows = np.concatenate(chosen)
             steps.append(Step(chosen, float(counts[rows].sum()), int(train.lengths[rows].sum()), len(rows)))
         return steps
+
+    def within_budget(self, rows: np.ndarray) -> list[np.ndarray]:
+        """A batch of texts of many windows, cut to what a batch of one window a text may hold; the step stays one."""
+        if self.data["train"].tokens.windows is None:
+            return [rows]
+        limit = self.config.batch_tokens or self.config.batch_size * int(self.data["train"].tokens.lengths.max())
+        return cut(rows, self.data["train"].lengths, None, limit)
 
     def _remaining_steps(self) -> Iterator[Step]:
         """The steps from where the run stands to its end, epoch after epoch."""
@@ -399,6 +425,7 @@ class Training:
         self._settle()
         data = self.data["validation"]
         logits = evaluate(self.model, data, self.hardware, together=True)
+        self.problem.tune(logits, data.targets)
         metrics = self.problem.metrics(logits, data.targets)
         value = distributed.from_first(metrics[self.metric])  # machines may round differently, but must agree
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
@@ -443,9 +470,12 @@ class Training:
 
     def padding_fraction(self) -> float:
         """Share of padding inside attention in the first epoch's batches: no other operation sees any."""
-        lengths = self.data["train"].lengths
-        slots = sum(len(rows) * int(lengths[rows].max()) for step in self._steps_of_epoch(0) for rows in step.batches)
-        return 1 - int(lengths.sum()) / slots
+        tokens = self.data["train"].tokens
+        slots = 0
+        for rows in (rows for step in self._steps_of_epoch(0) for rows in step.batches):
+            lengths = tokens.lengths[rows if tokens.windows is None else places_of(tokens.windows, rows)]
+            slots += len(lengths) * int(lengths.max())
+        return 1 - len(tokens.ids) / slots
 
     def trained_parameters(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from minibert.config import RunConfig
-from minibert.data import Columns, Examples, RunData, find_columns, load_data, prepare, split
+from minibert.data import (
+    Columns,
+    Examples,
+    RunData,
+    examples_from_table,
+    find_columns,
+    load_data,
+    prepare,
+    split,
+    stream_examples,
+)
 from minibert.errors import UserError
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights, sorted_labels
 from minibert.tables import Table
@@ -170,3 +180,120 @@ def test_flags_out_of_range_are_errors() -> None:
         with pytest.raises(UserError, match="give"):
             RunConfig(**bad)  # type: ignore[arg-type]
     assert dataclasses.replace(RunConfig(), head="mlp:64").mlp_size() == 64
+
+
+def write(path: Path, content: str) -> str:
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+BAD = "text,label\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(40)) + ",a\nlonely\nx,\none,two,three\n  ,b\n"
+
+
+def test_bad_rows_are_an_error_that_counts_them_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_data(RunConfig(train=write(tmp_path / "a.csv", BAD)))
+    for phrase in (
+        "line 42, 46: 2 rows have no text",
+        "line 43: 1 cells",
+        "line 44: 1 row has no label",
+        "line 45: 3 c",
+    ):
+        assert phrase in str(caught.value)
+    assert "--on-bad-rows skip" in str(caught.value)
+
+
+def test_bad_rows_are_skipped_when_asked_counted_and_named(tmp_path: Path) -> None:
+    data = load_data(RunConfig(train=write(tmp_path / "a.csv", BAD), on_bad_rows="skip"))
+    assert sum(map(len, data.parts.values())) == 40
+    assert [row.line for row in data.skipped["train"]] == [42, 43, 44, 45, 46]
+    assert any("skipped 5 rows of" in note and "line 42, 46" in note for note in data.notes)
+
+
+def test_nothing_usable_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no row can be used; line 2"):
+        load_data(RunConfig(train=write(tmp_path / "a.csv", "text,label\n,a\n"), on_bad_rows="skip"))
+
+
+def test_nan_is_no_text_and_no_label() -> None:
+    rows = table(text=["a", float("nan"), "c"], label=["x", "y", float("nan")])
+    with pytest.raises(UserError, match=r"line 3: 1 row has no text; line 4: 1 row has no label"):
+        prepare(
+            {"train": examples_from_table(rows, Columns(("text",), None, ("label",)))},
+            Columns(("text",), None, ("label",)),
+            RunConfig(),
+            [],
+        )
+
+
+def test_streamed_bad_rows_are_refused_or_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.csv", BAD)
+    with pytest.raises(UserError, match="line 43"):
+        list(stream_examples(path, RunConfig()))
+    streamed = list(stream_examples(path, RunConfig(on_bad_rows="skip"), with_labels=True))
+    assert sum(map(len, streamed)) == 40
+    assert "skipped 5 rows" in capsys.readouterr().err
+
+
+def test_a_file_without_header_is_found_out(shared_data: Path) -> None:
+    sst2 = load_data(RunConfig(train=str(shared_data / "sst2" / "dev.tsv")))
+    assert sum(map(len, sst2.parts.values())) == 872 and sst2.columns == Columns(("0",), None, ("1",))
+    assert any("has no header" in note for note in sst2.notes)
+    with pytest.raises(UserError, match="columns are 0, 1, 2"):
+        load_data(RunConfig(train=str(shared_data / "multilabel" / "goemotions" / "dev.tsv")))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "words,mark\n" + "".join(f"some text {i},{i % 2}\n" for i in range(9)),
+        "note,kind\n" + "".join(f"some text {i},{'ab'[i % 2]}\n" for i in range(9)) + "note,b\n",
+        "text,1\nwell,1\n",
+    ],
+)
+def test_a_header_of_unknown_names_stays_a_header(tmp_path: Path, content: str) -> None:
+    rows = content.count("\n") - 1
+    streamed = list(stream_examples(write(tmp_path / "a.csv", content), RunConfig(), with_labels=True))
+    assert sum(map(len, streamed)) == rows
+
+
+@pytest.mark.parametrize("share", [0.1, 0.15, 0.5])
+def test_multi_label_split_gives_each_label_its_share(share: float) -> None:
+    rng = np.random.default_rng(1)
+    frequency = np.geomspace(0.4, 0.004, 40)
+    rows = [[f"l{i}" for i in np.flatnonzero(row < frequency)] for row in rng.random((3000, 40))]
+    texts = [f"Text {i}" if i % 2 else f"text  {i}" for i in rng.integers(0, 2500, 3000)]
+    data = Examples("x", texts, None, rows, list(range(3000)))
+    problem = Problem(MULTI, [f"l{i}" for i in range(40)])
+    kept, taken = split(data, problem, share, 7)
+    assert sorted([*kept, *taken]) == list(range(3000)) and abs(len(taken) - 3000 * share) <= 15
+    assert not {texts[i].split()[1] for i in kept} & {texts[i].split()[1] for i in taken}
+    before = Counter(name for row in rows for name in row)
+    after = Counter(name for i in taken for name in rows[i])
+    assert all(abs(after[name] - share * count) <= max(2, 0.03 * count) for name, count in before.items())
+    assert np.array_equal(taken, split(data, problem, share, 7)[1])
+    assert not np.array_equal(taken, split(data, problem, share, 8)[1])
+
+
+def test_multi_label_rows_that_all_differ_can_be_split() -> None:
+    rows = [[f"l{j}" for j in range(10) if i >> j & 1] for i in range(1024)]
+    data = Examples("x", [f"t{i}" for i in range(1024)], None, rows, list(range(1024)))
+    _, taken = split(data, Problem(MULTI, [f"l{j}" for j in range(10)]), 0.25, 0)
+    counts = Counter(name for i in taken for name in rows[i])
+    assert abs(len(taken) - 256) <= 8 and all(abs(count - 128) <= 8 for count in counts.values()), counts
+
+
+@pytest.mark.parametrize("scale", [0.001, 1.0, 1e6])
+def test_values_are_split_over_their_whole_range(scale: float) -> None:
+    values = (np.random.default_rng(0).random(500) ** 3 * scale).tolist()
+    data = Examples("x", [f"t{i}" for i in range(500)], None, values, list(range(500)))
+    _, taken = split(data, Problem(REGRESSION, ["score"]), 0.2, 0)
+    tenths = np.quantile(values, np.linspace(0, 1, 11))[1:-1]
+    assert np.bincount(np.searchsorted(tenths, np.array(values)[taken])).tolist() == [10] * 10
+
+
+def test_pairs_stay_together_only_if_both_texts_are_equal() -> None:
+    texts, pairs = ["same"] * 40, [f"other {i // 2}" for i in range(40)]
+    data = Examples("x", texts, pairs, ["a", "b"] * 20, list(range(40)))
+    kept, taken = split(data, Problem(SINGLE, ["a", "b"]), 0.5, 0)
+    assert len(taken) == 20 and not {pairs[i] for i in kept} & {pairs[i] for i in taken}

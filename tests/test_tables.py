@@ -221,3 +221,91 @@ def test_random_damage_never_gives_another_error(tmp_path: Path) -> None:
 
 def test_longest_line_is_a_limit_not_a_crash() -> None:
     assert tables.LONGEST_LINE < 1 << 30
+
+
+def test_bad_rows_are_counted_by_reason_and_left_out_when_asked(tmp_path: Path) -> None:
+    path = write(tmp_path, "text,label\none,x\na,b,c\ntwo,y\nd,e,f\nalone\n")
+    with pytest.raises(UserError, match=r"line 3, 5: 2 rows: 3 cells where the header has 2; line 6: 1 cells where"):
+        read_table(path)
+    table = read_table(path, on_bad_rows="skip")
+    assert table.columns == {"text": ["one", "two"], "label": ["x", "y"]} and table.lines == [2, 4]
+    assert [row.line for row in table.bad] == [3, 5, 6]
+
+
+def test_bad_rows_of_json_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"text": "a"}\n{"text": \n[1]\n"not JSON"\n{"text": "b"}\n', "a.jsonl")
+    table = read_table(path, on_bad_rows="skip")
+    assert table.columns == {"text": ["a", "b"]} and table.lines == [1, 5]
+    assert [(row.line, row.reason.split(" (")[0][:8]) for row in table.bad] == [
+        (2, "not JSON"),
+        (3, "expected"),
+        (4, "expected"),
+    ]
+
+
+def test_a_quote_never_closed_says_how_many_lines_it_took(tmp_path: Path) -> None:
+    path = write(tmp_path, 'text,label\none,x\n"two,y\nthree,x\nfour,y\n')
+    with pytest.raises(UserError, match="line 3: 1 cells where the header has 2 and 2 more lines; is a quote not clos"):
+        read_table(path)
+
+
+def test_without_header_an_unquoted_comma_is_a_bad_row_not_another_column(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,x\nb,y\nwell, yes,x\nc,y\n")
+    table = read_table(path, header=False, on_bad_rows="skip")
+    assert table.columns == {"0": ["a", "b", "c"], "1": ["x", "y", "y"]}
+    assert [(row.line, row.reason) for row in table.bad] == [(3, "3 cells where most rows have 2")]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_single_quotes(tmp_path: Path, delimiter: str) -> None:
+    lines = [["'text'", "'label'"], [f"'one{delimiter} two'", "'x'"], ["'it''s'", "'y'"]]
+    path = write(tmp_path, "\n".join(delimiter.join(line) for line in lines))
+    assert read_table(path).columns["text"] == (
+        [f"one{delimiter} two", "it's"] if delimiter != "\t" else ["one\t two", "it's"]
+    )
+
+
+def test_backslash_quotes_and_apostrophes(tmp_path: Path) -> None:
+    path = write(tmp_path, 'text,label\n"say \\"hi, you\\" now",x\n"plain",y\n')
+    assert read_table(path).columns == {"text": ['say "hi, you" now', "plain"], "label": ["x", "y"]}
+    path = write(tmp_path, "text,label\n'tis one,x\nthe dogs',y\n")
+    assert read_table(path).columns["text"] == ["'tis one", "the dogs'"]
+
+
+def test_one_ragged_row_does_not_hide_the_delimiter(tmp_path: Path) -> None:
+    path = write(tmp_path, "text;label\none, two;x\nthree; four;y\nfive, six;x\nseven;y\n")
+    assert read_table(path, on_bad_rows="skip").columns["text"] == ["one, two", "five, six", "seven"]
+
+
+def test_a_mark_does_not_become_part_of_a_name(tmp_path: Path) -> None:
+    path = write(tmp_path, "text,label\r\na,x\r\n".encode("utf-8-sig"))
+    assert list(read_table(path, encoding="utf-8").columns) == ["text", "label"]
+
+
+def test_latin_1_where_cp1252_has_no_character(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, b"text,label\ncaf\xe9 \x81,x\n"))
+    assert table.encoding == "latin-1" and table.columns["text"] == ["café \x81"]
+
+
+def test_a_bad_byte_in_much_utf8_is_named_and_not_read_as_cp1252(tmp_path: Path) -> None:
+    path = write(tmp_path, "text,label\nnaïve café,x\n".encode() + b"caf\xe9,y\n")
+    with pytest.raises(UserError, match="line 3: not UTF-8, which the rest of the file is"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("pack", ["gz", "zip"])
+def test_packed_parquet(tmp_path: Path, pack: str) -> None:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(ROWS), buffer)
+    path = tmp_path / f"a.parquet.{pack}"
+    if pack == "gz":
+        path.write_bytes(gzip.compress(buffer.getvalue()))
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a.parquet", buffer.getvalue())
+    assert read_table(path).columns == ROWS
+
+
+def test_json_with_its_rows_under_one_key(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"version": 1, "data": [{"text": "a", "label": 0}]}', "a.json")
+    assert read_table(path).columns == {"text": ["a"], "label": [0]}

@@ -1,0 +1,129 @@
+"""Many labels, several labels a row, labels that training never sees."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import minibert
+from minibert.config import RunConfig
+from minibert.data import Columns, Examples, RunData, load_data, prepare
+from minibert.metrics import tune_thresholds
+from minibert.problem import MULTI, SINGLE, Problem
+
+CLASSES = 150
+
+
+def prepared(labels: list[Any], **flags: Any) -> RunData:
+    examples = Examples("list", [f"text {i}" for i in range(len(labels))], None, labels, list(range(len(labels))))
+    return prepare({"train": examples}, Columns(("text",), None, ("label",)), RunConfig(**flags), [])
+
+
+def logit(probabilities: np.ndarray) -> np.ndarray:
+    return np.log(probabilities / (1 - probabilities))
+
+
+def test_thresholds_are_tuned_and_few_rows_share_the_common_one() -> None:
+    rng = np.random.default_rng(0)
+    targets = (rng.random((400, 3)) < [0.3, 0.1, 0.005]).astype(np.float32)
+    assert targets[:, 2].sum() < 5 < targets[:, 1].sum()
+    probabilities = np.clip(0.3 * targets + rng.random((400, 3)) * [0.5, 0.35, 0.2], 0.001, 0.999)
+    problem = Problem(MULTI, ["a", "b", "c"])
+    problem.tune(logit(probabilities), targets)
+    own = tune_thresholds(targets, probabilities)
+    common = tune_thresholds(targets.reshape(-1, 1), probabilities.reshape(-1, 1))[0]
+    assert np.allclose(problem.thresholds, [own[0], own[1], common])
+    assert abs(own[0] - own[1]) > 0.01 and not np.isclose(own[2], common)
+    tuned = problem.metrics(logit(probabilities), targets)
+    assert tuned["macro_f1"] > Problem(MULTI, ["a", "b", "c"]).metrics(logit(probabilities), targets)["macro_f1"]
+
+
+def test_other_problems_have_no_thresholds() -> None:
+    problem = Problem(SINGLE, ["a", "b"])
+    problem.tune(np.zeros((2, 2)), np.array([0, 1]))
+    assert problem.thresholds == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "phrase"),
+    [
+        (["a", "b"], "single_label_classification, as each row has one label"),
+        (["0.5", "1", "2"], "regression, as the labels are numbers with fractions, such as 0.5"),
+        ([["a"], ["b", "a"]], "multi_label_classification, as the labels are lists"),
+        (["3", "12", "3,12"], "labels such as '3,12' look like several: --label-delimiter ','"),
+        ([str(i) for i in range(11)], "--problem-type regression takes them as values"),
+    ],
+)
+def test_what_was_decided_is_said_with_the_reason(labels: list[Any], phrase: str) -> None:
+    assert phrase in "\n".join(prepared(labels * 10).notes)
+
+
+def test_a_column_of_nearly_only_different_labels_is_doubted() -> None:
+    assert "60 different labels in 60 rows" in "\n".join(
+        prepared([f"x{i}" for i in range(60)], validation_split=0).notes
+    )
+
+
+def test_rows_of_0_and_1_are_a_place_for_each_label() -> None:
+    rows = [[0, 1, 0], [1, 1, 0], [0, 0, 0]]
+    data = prepared(rows * 10, validation_split=0)
+    assert data.problem.kind == MULTI and data.problem.labels == ["0", "1", "2"]
+    assert data.problem.targets(data.parts["train"].labels or [])[:3].tolist() == rows
+    assert prepared([[0, 1], [1], [0]] * 10, validation_split=0).problem.labels == ["0", "1"]  # lists of labels 0, 1
+
+
+def test_real_multi_label_data(shared_data: Path) -> None:
+    folder = shared_data / "multilabel" / "goemotions"
+    flags = {"text_column": ("0",), "label_column": ("1",), "label_delimiter": ",", "no_header": True}
+    files = {"train": str(folder / "dev.tsv"), "test": str(folder / "test.tsv")}
+    data = load_data(RunConfig(**files, **flags))  # type: ignore[arg-type]
+    assert data.problem.kind == MULTI and data.problem.labels == [str(i) for i in range(28)]
+    assert len(data.parts["test"]) == 5427
+
+
+def of_many_classes(rows: int, multi: bool, skip: int | None = None) -> tuple[list[str], list[Any]]:
+    """Texts whose words are their labels."""
+    numbers = [i % CLASSES for i in range(rows) if i % CLASSES != skip]
+    texts = [f"{n} is the number {i}" for i, n in enumerate(numbers)]
+    labels: list[Any] = [f"n{n}" for n in numbers]
+    if multi:
+        labels = [[f"n{n}", f"n{(7 * n) % CLASSES}"] if n % 3 else [] for n in numbers]
+    return texts, labels
+
+
+@pytest.mark.parametrize("multi", [False, True])
+def test_150_classes_one_of_them_only_in_test(tiny: Callable[..., Path], tmp_path: Path, multi: bool) -> None:
+    output = tmp_path / "run"
+    minibert.finetune(
+        *of_many_classes(600, multi, skip=4),
+        test=of_many_classes(150, multi),
+        model=str(tiny()),
+        epochs=1,
+        output=str(output),
+        quiet=True,
+    )
+    check = json.loads((output / "check.json").read_text())
+    assert check["untaught"] == ({} if multi else {"test": ["n4"]})  # several labels: another row has it too
+    metrics = json.loads((output / "metrics.json").read_text())
+    names = json.loads((output / "config.json").read_text())["label2id"]
+    assert len(names) == len(metrics["test"]["per_class"]) == (CLASSES if not multi else len(names))
+    with open(output / "predictions-test.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 150 and sum(name.startswith("probability_") for name in rows[0]) == len(names)
+    splits = json.loads((output / "splits.json").read_text())["parts"]
+    assert sorted(splits["train"]["rows"] + splits["validation"]["rows"]) == list(range(596))
+    assert [int(row["row"]) for row in rows] == splits["test"]["rows"]
+    clf = minibert.load(output)
+    if multi:
+        assert metrics["test"]["thresholds"] == dict(zip(clf.problem.labels, clf.problem.thresholds, strict=True))
+        assert set(metrics["test"]["at_threshold_0.5"]) == {"micro_f1", "macro_f1", "subset_accuracy"}
+        given = clf.predict([rows[0]["text"]])[0]
+        named = zip(clf.problem.labels, clf.problem.thresholds, strict=True)
+        assert given.label == [name for name, threshold in named if given.probabilities[name] >= threshold]
+        assert "|".join(given.label) == rows[0]["predicted"]
