@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import json
@@ -35,6 +36,7 @@ from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
 from minibert.problem import Problem, class_weights
 from minibert.resume import STATE_FILE, load_checkpoint, save_checkpoint
+from minibert.seeds import can_resume, copy_run, remove_runs, run_seeds
 from minibert.tokens import Tokenizer
 from minibert.train import Dataset, Interrupted, Training, evaluate
 from minibert.vocabulary import CompactVocabulary, worth_compacting
@@ -66,7 +68,7 @@ def demonstration(config: RunConfig) -> RunConfig:
 
 def refuse_at_once(config: RunConfig) -> None:
     """What can be seen to fail before anything is read: flags without effect, no such device, a folder in use."""
-    for name, default in (("check", False), ("seeds", ()), ("report_to", "none")):
+    for name, default in (("check", False), ("report_to", "none")):
         if getattr(config, name) != default:
             raise UserError(f"--{name.replace('_', '-')}: not in this version yet; leave it out")
     if config.truncation == "window":
@@ -77,7 +79,8 @@ def refuse_at_once(config: RunConfig) -> None:
             raise UserError("--resume: give --output, the folder of the run to continue")
         return
     output = Path(config.output).expanduser()
-    if config.resume and not (output / CHECKPOINTS / STATE_FILE).is_file():
+    begun = can_resume(output, config.seeds) if config.seeds else (output / CHECKPOINTS / STATE_FILE).is_file()
+    if config.resume and not begun:
         raise UserError(f"{output}: no checkpoint to resume; leave --resume out to start anew")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another --output")
@@ -101,6 +104,8 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     """Train on prepared data and leave the output folder of the contract."""
+    if config.seeds:
+        return run_each_seed(config, data, command)
     started = time.perf_counter()
     say = silence if config.quiet else partial(print, flush=True)
     keep_freed_memory()
@@ -143,6 +148,23 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     write_json(output / "metrics.json", metrics)
     summarise(say, output, metrics, model.mlp_size)
     return classifier
+
+
+def run_each_seed(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
+    """--seeds: a run for each in a folder of its own; the best one's files also at the top."""
+    output = output_folder(config)
+    config = replace(config, output=str(output))
+    say = silence if config.quiet else partial(print, flush=True)
+
+    def run_one(one: RunConfig) -> None:  # with a problem of its own: a run may tune it
+        run(one, replace(data, problem=copy.deepcopy(data.problem)), command)
+
+    fingerprint = {"version": __version__, "data": data_digest(data), **_settings(config)}
+    best = run_seeds(config, data, fingerprint, run_one, say)
+    clear(output)
+    copy_run(best, output)
+    say(f'its files are also in {output}\n\npredict: python -m minibert.predict {output} --text "A text to classify"')
+    return load(output, config.device)
 
 
 def demo_weights() -> str:
@@ -201,15 +223,26 @@ def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict
     }
 
 
+def output_folder(config: RunConfig) -> Path:
+    """--output, or runs/<time>."""
+    return Path(config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
+
+
+def clear(output: Path) -> None:
+    """Remove the files of an earlier run, and only those."""
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    for name in OUTPUT_FILES:
+        (output / name).unlink(missing_ok=True)
+
+
 def open_output(config: RunConfig) -> Path:
-    """Make the output folder: --output, or runs/<time>. What an earlier run left there goes, unless it is resumed."""
-    output = Path(config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
+    """Make the output folder. What an earlier run left there goes, unless it is resumed."""
+    output = output_folder(config)
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not config.resume:
-            shutil.rmtree(output / "checkpoints", ignore_errors=True)
-            for name in OUTPUT_FILES:
-                (output / name).unlink(missing_ok=True)
+            clear(output)
+            remove_runs(output)
     except OSError as error:
         raise UserError(f"{output}: cannot be made ({error.strerror}); give another --output") from None
     return output
