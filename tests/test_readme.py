@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def test_every_flag_exists() -> None:
     known = {option for action in run_parser()._actions for option in action.option_strings}
-    known |= {"--text", "--file"}  # of predict, evaluate and embed
+    known |= {"--text", "--file", "--logdir"}  # of predict, evaluate and embed; of tensorboard
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README))
     assert named and not named - known
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -17,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import transformers
-from conftest import tiny_config
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.metrics import f1_score, log_loss, mean_squared_error
 
@@ -30,31 +27,6 @@ from minibert.errors import UserError
 from minibert.finetune import main
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.seeds import collapsed, constant_baseline, summarise_seeds
-
-
-@pytest.fixture(scope="module")
-def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """160 short reviews that a tiny model learns to tell apart in a second."""
-    rng = random.Random(0)
-    path = tmp_path_factory.mktemp("data") / "films.csv"
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["text", "label"])
-        for i in range(160):
-            words = rng.sample("the a of and film very is was see you at now".split(), 5)
-            writer.writerow([" ".join([*words, "bad" if i % 2 else "good", str(i)]), "bad" if i % 2 else "good"])
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny BERT of random weights, with the words of the reviews in its vocabulary."""
-    folder = tmp_path_factory.mktemp("model")
-    transformers.BertModel(tiny_config()).save_pretrained(folder)
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the a of and film very is was see you at now good bad".split()
-    words += [prefix + digit for prefix in ("", "##") for digit in "0123456789"]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
-    return folder
 
 
 @dataclass
@@ -71,15 +43,15 @@ def finetune(*arguments: str, code: int = 0) -> Done:
     return Done(out.getvalue(), err.getvalue())
 
 
-def flags(films: Path, model: Path, output: Path, *more: str) -> list[str]:
+def flags(films: Path, film_model: Path, output: Path, *more: str) -> list[str]:
     recipe = ["--epochs", "8", "--lr", "5e-3", "--batch-size", "16", "--test-split", "0.2"]
-    return ["--train", str(films), "--model", str(model), "--output", str(output), *recipe, *more]
+    return ["--train", str(films), "--model", str(film_model), "--output", str(output), *recipe, *more]
 
 
 @pytest.fixture(scope="module")
-def trained(films: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def trained(films: Path, film_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("runs") / "three"
-    return output, finetune(*flags(films, model, output, "--seeds", "3,1,2")).stdout
+    return output, finetune(*flags(films, film_model, output, "--seeds", "3,1,2")).stdout
 
 
 def test_each_seed_leaves_a_run_and_the_summary_adds_them_up(trained: tuple[Path, str]) -> None:
@@ -125,33 +97,33 @@ def test_the_best_model_is_at_the_top(trained: tuple[Path, str]) -> None:
 
 
 def test_one_seed_of_several_is_the_plain_run_with_that_seed(
-    trained: tuple[Path, str], films: Path, model: Path, tmp_path: Path
+    trained: tuple[Path, str], films: Path, film_model: Path, tmp_path: Path
 ) -> None:
-    finetune(*flags(films, model, tmp_path / "plain", "--seed", "2"))
+    finetune(*flags(films, film_model, tmp_path / "plain", "--seed", "2"))
     weights = [folder / "model.safetensors" for folder in (tmp_path / "plain", trained[0] / "seed-2")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_resume_trains_only_what_is_missing(
-    trained: tuple[Path, str], films: Path, model: Path, tmp_path: Path
+    trained: tuple[Path, str], films: Path, film_model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "copy"
     shutil.copytree(trained[0], output)
     before = {seed: (output / f"seed-{seed}" / "model.safetensors").read_bytes() for seed in (1, 2, 3)}
     times = {seed: (output / f"seed-{seed}" / "model.safetensors").stat().st_mtime_ns for seed in (3, 1)}
     shutil.rmtree(output / "seed-2")
-    out = finetune(*flags(films, model, output, "--seeds", "3,1,2", "--resume")).stdout
+    out = finetune(*flags(films, film_model, output, "--seeds", "3,1,2", "--resume")).stdout
     assert out.count("finished before") == 2
     assert {seed: (output / f"seed-{seed}" / "model.safetensors").stat().st_mtime_ns for seed in (3, 1)} == times
     assert (output / "seed-2" / "model.safetensors").read_bytes() == before[2]
     whole, again = (json.loads((folder / "seeds.json").read_text()) for folder in (trained[0], output))
     assert again == whole
-    changed = finetune(*flags(films, model, output, "--seeds", "3,1", "--resume", "--epochs", "4"), code=2)
+    changed = finetune(*flags(films, film_model, output, "--seeds", "3,1", "--resume", "--epochs", "4"), code=2)
     assert "changed: epochs (was 8.0, is 4.0)" in changed.stderr and changed.stderr.count("\n") == 1
 
 
-def test_an_interrupted_seed_goes_on_where_it_stopped(model: Path, films: Path, tmp_path: Path) -> None:
-    arguments = flags(films, model, tmp_path / "s", "--seeds", "1,2", "--max-steps", "300", "--epochs", "999")
+def test_an_interrupted_seed_goes_on_where_it_stopped(film_model: Path, films: Path, tmp_path: Path) -> None:
+    arguments = flags(films, film_model, tmp_path / "s", "--seeds", "1,2", "--max-steps", "300", "--epochs", "999")
     command = [sys.executable, "-m", "minibert.finetune", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log, deadline = tmp_path / "s" / "seed-2" / "train_log.jsonl", time.monotonic() + 120
@@ -168,34 +140,34 @@ def test_an_interrupted_seed_goes_on_where_it_stopped(model: Path, films: Path, 
 
 
 def test_overwrite_leaves_nothing_of_earlier_seeds(
-    trained: tuple[Path, str], films: Path, model: Path, tmp_path: Path
+    trained: tuple[Path, str], films: Path, film_model: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "copy"
     shutil.copytree(trained[0], output)
     (output / "seed-notes").mkdir()  # not ours
-    assert "not empty" in finetune(*flags(films, model, output, "--seeds", "1"), code=2).stderr
-    finetune(*flags(films, model, output, "--seeds", "1", "--overwrite", "--metric", "bleu"), code=2)
+    assert "not empty" in finetune(*flags(films, film_model, output, "--seeds", "1"), code=2).stderr
+    finetune(*flags(films, film_model, output, "--seeds", "1", "--overwrite", "--metric", "bleu"), code=2)
     assert (output / "seed-2" / "model.safetensors").exists()  # a mistake left the earlier run alone
-    finetune(*flags(films, model, output, "--seeds", "7", "--overwrite", "--test-split", "0"))
+    finetune(*flags(films, film_model, output, "--seeds", "7", "--overwrite", "--test-split", "0"))
     assert sorted(path.name for path in output.glob("seed*")) == ["seed-7", "seed-notes", "seeds.json"]
     assert not (output / "predictions-test.csv").exists()
     assert json.loads((output / "seeds.json").read_text())["validation"]["accuracy"]["std"] is None
 
 
-def test_collapsed_runs_are_named(model: Path, films: Path, tmp_path: Path) -> None:
+def test_collapsed_runs_are_named(film_model: Path, films: Path, tmp_path: Path) -> None:
     """A learning rate far too high: every answer becomes the same class."""
     wild = ["--lr", "100", "--max-grad-norm", "0", "--warmup-ratio", "0", "--seeds", "1,2"]
-    arguments = flags(films, model, tmp_path / "x", *wild)
+    arguments = flags(films, film_model, tmp_path / "x", *wild)
     out = finetune(*arguments).stdout
     assert "warning: seed 1 collapsed" in out and "warning: seed 2 collapsed" in out
     assert len(json.loads((tmp_path / "x" / "seeds.json").read_text())["warnings"]) == 2
 
 
-def test_seeds_from_python_and_mistakes(model: Path, films: Path, tmp_path: Path) -> None:
+def test_seeds_from_python_and_mistakes(film_model: Path, films: Path, tmp_path: Path) -> None:
     with open(films, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     texts, labels = [row["text"] for row in rows], [row["label"] for row in rows]
-    flags = {"model": str(model), "epochs": 1, "quiet": True, "validation_split": 0}
+    flags = {"model": str(film_model), "epochs": 1, "quiet": True, "validation_split": 0}
     clf = minibert.finetune(texts, labels, seeds=[1, 2], output=str(tmp_path / "x"), **flags)
     assert np.array_equal(clf.logits(texts[:5]), minibert.load(tmp_path / "x" / "seed-1").logits(texts[:5]))
     for bad in ("1,x", "1,1", "1,01"):
