@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +64,12 @@ def read_tsv(*path: str, header: bool) -> list[list[str]]:
     return rows[1:] if header else rows
 
 
-def held_out(rows: Rows, share: float, stratify: bool = True) -> tuple[Rows, Rows]:
-    """(kept, taken); the same for every trainer and seed."""
+def held_out(rows: Rows, share: float | int, stratify: bool = True) -> tuple[Rows, Rows]:
+    """(kept, taken), a share or a number of rows; the same for every trainer and seed."""
     labels = [row[2] for row in rows]
-    counts = {label: labels.count(label) for label in set(labels)}
-    strata = [label if counts[label] > 1 else "rare" for label in labels] if stratify else None
+    counts = Counter(labels)
+    common = counts.most_common(1)[0][0]  # a label of one row cannot be divided: it goes along with these
+    strata = [label if counts[label] > 1 else common for label in labels] if stratify else None
     kept, taken = train_test_split(rows, test_size=share, random_state=SPLIT_SEED, stratify=strata)
     return kept, taken
 
@@ -235,7 +237,7 @@ def capped(task: Task, max_rows: int | None) -> dict[str, Rows]:
     for part, cap in caps.items():
         if cap is not None and cap < len(parts[part]):
             stratify = task.kind == "single" and cap > 10 * len({row[2] for row in parts[part]})
-            _, parts[part] = held_out(parts[part], cap / len(parts[part]), stratify)
+            _, parts[part] = held_out(parts[part], cap, stratify)
     return parts
 
 
