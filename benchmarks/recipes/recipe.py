@@ -114,7 +114,8 @@ def environment(output: Path) -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     record = json.loads((output / "run.json").read_text())
     machine = f"{platform.machine()}, {record['machine']['threads']} threads"
-    return {"commit": commit.stdout.strip(), "machine": machine, "versions": record["versions"]}
+    load = round(os.getloadavg()[0], 1)  # how busy the machine was: seconds mean little above its number of cores
+    return {"commit": commit.stdout.strip(), "machine": machine, "load": load, "versions": record["versions"]}
 
 
 def kept() -> dict[str, Any]:
