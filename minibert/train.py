@@ -196,6 +196,7 @@ class Training:
         self.best_logits: np.ndarray | None = None  # of the validation rows then, where this process computed them
         self.recent_losses: list[Tensor] = []  # of the steps since the last line of the log
         self.unchecked: list[tuple[Step, Tensor]] = []  # steps that may have been bad, not yet read from the device
+        self.watch: Callable[[dict[str, Any]], None] | None = None  # is given each line of the log
         self.metric = self._checked_metric()
         self.steps_per_epoch = len(self._steps_of_epoch(0))
         self.total_steps = min(math.ceil(self.steps_per_epoch * config.epochs), config.max_steps or sys.maxsize)
@@ -439,7 +440,7 @@ class Training:
             self.state.evaluations_since_best += 1
         numbers = {name: v for name, v in metrics.items() if isinstance(v, float | int)}
         line = {f"validation_{name}": v if math.isfinite(v) else None for name, v in numbers.items()}
-        _write_line(log, {"step": self.state.step, "epoch": self.epoch, **line})
+        self._write_line(log, {"step": self.state.step, "epoch": self.epoch, **line})
         progress.set_postfix({self.metric: f"{value:.4f}"}, refresh=False)
 
     def _log_step(self, log: IO[str], progress: tqdm[Any], norm: Tensor) -> None:
@@ -456,8 +457,15 @@ class Training:
             "grad_norm": float(norm) if math.isfinite(float(norm)) else None,
             "tokens_per_second": round(self.state.tokens / max(self.state.seconds, 1e-9), 1),
         }
-        _write_line(log, line)
+        self._write_line(log, line)
         progress.set_description(f"epoch {self.epoch:.1f} loss {loss:.4f}", refresh=False)
+
+    def _write_line(self, log: IO[str], line: dict[str, Any]) -> None:
+        with writing(Path(log.name)):
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+        if self.watch is not None:
+            self.watch(line)
 
     def _progress(self) -> tqdm[Any]:
         total = round(self.total_steps / self.steps_per_epoch * len(self.data["train"]))
@@ -485,12 +493,6 @@ class Training:
             for name, parameter in self.model.named_parameters():
                 if name in self.best:
                     parameter.copy_(self.best[name])
-
-
-def _write_line(log: IO[str], line: dict[str, Any]) -> None:
-    with writing(Path(log.name)):
-        log.write(json.dumps(line) + "\n")
-        log.flush()
 
 
 def _sync(log: IO[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,4 +75,29 @@ def save_tiny(folder: Path, kind: str = "BertModel", **changes: object) -> Path:
     words += "the a of and good bad film very not is was spam free call now see you at money win prize".split()
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}', encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 short reviews that a tiny model learns to tell apart in a second."""
+    rng = random.Random(0)
+    path = tmp_path_factory.mktemp("data") / "films.csv"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(160):
+            words = rng.sample("the a of and film very is was see you at now".split(), 5)
+            writer.writerow([" ".join([*words, "bad" if i % 2 else "good", str(i)]), "bad" if i % 2 else "good"])
+    return path
+
+
+@pytest.fixture(scope="session")
+def film_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT of random weights, with the words of the reviews in its vocabulary."""
+    folder = tmp_path_factory.mktemp("model")
+    transformers.BertModel(tiny_config()).save_pretrained(folder)
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the a of and film very is was see you at now good bad".split()
+    words += [prefix + digit for prefix in ("", "##") for digit in "0123456789"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     return folder

@@ -1,0 +1,214 @@
+"""--seeds: one run for each seed on the same split, what they say together, and the best one named.
+
+A seed's run is a full run folder, `seed-N`. `seeds.json` is written after each, so --resume knows what is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minibert.config import RunConfig
+from minibert.data import RunData
+from minibert.errors import UserError
+from minibert.files import atomic, read_json, write_json
+from minibert.problem import MULTI, REGRESSION, Problem
+from minibert.resume import STATE_FILE
+from minibert.train import LOWER_IS_BETTER
+
+SUMMARY_FILE = "seeds.json"
+CHECKPOINT = Path("checkpoints", "last", STATE_FILE)
+# The metrics of the printed table, where a problem has them; seeds.json sums up every number of metrics.json.
+MAIN_METRICS = """accuracy micro_f1 macro_f1 weighted_f1 subset_accuracy mcc roc_auc pearson spearman mse mae
+loss""".split()
+NEAR_BASELINE = 0.05  # a run that gains less than this share of what the constant answer leaves has learned nothing
+FAR_BELOW = 0.5  # a run that gains less than this share of the median run's gain is far below the others
+
+Say = Callable[[str], None]
+
+
+def seed_folder(output: Path, seed: int) -> Path:
+    return output / f"seed-{seed}"
+
+
+def can_resume(output: Path, seeds: tuple[str, ...]) -> bool:
+    """Whether any of these seeds was begun in `output`."""
+    return any((seed_folder(output, int(seed)) / CHECKPOINT).is_file() for seed in seeds)
+
+
+def remove_runs(output: Path, keep: Path | None = None) -> None:
+    """Take away what an earlier run with --seeds left in `output`, except the folder to keep."""
+    for folder in output.glob("seed-*"):
+        if folder != keep and (folder / "run.json").is_file():  # only what is ours
+            shutil.rmtree(folder)
+    (output / SUMMARY_FILE).unlink(missing_ok=True)
+
+
+def run_seeds(
+    config: RunConfig, data: RunData, fingerprint: dict[str, Any], run: Callable[[RunConfig], object], say: Say
+) -> Path:
+    """Run once with each seed, write `seeds.json`, print the table; returns the best run's folder.
+
+    `fingerprint` is what the runs must have in common with those that --resume finds finished.
+    """
+    assert config.output is not None
+    output, seeds = Path(config.output), [int(seed) for seed in config.seeds]
+    common = {key: value for key, value in fingerprint.items() if key not in ("seed", "seeds")}
+    digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()
+    finished = _finished(output, digest) if config.resume else {}
+    runs: list[dict[str, Any]] = []
+    for number, seed in enumerate(seeds, start=1):
+        folder = seed_folder(output, seed)
+        say(f"\nseed {seed} ({number} of {len(seeds)}){': finished before' if seed in finished else ''}")
+        if seed not in finished:
+            try:
+                run(_of_seed(config, seed, folder))
+            except KeyboardInterrupt:
+                say(f"for all seeds: the same --seeds with --resume --output {output}")
+                raise
+            finally:
+                if number == 1 and not config.resume and not isinstance(sys.exception(), UserError):
+                    remove_runs(output, keep=folder)  # not before: a mistake leaves an earlier run alone
+        runs.append({"seed": seed, "folder": folder.name, "digest": digest, **_results(folder)})
+        summary = summarise_seeds(runs, data, config.metric)
+        write_json(output / SUMMARY_FILE, summary)
+    show(say, summary)
+    return seed_folder(output, summary["best_seed"])
+
+
+def _of_seed(config: RunConfig, seed: int, folder: Path) -> RunConfig:
+    name = f"{config.run_name or folder.parent.name}-{folder.name}"
+    resume = config.resume and (folder / CHECKPOINT).is_file()
+    return replace(config, seeds=(), seed=seed, output=str(folder), resume=resume, run_name=name)
+
+
+def _finished(output: Path, digest: str) -> dict[int, dict[str, Any]]:
+    """The seeds of an earlier seeds.json that were trained with the same flags on the same data."""
+    path = output / SUMMARY_FILE
+    if not path.is_file():
+        return {}
+    try:
+        runs = {int(run["seed"]): run for run in read_json(path)["runs"] if run["digest"] == digest}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not a summary of seeds; remove it and give --resume again") from None
+    return {seed: run for seed, run in runs.items() if (seed_folder(output, seed) / "metrics.json").is_file()}
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """The plain numbers of a run's metrics, by part."""
+    metrics = read_json(folder / "metrics.json")
+    return {
+        part: {name: value for name, value in metrics[part].items() if not isinstance(value, dict | list)}
+        for part in ("validation", "test")
+        if part in metrics
+    }
+
+
+def summarise_seeds(runs: list[dict[str, Any]], data: RunData, metric: str | None = None) -> dict[str, Any]:
+    """What `seeds.json` holds: mean and spread of each metric, the best seed, and warnings."""
+    metric = metric or data.problem.default_metric
+    parts = [part for part in ("validation", "test") if part in runs[0]]
+    summary: dict[str, Any] = {"seeds": [run["seed"] for run in runs], "metric": metric}
+    summary |= {"best_seed": _best_seed(runs, metric), "chosen_by": "validation" if "validation" in parts else None}
+    warnings = []
+    if parts:
+        part = parts[0]
+        baseline = constant_baseline(data, part)[metric]
+        values = [run[part][metric] for run in runs]
+        summary["baseline"] = {"part": part, metric: baseline}
+        for run, problem in zip(runs, collapsed(values, baseline, metric in LOWER_IS_BETTER), strict=True):
+            if problem:
+                warnings.append(f"seed {run['seed']} {problem} ({part} {metric} {_shown(run[part][metric])})")
+    summary["warnings"] = warnings
+    for part in parts:
+        summary[part] = {name: _spread([run[part][name] for run in runs]) for name in runs[0][part]}
+    return summary | {"runs": runs}
+
+
+def _best_seed(runs: list[dict[str, Any]], metric: str) -> int:
+    """By the validation metric; the first seed where there is no validation: test rows must not choose."""
+    if "validation" not in runs[0]:
+        return int(runs[0]["seed"])
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    known = [run for run in runs if run["validation"][metric] is not None] or runs[:1]
+    return int(max(known, key=lambda run: sign * (run["validation"][metric] or 0))["seed"])
+
+
+def _spread(values: list[float | None]) -> dict[str, Any]:
+    """Mean and sample standard deviation; None where a run has no value or one run shows no spread."""
+    known = [value for value in values if value is not None]
+    whole = bool(known) and len(known) == len(values)
+    return {
+        "mean": statistics.fmean(known) if whole else None,
+        "std": statistics.stdev(known) if whole and len(known) > 1 else None,
+        "values": values,
+    }
+
+
+def constant_baseline(data: RunData, part: str) -> dict[str, Any]:
+    """The metrics of an answer that never looks at the text: label frequencies or the mean of the training rows."""
+    problem = Problem(data.problem.kind, data.problem.labels)
+    train, targets = (problem.targets(data.parts[name].labels or []) for name in ("train", part))
+    if problem.kind == REGRESSION:
+        constant = train.mean(keepdims=True)
+    else:
+        counts = train.sum(0) if problem.kind == MULTI else np.bincount(train, minlength=len(problem.labels))
+        share = (counts + 1e-3) / (len(train) + 1e-2)
+        constant = np.log(share / (1 - share)) if problem.kind == MULTI else np.log(share)
+    logits = np.broadcast_to(constant.astype(np.float32), (len(targets), len(problem.labels)))
+    return problem.metrics(np.ascontiguousarray(logits), targets)
+
+
+def collapsed(values: list[float | None], baseline: float | None, lower_is_better: bool) -> list[str]:
+    """For each run, what is wrong with it, or "": no better than a constant answer, or far below the other runs."""
+    sign = -1 if lower_is_better else 1
+    base = baseline or 0.0  # a correlation with a constant is undefined: as good as none
+    perfect = 0.0 if lower_is_better else 1.0
+    gains = [float("-inf") if value is None else sign * (value - base) for value in values]
+    median = statistics.median(gains)
+    reasons = []
+    for gain in gains:
+        if gain <= NEAR_BASELINE * sign * (perfect - base):
+            reasons.append(f"collapsed: about as good as a constant answer ({base:.4f})")
+        else:
+            reasons.append("is far below the others" if gain < FAR_BELOW * median else "")
+    return reasons
+
+
+def show(say: Say, summary: dict[str, Any]) -> None:
+    """A table for each part: a row for each seed, then mean and standard deviation."""
+    for part in ("validation", "test"):
+        if part not in summary:
+            continue
+        names = [name for name in MAIN_METRICS if name in summary[part]]
+        rows = {f"seed {run['seed']}": [run[part][name] for name in names] for run in summary["runs"]}
+        rows |= {key: [summary[part][name][key] for name in names] for key in ("mean", "std")}
+        width = max(map(len, [part, *rows])) + 2
+        say(f"\n{part:<{width}}" + "".join(f"{name:>17}" for name in names))
+        for label, values in rows.items():
+            say(f"{label:<{width}}" + "".join(f"{_shown(value):>17}" for value in values))
+    for warning in summary["warnings"]:
+        say(f"warning: {warning}")
+    why = f"by validation {summary['metric']}" if summary["chosen_by"] else "the first: no validation rows to choose by"
+    say(f"best seed: {summary['best_seed']} ({why})")
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def copy_run(folder: Path, output: Path) -> None:
+    """Copy the files of a run, all but its checkpoint, to `output`: it is then a run folder of its own."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            with atomic(output / path.name) as temporary:
+                shutil.copyfile(path, temporary)
