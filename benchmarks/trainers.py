@@ -153,5 +153,13 @@ TRAINERS: dict[str, Callable[[Texts], Iterator[Step]]] = {
     "transformers, best, compiled": lambda data: transformers_steps(data, "compiled"),
     "minibert": lambda data: minibert_steps(data),
 }
-SAVINGS = ("length buckets", "CLS-only last layer", "compact vocabulary", "bulk dropout", "attention chunks", "kept memory", "dropout")
+SAVINGS = (
+    "length buckets",
+    "CLS-only last layer",
+    "compact vocabulary",
+    "bulk dropout",
+    "attention chunks",
+    "kept memory",
+    "dropout",
+)
 TRAINERS |= {f"minibert without {off}": lambda data, off=off: minibert_steps(data, off) for off in SAVINGS}

@@ -54,7 +54,7 @@ class TextEncoder:
         vectors = np.empty((len(tokens), self.model.config.hidden_size), dtype=np.float32)
         with torch.inference_mode(), self.hardware.autocast():
             for rows in plan_evaluation(tokens.lengths, batch_tokens=self.hardware.evaluation_tokens):
-                x = collate(tokens, rows).to(self.hardware.device)
+                x = self.hardware.place(collate(tokens, rows))
                 vectors[rows] = pooled(self.model, x, pooling).float().cpu().numpy()
         return vectors
 

@@ -178,6 +178,10 @@ class RunConfig:
     )
     attention: str = flag("auto", "attention kernel", group="speed", choices=("auto", "sdpa", "flash", "triton"))
     engine: str = flag("auto", "how a step runs", group="speed", choices=("auto", "eager", "compile", "graph"))
+    kernels: bool = flag(True, "with --engine graph: our Triton kernels (off: torch's own)", group="speed")
+    activation_checkpointing: bool = flag(
+        False, "compute a layer's activations again in backward: less memory, a third slower", group="speed"
+    )
     length_buckets: bool = flag(True, "batches of like length", group="speed")
     cls_only: bool = flag(True, "compute the last layer for the [CLS] row only (exact)", group="speed")
     compact_vocabulary: bool = flag(True, "train only the embedding rows that occur (exact)", group="speed")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.model import PackedInput
 
 RESERVED_BLOCK, RESERVED_BLOCKS = 512 << 20, 8  # address space of the heap that is marked for huge pages
 
@@ -22,6 +25,7 @@ class Hardware:
     precision: str
     attention: str
     engine: str
+    kernels: bool = False  # those of minibert_kernels, in the engine `graph`
 
     def autocast(self) -> AbstractContextManager[object]:
         """Matrix products in bf16 or fp16; LayerNorm, softmax and loss stay in fp32."""
@@ -29,6 +33,10 @@ class Hardware:
             dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
             return torch.autocast(self.device.type, dtype)
         return nullcontext()
+
+    def place(self, x: PackedInput) -> PackedInput:
+        """A batch on the device, laid out for the attention kernel."""
+        return x.to(self.device, self.attention)
 
     @property
     def evaluation_tokens(self) -> int:
@@ -40,16 +48,63 @@ class Hardware:
 
 
 def choose(config: RunConfig) -> Hardware:
-    """Resolve the `auto` flags; what was asked for by name and cannot run here is a UserError that says why."""
+    """Resolve the `auto` flags; what was asked for by name and cannot run here is a UserError that says why.
+
+    `auto` takes the eager engine: the others wait for a measurement on a GPU (benchmarks/gpu.py).
+    """
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise UserError("--device cuda: torch finds no usable GPU here; use --device cpu, or mend the driver")
     device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
-    if config.attention not in ("auto", "sdpa"):
-        raise UserError(f"--attention {config.attention}: not in this version; use sdpa")
-    if config.engine not in ("auto", "eager"):
-        raise UserError(f"--engine {config.engine}: not in this version; use eager")
-    return Hardware(device, _precision(config, device), "sdpa", "eager")
+    precision = _precision(config, device)
+    engine = _engine(config, device)
+    kernels = engine == "graph" and config.kernels and find_spec("triton") is not None
+    return Hardware(device, precision, _attention(config, device, precision), engine, kernels)
+
+
+def _attention(config: RunConfig, device: torch.device, precision: str) -> str:
+    able = (
+        device.type == "cuda" and precision in ("bf16", "fp16") and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    if config.attention == "auto":
+        return "flash" if able else "sdpa"
+    if config.attention == "flash" and not able:
+        raise UserError(
+            "--attention flash: needs a GPU of compute capability 8.0 or more (A100, H100, RTX 30 and later) "
+            "and --precision bf16 or fp16; use sdpa"
+        )
+    if config.attention == "triton" and (device.type != "cuda" or find_spec("triton") is None):
+        raise UserError('--attention triton: needs an NVIDIA GPU and Triton (pip install "minibert[gpu]"); use sdpa')
+    return config.attention
+
+
+def _engine(config: RunConfig, device: torch.device) -> str:
+    if config.engine == "auto":
+        return "eager"
+    if config.engine == "graph" and device.type != "cuda":
+        raise UserError("--engine graph: CUDA graphs need an NVIDIA GPU; use eager")
+    if config.engine == "compile":
+        if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+            raise UserError("--engine compile: torch.compile needs a C++ compiler on the CPU; install g++ or use eager")
+        if device.type == "cuda" and find_spec("triton") is None:
+            raise UserError('--engine compile: needs Triton (pip install "minibert[gpu]"); use eager')
+    if config.freeze not in ("none", "embeddings", "0") and config.cache_frozen and config.engine != "eager":
+        raise UserError(f"--engine {config.engine}: frozen layers are computed once, outside a step; use eager")
+    return config.engine
+
+
+def fit_attention(hardware: Hardware, config: RunConfig, head_size: int, max_length: int) -> Hardware:
+    """The same hardware for one model; UserError where a kernel asked for by name does not fit it."""
+    if hardware.attention == "triton" and (head_size not in (32, 64) or max_length > 512):
+        raise UserError(
+            f"--attention triton: made for heads of 32 or 64 and texts up to 512 tokens, not {head_size} and "
+            f"{max_length}; use flash or sdpa"
+        )
+    if hardware.attention == "flash" and (head_size % 8 or head_size > 256):
+        if config.attention == "flash":
+            raise UserError(f"--attention flash: heads must be a multiple of 8 up to 256, not {head_size}; use sdpa")
+        return replace(hardware, attention="sdpa")
+    return hardware
 
 
 def _precision(config: RunConfig, device: torch.device) -> str:

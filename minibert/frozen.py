@@ -55,7 +55,7 @@ def compute(
     )
     with progress, torch.inference_mode(), hardware.autocast():
         for rows in plan_evaluation(tokens.lengths, batch_tokens=hardware.evaluation_tokens):
-            x = collate(tokens, rows).to(hardware.device)
+            x = hardware.place(collate(tokens, rows))
             hidden = model.encoder.first_tokens(x, None) if whole else model.encoder(x, None, end=start_layer)
             values[places_of(offsets, rows)] = hidden.float().cpu().numpy()
             progress.update(len(rows))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from minibert import ops
 from minibert.config import BertConfig
@@ -44,13 +45,15 @@ class PackedInput:
     hidden: Tensor | None = None  # [T, H] activations of layer `start_layer`, instead of ids; [B, H] after the last
     start_layer: int = 0
 
-    def to(self, device: torch.device) -> PackedInput:
+    def to(self, device: torch.device, kernel: str = "sdpa") -> PackedInput:
+        """The same on a device, for the attention kernel that computes there."""
+
         def move(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         return replace(
             self,
-            packing=self.packing.to(device),
+            packing=self.packing.to(device, kernel),
             input_ids=move(self.input_ids),
             position_ids=move(self.position_ids),
             token_type_ids=move(self.token_type_ids),
@@ -107,10 +110,10 @@ class Layer(nn.Module):
         return self._after_attention(context, first, masks)
 
     def _after_attention(self, context: Tensor, residual: Tensor, masks: DropoutMasks | None) -> Tensor:
-        attended = ops.dropout_add(self.attention_output(context), residual, self.dropout, masks)
-        attended = self.attention_norm(attended)
-        expanded = self.activation(self.intermediate(attended))  # [T, intermediate]
-        return self.output_norm(ops.dropout_add(self.output(expanded), attended, self.dropout, masks))
+        attended = self.attention_output(context)
+        attended = ops.dropout_add_norm(attended, residual, self.attention_norm, self.dropout, masks)
+        expanded = ops.linear_activation(attended, self.intermediate, self.activation, masks)  # [T, intermediate]
+        return ops.dropout_add_norm(self.output(expanded), attended, self.output_norm, self.dropout, masks)
 
 
 class Encoder(nn.Module):
@@ -121,16 +124,19 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.frozen_layers = -1  # so many layers, and at 0 or more the embeddings, do without dropout
+        self.recompute = False  # activations of a layer again in backward, instead of keeping them
 
     def forward(self, x: PackedInput, masks: DropoutMasks | None, end: int | None = None) -> Tensor:
         """Return the activations [T, H] after layer `end` (default the last)."""
         hidden = self.embeddings(x, self._masks_of(-1, masks)) if x.hidden is None else x.hidden
         for number, layer in enumerate(self.layers[x.start_layer : end], start=x.start_layer):
-            hidden = layer(hidden, x.packing, self._masks_of(number, masks))
+            arguments = (hidden, x.packing, self._masks_of(number, masks))
+            keep = not self.recompute or not hidden.requires_grad
+            hidden = layer(*arguments) if keep else checkpoint(layer, *arguments, use_reentrant=False)
         return hidden
 
     def _masks_of(self, layer: int, masks: DropoutMasks | None) -> DropoutMasks | None:
-        return None if layer < self.frozen_layers else masks
+        return None if masks is None or layer < self.frozen_layers else masks.of_layer(layer)
 
     def first_tokens(self, x: PackedInput, masks: DropoutMasks | None, cls_only: bool = True) -> Tensor:
         """Return the last layer's [CLS] rows [B, H]; `cls_only` computes no other row of that layer (exact)."""
@@ -227,7 +233,8 @@ class BertForSequenceClassification(nn.Module):
 
     def logits(self, x: PackedInput, masks: DropoutMasks | None = None) -> Tensor:
         """Packed input -> [B, L]"""
-        return self.classifier(self.pooler(self.encoder.first_tokens(x, masks, self.cls_only)), masks)
+        pooled = self.pooler(self.encoder.first_tokens(x, masks, self.cls_only))
+        return self.classifier(pooled, None if masks is None else masks.of_layer(len(self.encoder.layers)))
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None

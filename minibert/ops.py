@@ -9,12 +9,12 @@ Shapes: T tokens in the batch, B texts, S the longest text's tokens, N attention
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Texts whose attention is computed at once on the CPU: so many that a score matrix of all heads stays in the cache,
@@ -35,16 +35,20 @@ class Chunk:
     key_bias: Tensor | None  # [n, 1, 1, S] 0, or -inf on padding; None likewise
 
     @classmethod
-    def of(cls, lengths: np.ndarray, start: int) -> Chunk:
-        longest, total = int(lengths.max()), int(lengths.sum())
+    def of(cls, lengths: np.ndarray, start: int, longest: int | None = None) -> Chunk:
+        """`longest` makes the shapes those of any texts up to that length, some of which may be empty."""
+        total = int(lengths.sum())
         rows = slice(start, start + total)
-        if len(lengths) * longest == total:
-            return cls(rows, len(lengths), longest, None, None, None)
+        if longest is None:
+            longest = int(lengths.max())
+            if len(lengths) * longest == total:
+                return cls(rows, len(lengths), longest, None, None, None)
         position = np.arange(longest)
         real = position < lengths[:, None]  # [n, S]
         first = np.cumsum(lengths) - lengths
         source = np.where(real, first[:, None] + position, 0)
-        bias = np.where(real, np.float32(0), np.float32(-np.inf))[:, None, None, :]
+        seen = position < np.maximum(lengths, 1)[:, None]  # an empty text has nothing to read, yet softmax needs a key
+        bias = np.where(seen, np.float32(0), np.float32(-np.inf))[:, None, None, :]
         tensors = (torch.from_numpy(array) for array in (np.flatnonzero(real), source.reshape(-1), bias))
         return cls(rows, len(lengths), longest, *tensors)
 
@@ -63,7 +67,8 @@ class Packing:
     cu_seqlens: Tensor  # [B + 1] int32: text b is rows cu_seqlens[b] to cu_seqlens[b + 1]
     max_seqlen: int  # S
     first_rows: Tensor  # [B] the rows of [CLS]
-    chunks: list[Chunk]
+    chunks: list[Chunk]  # empty where a kernel works from cu_seqlens alone
+    kernel: str = "sdpa"  # or flash, triton: what computes the attention
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int] | np.ndarray) -> Packing:
@@ -77,13 +82,30 @@ class Packing:
             [Chunk.of(counts[a:b], int(offsets[a])) for a, b in chunk_bounds(counts)],
         )
 
-    def to(self, device: torch.device) -> Packing:
+    @classmethod
+    def fixed(cls, lengths: np.ndarray, longest: int, kernel: str) -> Packing:
+        """On the CPU, with shapes that depend on the sums alone: texts may be empty, none is over `longest`."""
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        first_rows = np.minimum(offsets[:-1], offsets[-1] - 1)  # an empty text at the end has no row of its own
+        chunks = [] if kernel == "flash" else [Chunk.of(lengths, 0, longest)]
+        cu_seqlens = torch.from_numpy(offsets.astype(np.int32))
+        return cls(cu_seqlens, longest, torch.from_numpy(first_rows), chunks, kernel)
+
+    def to(self, device: torch.device, kernel: str = "sdpa") -> Packing:
         if device.type == "cpu":
-            return self
-        cu_seqlens = self.cu_seqlens.to(device, non_blocking=True)
-        first_rows = self.first_rows.to(device, non_blocking=True)
-        whole = Chunk.of(self.cu_seqlens.diff().numpy().astype(np.int64), 0)  # a GPU wants one large launch
-        return Packing(cu_seqlens, self.max_seqlen, first_rows, [whole.to(device)])
+            return replace(self, kernel=kernel)
+        chunks = self.chunks
+        if kernel == "flash":
+            chunks = []
+        elif len(chunks) > 1:
+            chunks = [Chunk.of(self.cu_seqlens.diff().numpy().astype(np.int64), 0)]  # a GPU wants one large launch
+        return Packing(
+            self.cu_seqlens.to(device, non_blocking=True),
+            self.max_seqlen,
+            self.first_rows.to(device, non_blocking=True),
+            [chunk.to(device) for chunk in chunks],
+            kernel,
+        )
 
 
 def chunk_bounds(lengths: np.ndarray) -> list[tuple[int, int]]:
@@ -104,23 +126,41 @@ class DropoutMasks:
 
     Random bits come in bulk from the counter-based generator Philox (Salmon et al. 2011, "Parallel random numbers:
     as easy as 1, 2, 3"), 16 for each element: several times faster than torch's bernoulli_, which draws one by one.
+
+    `rng`, an int64 tensor [seed, step] on a GPU, hands dropout to the kernels of minibert_kernels, which draw the same
+    way and never store a mask. `plain` takes torch's generator instead, as torch.compile and a GPU without kernels do.
     """
 
     LEVELS = 1 << 16
+    DRAWS_A_LAYER = 1 << 16  # more than a layer has places with dropout, chunks of attention counted
 
-    def __init__(self, seed: int, step: int) -> None:
-        self.seed, self.step, self.draws = seed, step, 0
+    def __init__(self, seed: int, step: int, rng: Tensor | None = None, plain: bool = False, draws: int = 0) -> None:
+        self.seed, self.step, self.draws = seed, step, draws
+        self.rng, self.plain = rng, plain
+
+    def of_layer(self, layer: int) -> DropoutMasks:
+        """The masks of one layer (-1: the embeddings; behind the last: the head), however often it is computed."""
+        return DropoutMasks(self.seed, self.step, self.rng, self.plain, (layer + 1) * self.DRAWS_A_LAYER)
+
+    def on(self, device: torch.device) -> Tensor:
+        """[seed, step] for a kernel."""
+        return self.rng if self.rng is not None else torch.tensor([self.seed, self.step], device=device)
+
+    def next_site(self) -> int:
+        """The number of the next place with dropout."""
+        self.draws += 1
+        return self.draws
 
     def draw(self, shape: Sequence[int], p: float, like: Tensor) -> tuple[Tensor, float]:
         """Return (mask of 0 and 1 in `like`'s dtype and device, factor that keeps the expectation) for drop rate p."""
         dropped = round(p * self.LEVELS)
         scale = self.LEVELS / (self.LEVELS - dropped)
-        self.draws += 1
-        if like.device.type != "cpu":
+        site = self.next_site()
+        if self.plain or like.device.type != "cpu":
             mask = torch.rand(tuple(shape), device=like.device).ge_(dropped / self.LEVELS)
             return mask.to(like.dtype), scale
         count = math.prod(shape)
-        generator = np.random.Philox(key=self.seed, counter=[0, 0, self.draws, self.step])
+        generator = np.random.Philox(key=self.seed, counter=[0, 0, site, self.step])
         bits = torch.from_numpy(generator.random_raw(-(-count // 4)).view(np.int16)[:count]).view(tuple(shape))
         mask = torch.empty(tuple(shape), dtype=like.dtype)
         return torch.ge(bits, dropped - self.LEVELS // 2, out=mask), scale
@@ -142,17 +182,65 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, masks: DropoutMasks | Non
     return torch.addcmul(residual, x, mask, value=scale)
 
 
+def dropout_add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, p: float, masks: DropoutMasks | None) -> Tensor:
+    """LayerNorm(dropout(x) + residual): what stands behind attention and behind the feed-forward network."""
+    if masks is not None and masks.rng is not None:
+        from minibert_kernels.layer_norm import dropout_add_layer_norm
+
+        site = masks.next_site()
+        return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, p=p, rng=masks.rng, site=site)
+    return norm(dropout_add(x, residual, p, masks))
+
+
+def linear_activation(
+    x: Tensor, linear: nn.Linear, activation: Callable[[Tensor], Tensor], masks: DropoutMasks | None
+) -> Tensor:
+    """activation(linear(x)); the kernel adds the bias to erf-GELU's own pass, and its gradient to the backward's."""
+    if masks is not None and masks.rng is not None and activation is F.gelu:
+        from minibert_kernels.gelu import bias_gelu
+
+        return bias_gelu(F.linear(x, linear.weight), linear.bias)
+    return activation(linear(x))
+
+
 def attention(qkv: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None) -> Tensor:
     """Self-attention of packed texts.
 
-    qkv: [T, 3H], queries, keys and values of each token; returns [T, H]. Padding exists only inside, and not at all
-    among texts of one length.
+    qkv: [T, 3H], queries, keys and values of each token; returns [T, H]. Padding exists only inside `sdpa`, and not
+    at all among texts of one length.
     """
-    if masks is not None and p > 0 and qkv.device.type == "cpu":
+    p = p if masks else 0.0
+    if packing.kernel == "flash":
+        query, key, value = qkv.view(len(qkv), 3, heads, -1).unbind(1)  # each [T, N, D]
+        cu, longest = packing.cu_seqlens, packing.max_seqlen
+        return flash_attention(query, key, value, cu, cu, longest, longest, p).flatten(1)
+    if packing.kernel == "triton":
+        return _triton_attention(qkv, packing, heads, p, masks)
+    if masks is not None and p > 0 and qkv.device.type == "cpu" and not masks.plain:
         # torch's fused CPU kernel has no dropout, and falls back to a path that is slower than this one.
         return _DropoutAttention.apply(qkv, packing.chunks, heads, p, masks)  # type: ignore[no-untyped-call]
-    contexts = [_fused_attention(qkv[chunk.rows], chunk, heads, p if masks else 0.0) for chunk in packing.chunks]
+    contexts = [_fused_attention(qkv[chunk.rows], chunk, heads, p) for chunk in packing.chunks]
     return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+
+def flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_query: Tensor, cu_key: Tensor, max_query: int, max_key: int, p: float
+) -> Tensor:
+    """torch's own varlen flash attention, with dropout, which `torch.nn.attention.varlen` leaves out.
+
+    query [Tq, N, D], key and value [Tk, N, D] in fp16 or bf16 on a GPU -> [Tq, N, D]. A private operator: its first
+    ten arguments have stood still from torch 2.11 to 2.13, and a test pins them.
+    """
+    flash = torch.ops.aten._flash_attention_forward
+    return flash(query, key, value, cu_query, cu_key, max_query, max_key, p, False, False)[0]
+
+
+def _triton_attention(qkv: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None) -> Tensor:
+    from minibert_kernels.attention import varlen_attention
+
+    rng, site = (None, 0) if masks is None else (masks.on(qkv.device), masks.next_site())
+    split = qkv.view(len(qkv), 3, heads, -1)
+    return varlen_attention(split, packing.cu_seqlens, packing.max_seqlen, p=p, rng=rng, site=site).flatten(1)
 
 
 def _fused_attention(qkv: Tensor, chunk: Chunk, heads: int, p: float) -> Tensor:
@@ -168,6 +256,12 @@ def first_token_attention(
     query: Tensor, key_value: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None
 ) -> Tensor:
     """Attention of each text's first token alone: query [B, H], key_value [T, 2H]; returns [B, H]."""
+    if packing.kernel == "flash":
+        key, value = key_value.view(len(key_value), 2, heads, -1).unbind(1)  # each [T, N, D]
+        each = torch.arange(len(query) + 1, dtype=torch.int32, device=query.device)  # every text asks once
+        asked = query.view(len(query), heads, -1)
+        p = p if masks else 0.0
+        return flash_attention(asked, key, value, each, packing.cu_seqlens, 1, packing.max_seqlen, p).flatten(1)
     contexts, start = [], 0
     for chunk in packing.chunks:
         of_chunk = query[start : start + chunk.num_texts].view(chunk.num_texts, heads, 1, -1)  # [n, N, 1, D]

@@ -111,3 +111,10 @@ class Optimizer:
     def learning_rate(self) -> float:
         """Of the deepest group: the encoder's, or the head's where nothing else trains."""
         return float(self.adamw.param_groups[0]["lr"])
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """What AdamW remembers of a parameter: exp_avg, exp_avg_sq and step; nothing before its first step."""
+        return dict(self.adamw.state.get(parameter, {}))
+
+    def restore(self, parameter: Tensor, moments: dict[str, Tensor]) -> None:
+        self.adamw.state[parameter] = moments

@@ -42,19 +42,23 @@ class Problem:
             targets[row, [number[name] for name in names]] = 1
         return targets
 
-    def loss_sum(self, logits: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
+    def loss_sum(
+        self, logits: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float, keep: Tensor | None = None
+    ) -> Tensor:
         """The sum of the examples' losses (divide by the sum of `example_weights`); computed in fp32.
 
-        `weights`: [L] of the classes, or of the positive rows of each label in multi-label.
+        `weights`: [L] of the classes, or of the positive rows of each label in multi-label. `keep` [B] is 0 for rows
+        that only fill the batch up.
         """
         logits = logits.float()
         if self.kind == SINGLE:
-            return F.cross_entropy(logits, targets, weights, reduction="sum", label_smoothing=smoothing)
-        if self.kind == MULTI:
+            losses = F.cross_entropy(logits, targets, weights, reduction="none", label_smoothing=smoothing)
+        elif self.kind == MULTI:
             targets = targets * (1 - smoothing) + smoothing / 2
-            losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none")
-            return losses.mean(1).sum()
-        return F.mse_loss(logits.squeeze(1), targets, reduction="sum")
+            losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none").mean(1)
+        else:
+            losses = (logits.squeeze(1) - targets) ** 2
+        return (losses if keep is None else torch.where(keep > 0, losses, 0)).sum()
 
     def example_weights(self, targets: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
         """What each example counts in the mean loss: its class's weight, as in torch's cross_entropy, else 1."""

@@ -52,10 +52,9 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
 
 def _tensors(training: Training) -> dict[str, Tensor]:
     tensors = {f"best.{name}": tensor for name, tensor in training.best.items()}
-    moments = training.optimizer.adamw.state
     for name, parameter in training.trained_parameters():
         tensors[f"model.{name}"] = parameter.detach()
-        for key, value in moments.get(parameter, {}).items():  # exp_avg, exp_avg_sq, step
+        for key, value in training.optimizer.moments(parameter).items():  # exp_avg, exp_avg_sq, step
             tensors[f"{key}.{name}"] = value
     if training.optimizer.loss_scale is not None:
         tensors["loss_scale"] = training.optimizer.loss_scale
@@ -74,9 +73,11 @@ def _restore(training: Training, tensors: dict[str, Tensor]) -> None:
             parameter.copy_(tensors[f"model.{name}"])
             if f"exp_avg.{name}" in tensors:
                 keys = ("exp_avg", "exp_avg_sq", "step")
-                optimizer.adamw.state[parameter] = {key: tensors[f"{key}.{name}"].to(device) for key in keys}
+                optimizer.restore(parameter, {key: tensors[f"{key}.{name}"].to(device) for key in keys})
             if f"best.{name}" in tensors:
                 training.best[name] = tensors[f"best.{name}"].to(device)
+        if training.fixed is not None:
+            training.fixed.optimizer.refresh()
         optimizer.skipped.copy_(tensors["skipped"])
         training.recent_losses = list(tensors.get("recent_losses", torch.empty(0)).to(device))
         if optimizer.loss_scale is not None:

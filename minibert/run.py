@@ -27,7 +27,7 @@ from minibert.classifier import Classifier, as_texts, load, saved_labels
 from minibert.config import BertConfig, RunConfig
 from minibert.console import describe, silence, summarise
 from minibert.data import Columns, Examples, RunData, load_data, prepare
-from minibert.device import Hardware, choose, keep_freed_memory
+from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
 from minibert.files import atomic, file_hash, write_json
 from minibert.frozen import compute
@@ -108,6 +108,8 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     config = replace(config, model=config.model or demo_weights())
     tokenizer, model, report = load_pretrained(config, data.problem)
     config = replace(config, max_length=length_limit(config, model.config))
+    head_size = model.config.hidden_size // model.config.num_attention_heads
+    hardware = fit_attention(hardware, config, head_size, config.max_length or 0)
     frozen = freeze(model, config.freeze, report.new)
     sets = encode_parts(tokenizer, data, config)
     describe(say, config, data, sets, report, hardware, frozen)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ from minibert.ops import DropoutMasks
 from minibert.optim import Optimizer
 from minibert.problem import Problem
 from minibert.tokens import Tokens
+
+if TYPE_CHECKING:
+    from minibert.engine import FixedSteps
+    from minibert.flat import FlatOptimizer
 
 LOWER_IS_BETTER = ("loss", "mse", "mae")
 SECONDS_BETWEEN_SAVES = 60
@@ -122,7 +126,7 @@ def evaluate(model: BertForSequenceClassification, data: Dataset, hardware: Hard
     with torch.inference_mode():
         for rows in plan_evaluation(data.lengths, batch_tokens=hardware.evaluation_tokens):
             with hardware.autocast():
-                output = model.logits(data.batch(rows).to(hardware.device))
+                output = model.logits(hardware.place(data.batch(rows)))
             logits[rows] = output.float().cpu().numpy()
     return logits
 
@@ -149,7 +153,16 @@ class Training:
         self.metric = self._checked_metric()
         self.steps_per_epoch = len(self._steps_of_epoch(0))
         self.total_steps = min(math.ceil(self.steps_per_epoch * config.epochs), config.max_steps or sys.maxsize)
-        self.optimizer = Optimizer(model, config, self.total_steps, scale_loss=hardware.precision == "fp16")
+        model.encoder.recompute = config.activation_checkpointing
+        self.fixed: FixedSteps | None = None
+        self.optimizer: Optimizer | FlatOptimizer
+        if hardware.engine == "eager":
+            self.optimizer = Optimizer(model, config, self.total_steps, scale_loss=hardware.precision == "fp16")
+        else:
+            from minibert.engine import FixedSteps  # imports Triton, where it is
+
+            self.fixed = FixedSteps(model, problem, config, hardware, self.total_steps, class_weights)
+            self.optimizer = self.fixed.optimizer
 
     def run(self, log_path: Path, save: Callable[[], None]) -> None:
         """Train to the end; the model then holds the best weights. `save` writes a checkpoint of this object."""
@@ -179,25 +192,41 @@ class Training:
 
     def _step(self, step: Step) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
-        device, train = self.hardware.device, self.data["train"]
-        batches = [(train.batch(rows).to(device), train.targets_of(rows, device)) for rows in step.batches]
-        result = train_step(
-            self.model,
-            self.problem,
-            self.optimizer,
-            batches,
-            step=self.state.step,
-            denominator=step.denominator,
-            masks=DropoutMasks(self.config.seed, self.state.step),
-            hardware=self.hardware,
-            class_weights=None if self.weights is None else torch.from_numpy(self.weights).to(device),
-            label_smoothing=self.config.label_smoothing,
-        )
+        if self.fixed is not None:
+            cpu, train = torch.device("cpu"), self.data["train"]
+            batches = [(train.batch(rows), train.targets_of(rows, cpu)) for rows in step.batches]
+            result = self.fixed.step(batches, self.state.step, step.denominator)
+        else:
+            result = self._eager_step(step)
         self.state.step += 1
         self.state.tokens += step.tokens
         self.state.examples += step.examples
         self.state.seconds += time.perf_counter() - started
         return result
+
+    def _eager_step(self, step: Step) -> tuple[Tensor, Tensor]:
+        assert isinstance(self.optimizer, Optimizer)
+        hardware, train = self.hardware, self.data["train"]
+        weights = None if self.weights is None else torch.from_numpy(self.weights).to(hardware.device)
+        return train_step(
+            self.model,
+            self.problem,
+            self.optimizer,
+            [(hardware.place(train.batch(rows)), train.targets_of(rows, hardware.device)) for rows in step.batches],
+            step=self.state.step,
+            denominator=step.denominator,
+            masks=DropoutMasks(self.config.seed, self.state.step),
+            hardware=hardware,
+            class_weights=weights,
+            label_smoothing=self.config.label_smoothing,
+        )
+
+    def _settle(self) -> None:
+        """Wait for the device, so that its time counts as training and not as what comes next."""
+        if self.hardware.device.type == "cuda":
+            started = time.perf_counter()
+            torch.cuda.synchronize()
+            self.state.seconds += time.perf_counter() - started
 
     def _steps_of_epoch(self, epoch: int) -> list[Step]:
         train, config = self.data["train"], self.config
@@ -250,6 +279,7 @@ class Training:
         return patience is not None and self.state.evaluations_since_best >= patience
 
     def _evaluate_and_keep_best(self, log: IO[str], progress: tqdm[Any]) -> None:
+        self._settle()
         data = self.data["validation"]
         logits = evaluate(self.model, data, self.hardware)
         metrics = self.problem.metrics(logits, data.targets)
@@ -268,6 +298,7 @@ class Training:
 
     def _log_step(self, log: IO[str], progress: tqdm[Any], norm: Tensor) -> None:
         """The only place that reads numbers back from the device."""
+        self._settle()
         loss = float(torch.stack(self.recent_losses).mean())
         self.recent_losses = []
         self.state.skipped = int(self.optimizer.skipped)

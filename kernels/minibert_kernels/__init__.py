@@ -1,0 +1,1 @@
+"""Triton kernels for training BERT, each beside the plain torch that defines it."""

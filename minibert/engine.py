@@ -1,0 +1,230 @@
+"""Steps of fixed shapes for a GPU: run as they are, compiled by torch.compile, or replayed as one CUDA graph.
+
+The host starts hundreds of kernels for a step that a GPU finishes in two milliseconds, so a small batch waits for the
+host. A graph starts them all at once, but its tensors may change neither shape nor place. So each batch is filled
+up at its end, with texts that the loss leaves out, to the next of a few sizes, and copied into the same tensors.
+
+Shapes: T tokens, B texts, the last of which only fill up, S tokens of the longest.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minibert.config import RunConfig
+from minibert.device import Hardware
+from minibert.flat import FlatOptimizer
+from minibert.model import BertForSequenceClassification, PackedInput
+from minibert.ops import DropoutMasks, Packing
+from minibert.problem import Problem
+from minibert.token_cache import folder as cache_folder
+
+SHORTEST = 32  # tokens of the smallest S; each next is twice as long
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+WARM_UP = 2  # passes before a capture, in which kernels compile and cuBLAS takes its workspace
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The sizes that a batch is filled up to."""
+
+    tokens: int
+    texts: int
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: np.ndarray) -> Bucket:
+        """The next sizes up: at most an eighth more tokens (or 64), and texts enough to hold what is filled up."""
+        total, longest = int(lengths.sum()), SHORTEST
+        while longest < lengths.max():
+            longest *= 2
+        unit = max(64, _power_of_two(total) // 8)
+        texts = _round_up(len(lengths), max(8, _power_of_two(len(lengths)) // 8))
+        return cls(_round_up(total, unit), texts + _round_up(unit, longest) // longest, longest)
+
+
+def _power_of_two(n: int) -> int:
+    """The largest that is not above n."""
+    return 1 << (n.bit_length() - 1)
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
+
+
+def fill_up(x: PackedInput, targets: Tensor, bucket: Bucket, kernel: str) -> tuple[PackedInput, Tensor, Tensor]:
+    """A batch on the host -> (input, targets, keep) of the bucket's shapes; `keep` [B] is 1 for the real texts."""
+    lengths = np.diff(x.packing.cu_seqlens.numpy()).astype(np.int64)
+    tail = bucket.tokens - int(lengths.sum())
+    fillers = np.clip(tail - bucket.longest * np.arange(bucket.texts - len(lengths)), 0, bucket.longest)
+
+    def longer(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else F.pad(tensor, (0, tail))
+
+    filled = replace(
+        x,
+        packing=Packing.fixed(np.concatenate([lengths, fillers]), bucket.longest, kernel),
+        input_ids=longer(x.input_ids),
+        position_ids=longer(x.position_ids),
+        token_type_ids=longer(x.token_type_ids),
+    )
+    padding = (0, 0) * (targets.dim() - 1) + (0, len(fillers))
+    keep = torch.cat([torch.ones(len(lengths)), torch.zeros(len(fillers))])
+    return filled, F.pad(targets, padding), keep
+
+
+@dataclass
+class Place:
+    """Where a bucket's batches are put on the device, and the graph that works on them."""
+
+    x: PackedInput
+    targets: Tensor
+    keep: Tensor
+    graph: torch.cuda.CUDAGraph | None = None
+    loss: Tensor | None = None
+    norm: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        packing = self.x.packing
+        chunks = [t for chunk in packing.chunks for t in (chunk.slots, chunk.source, chunk.key_bias)]
+        inputs = (self.x.input_ids, self.x.position_ids, self.x.token_type_ids)
+        every = (*inputs, packing.cu_seqlens, packing.first_rows, *chunks, self.targets, self.keep)
+        return [tensor for tensor in every if tensor is not None]
+
+    def take(self, batch: Place) -> None:
+        """Copy a batch in; from pinned memory, so that the host goes on meanwhile."""
+        for here, new in zip(self.tensors(), batch.tensors(), strict=True):
+            here.copy_(new.pin_memory() if here.is_cuda else new, non_blocking=True)
+
+
+class FixedSteps:
+    """Training steps of fixed shapes on the `twin`, the copy of the model in the precision that computes."""
+
+    def __init__(
+        self,
+        model: BertForSequenceClassification,
+        problem: Problem,
+        config: RunConfig,
+        hardware: Hardware,
+        total_steps: int,
+        class_weights: np.ndarray | None,
+    ) -> None:
+        self.problem, self.config, self.hardware = problem, config, hardware
+        dtype, device = DTYPES[hardware.precision], hardware.device
+        self.twin = copy.deepcopy(model).to(device, dtype)
+        self.optimizer = FlatOptimizer(model, self.twin, config, total_steps, dtype)
+        self.class_weights = None if class_weights is None else torch.from_numpy(class_weights).to(device)
+        self.denominator = torch.ones((), device=device)
+        self.rng = torch.tensor([config.seed, 0], device=device)  # of the kernels' dropout
+        self.places: dict[tuple[Bucket, bool], Place] = {}
+        self.forward: Callable[[PackedInput, Tensor, Tensor], Tensor] = self._loss
+        if hardware.engine == "compile":
+            self.forward = compiled(self._loss)
+
+    def step(self, batches: list[tuple[PackedInput, Tensor]], step: int, denominator: float) -> tuple[Tensor, Tensor]:
+        """Train on the batches of one step, which lie on the host; returns (mean loss, gradient norm) as tensors."""
+        self.optimizer.schedule(step)
+        self.denominator.fill_(denominator)
+        self.rng[1] = step
+        if self.hardware.device.type == "cuda":
+            torch.cuda.manual_seed(self.config.seed << 32 | step)  # what does not draw from `rng`; graphs read it too
+        losses = []
+        for number, (x, targets) in enumerate(batches):
+            last = number == len(batches) - 1
+            place = self._place(x, targets, last)
+            if place.graph is not None:
+                place.graph.replay()
+            else:
+                self._work(place, last)
+            assert place.loss is not None
+            losses.append(place.loss.clone())  # the next replay writes there again
+        assert place.norm is not None
+        return torch.stack(losses).sum(), place.norm.clone()
+
+    def _place(self, x: PackedInput, targets: Tensor, last: bool) -> Place:
+        """The batch in its bucket's place; a bucket's first batch makes the place and captures its graph."""
+        bucket = Bucket.of(np.diff(x.packing.cu_seqlens.numpy()))
+        batch = Place(*fill_up(x, targets, bucket, self.hardware.attention))
+        place = self.places.get((bucket, last))
+        if place is not None:
+            place.take(batch)
+            return place
+        device, kernel = self.hardware.device, self.hardware.attention
+        place = Place(batch.x.to(device, kernel), batch.targets.to(device), batch.keep.to(device))
+        self.places[bucket, last] = place
+        if self.hardware.engine == "graph":
+            self._capture(place, last)
+        return place
+
+    def _loss(self, x: PackedInput, targets: Tensor, keep: Tensor) -> Tensor:
+        kernels = self.hardware.kernels
+        masks = DropoutMasks(self.config.seed, 0, self.rng if kernels else None, plain=not kernels)
+        logits = self.twin.logits(x, masks)
+        smoothing = self.config.label_smoothing
+        return self.problem.loss_sum(logits, targets, self.class_weights, smoothing, keep) / self.denominator
+
+    def _gradients(self, place: Place) -> None:
+        loss = self.forward(place.x, place.targets, place.keep)
+        (loss if self.optimizer.loss_scale is None else loss * self.optimizer.loss_scale).backward()
+        place.loss = loss.detach()
+
+    def _work(self, place: Place, last: bool) -> None:
+        """Forward and backward; with the step's last batch also the update."""
+        self._gradients(place)
+        if last:
+            place.norm = self.optimizer.update()
+
+    def _capture(self, place: Place, last: bool) -> None:
+        """Record `_work` on this place as a CUDA graph. Nothing is trained by it: the gradients so far come back."""
+        gradients = self.optimizer.grad.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self._gradients(place)
+            if last:
+                self._update_nothing()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        others = (other.graph for other in self.places.values() if other.graph is not None)
+        pool = next((other.pool() for other in others), None)
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._work(place, last)
+        self.optimizer.grad.copy_(gradients)
+        place.graph = graph
+
+    def _update_nothing(self) -> None:
+        """Run the update so that its kernels compile, on a gradient that is not finite, which changes nothing."""
+        optimizer = self.optimizer
+        kept = (optimizer.skipped, optimizer.growth_tracker, optimizer.loss_scale)
+        before = [None if tensor is None else tensor.clone() for tensor in kept]
+        optimizer.grad.fill_(torch.inf)
+        optimizer.update()
+        for tensor, value in zip(kept, before, strict=True):
+            if tensor is not None and value is not None:
+                tensor.copy_(value)
+
+    def report(self) -> str:
+        """How many shapes there were, and how often torch.compile had to work."""
+        text = f"{len(self.places)} shapes"
+        if self.hardware.engine == "compile":
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            text += f", {graphs} compilations"
+        return text
+
+
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.compile for a few fixed shapes, with its cache where ours is, so that the next run finds it."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_folder(), "inductor")))
+    torch._dynamo.config.recompile_limit = 256  # a compilation for each bucket, of which there are few
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(function, dynamic=False)

@@ -1,0 +1,80 @@
+"""AdamW over one buffer for all parameters, as the engines of fixed shapes need it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from minibert.config import RunConfig
+from minibert.optim import learning_rate_factor, parameter_groups
+from minibert_kernels.adamw import FOUND_INF, NORM, FlatLayout, adamw_, prepare_update_
+
+
+class FlatOptimizer:
+    """The same updates as `minibert.optim.Optimizer`, from two launches over all parameters.
+
+    The parameters of `model` become views of an fp32 buffer; in half precision the update also writes them to the
+    `twin`, the copy of the model that computes, so that no step casts weights. Nothing is read back from the device,
+    and a CUDA graph can hold `update`.
+    """
+
+    def __init__(self, model: nn.Module, twin: nn.Module, config: RunConfig, total_steps: int, dtype: torch.dtype):
+        self.config, self.total_steps, self.peak = config, total_steps, config.learning_rate
+        groups = parameter_groups(model, config)
+        self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+        number = [i for i, group in enumerate(groups) for _ in group["params"]]  # type: ignore[attr-defined]
+        table = [(float(g["peak_lr"]), float(g["weight_decay"])) for g in groups]  # type: ignore[arg-type]
+        device = self.parameters[0].device
+        layout = self.layout = FlatLayout.of([p.shape for p in self.parameters], number, table, device)
+        self.weights, self.exp_avg, self.exp_avg_sq = layout.buffer(), layout.buffer(), layout.buffer()
+        self.grad = layout.buffer(dtype)
+        self.shadow = None if dtype == torch.float32 else layout.buffer(dtype)
+        twins = {name: parameter for name, parameter in twin.named_parameters()}
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        views = [layout.views(buffer) for buffer in (self.weights, self.grad)]
+        shadows = layout.views(self.weights if self.shadow is None else self.shadow)
+        for parameter, weight, grad, shadow in zip(self.parameters, *views, shadows, strict=True):
+            weight.copy_(parameter.detach())
+            parameter.data = weight
+            copy = twins[names[parameter]]
+            copy.data, copy.grad = shadow, grad
+        self.factor = torch.zeros((), device=device)  # of the peak learning rates, by the schedule
+        self.steps = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)
+        self.loss_scale = torch.full((), 65536.0, device=device) if dtype == torch.float16 else None
+        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
+        self.refresh()
+
+    def schedule(self, step: int) -> None:
+        """Set the learning rate of step number `step`; the one part of a step that the host decides."""
+        self.peak = self.config.learning_rate * learning_rate_factor(step, self.total_steps, self.config)
+        self.factor.fill_(learning_rate_factor(step, self.total_steps, self.config))
+
+    def update(self) -> Tensor:
+        """One step from the gradients, which it clears; returns their norm."""
+        limit = self.config.max_grad_norm
+        control = prepare_update_(self.grad, self.steps, max_norm=limit, loss_scale=self.loss_scale)
+        buffers = (self.weights, self.exp_avg, self.exp_avg_sq, self.grad, self.shadow)
+        adamw_(*buffers, self.layout, self.factor, control, zero_grad=True)
+        self.skipped += control[FOUND_INF]
+        if self.loss_scale is not None:
+            torch._amp_update_scale_(self.loss_scale, self.growth_tracker, control[FOUND_INF], 2.0, 0.5, 2000)
+        return control[NORM]
+
+    def refresh(self) -> None:
+        """Write the parameters to the twin again, after something else than a step has changed them."""
+        if self.shadow is not None:
+            self.shadow.copy_(self.weights)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.peak
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        place = next(i for i, p in enumerate(self.parameters) if p is parameter)
+        views = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return {"step": self.steps, **{key: self.layout.views(flat)[place] for key, flat in views.items()}}
+
+    def restore(self, parameter: Tensor, moments: dict[str, Tensor]) -> None:
+        for key, value in self.moments(parameter).items():
+            value.copy_(moments[key])

@@ -1,0 +1,211 @@
+"""Steps of fixed shapes train as plain steps do. Here on the CPU; `pytest -m gpu` adds graphs on a GPU."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from minibert.batching import collate
+from minibert.checkpoint import load_model
+from minibert.config import RunConfig
+from minibert.device import Hardware, choose, fit_attention
+from minibert.engine import Bucket, fill_up
+from minibert.errors import UserError
+from minibert.model import BertForSequenceClassification
+from minibert.ops import DropoutMasks
+from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.tokens import Tokens
+from minibert.train import Dataset, Training
+
+CPU = torch.device("cpu")
+SIZES = {SINGLE: 3, MULTI: 3, REGRESSION: 1}
+
+
+def made_tokens(count: int, seed: int = 0) -> Tokens:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 60, count)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Tokens(rng.integers(5, 200, offsets[-1]).astype(np.int32), offsets, None, np.zeros(count, dtype=np.int32))
+
+
+def made_targets(kind: str, count: int) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    if kind == SINGLE:
+        return rng.integers(0, 3, count)
+    return rng.random((count, 3) if kind == MULTI else count).round().astype(np.float32)
+
+
+def curve(
+    folder: Path, kind: str, hardware: Hardware, weights: np.ndarray | None = None, **flags: Any
+) -> tuple[np.ndarray, dict[str, torch.Tensor], Training]:
+    """Losses and gradient norms of some steps, and the weights behind them."""
+    torch.manual_seed(0)
+    model, _ = load_model(
+        folder, BertForSequenceClassification, num_labels=SIZES[kind], dropout=flags.pop("dropout", 0)
+    )
+    data = Dataset(made_tokens(41), made_targets(kind, 41))
+    labels = [str(i) for i in range(SIZES[kind])]
+    config = RunConfig(batch_size=8, learning_rate=1e-3, epochs=2, quiet=True, **flags)
+    training = Training(model, Problem(kind, labels), {"train": data}, config, hardware, weights)
+    numbers = [torch.stack(training._step(step)) for _ in range(2) for step in training._steps_of_epoch(0)]
+    return torch.stack(numbers).numpy(), {k: v.detach().clone() for k, v in model.named_parameters()}, training
+
+
+def assert_same_training(one: Any, other: Any, tolerance: float = 2e-5) -> None:
+    np.testing.assert_allclose(one[0], other[0], rtol=tolerance, atol=tolerance)
+    for name, value in one[1].items():
+        torch.testing.assert_close(value, other[1][name], rtol=0, atol=20 * tolerance, msg=name)
+
+
+@pytest.mark.parametrize("total", [1, 63, 64, 65, 800, 4097])
+@pytest.mark.parametrize("count", [1, 7, 32])
+def test_a_bucket_holds_the_batch_and_what_fills_it_up(total: int, count: int) -> None:
+    lengths = np.full(count, max(1, total // count))
+    bucket = Bucket.of(lengths)
+    tail = bucket.tokens - lengths.sum()
+    assert 0 <= tail <= max(64, lengths.sum() // 8)
+    assert (bucket.texts - count) * bucket.longest >= tail
+    assert bucket.longest >= lengths.max()
+
+
+def test_few_buckets_serve_an_epoch() -> None:
+    rng = np.random.default_rng(0)
+    buckets = {Bucket.of(np.sort(rng.integers(5, 60, 32))) for _ in range(2000)}
+    assert len(buckets) < 25
+
+
+def test_what_fills_up_changes_no_logit(tiny: Callable[..., Path]) -> None:
+    model, _ = load_model(tiny("BertForSequenceClassification"), BertForSequenceClassification, num_labels=2)
+    model.eval()
+    x = collate(made_tokens(9), np.arange(9))
+    expected = model.logits(x)
+    bucket = Bucket.of(made_tokens(9).lengths)
+    filled, targets, keep = fill_up(x, torch.ones(9, dtype=torch.int64), bucket, "sdpa")
+    assert len(filled.input_ids) == bucket.tokens
+    assert len(targets) == len(keep) == bucket.texts
+    torch.testing.assert_close(model.logits(filled)[keep > 0], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [SINGLE, MULTI, REGRESSION])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_fixed_shapes_train_as_plain_steps(tiny: Callable[..., Path], kind: str, accumulation: int) -> None:
+    folder = tiny("BertModel")
+    plain = Hardware(CPU, "fp32", "sdpa", "eager")
+    weights = None if kind == REGRESSION else np.array([0.5, 1.0, 2.0], dtype=np.float32)
+    smoothing = 0.0 if kind == REGRESSION else 0.1
+    flags = {"gradient_accumulation_steps": accumulation, "label_smoothing": smoothing, "layer_lr_decay": 0.9}
+    expected = curve(folder, kind, plain, weights, **flags)
+    assert_same_training(curve(folder, kind, replace(plain, engine="fixed"), weights, **flags), expected)
+
+
+def test_the_kernels_way_trains_the_same(tiny: Callable[..., Path]) -> None:
+    """Without a GPU the kernels' references stand in; what is tested is how they are called."""
+    folder = tiny("BertModel")
+    plain = Hardware(CPU, "fp32", "sdpa", "eager")
+    kernels = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
+    assert_same_training(curve(folder, SINGLE, kernels), curve(folder, SINGLE, plain))
+
+
+def test_the_kernels_dropout_is_drawn_anew_each_step_and_again_from_the_seed(tiny: Callable[..., Path]) -> None:
+    folder = tiny("BertModel")
+    kernels = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
+    first = curve(folder, SINGLE, kernels, dropout=0.3)
+    assert_same_training(curve(folder, SINGLE, kernels, dropout=0.3), first, tolerance=0)
+    assert not np.allclose(curve(folder, SINGLE, kernels, dropout=0.3, seed=43)[0], first[0])
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_the_compiled_engine_trains_the_same(tiny: Callable[..., Path]) -> None:
+    folder = tiny("BertModel", num_hidden_layers=2)
+    plain = Hardware(CPU, "fp32", "sdpa", "eager")
+    result = curve(folder, SINGLE, choose(RunConfig(engine="compile", device="cpu")))
+    assert_same_training(result, curve(folder, SINGLE, plain))
+    assert "compilations" in result[2].fixed.report()
+
+
+def test_half_precision_stays_close_to_fp32(tiny: Callable[..., Path]) -> None:
+    folder = tiny("BertModel")
+    expected = curve(folder, SINGLE, Hardware(CPU, "fp32", "sdpa", "eager"))
+    result = curve(folder, SINGLE, Hardware(CPU, "bf16", "sdpa", "fixed"))
+    np.testing.assert_allclose(result[0][:, 0], expected[0][:, 0], atol=0.1)
+    assert {p.dtype for p in result[2].model.parameters()} == {torch.float32}
+    assert {p.dtype for p in result[2].fixed.twin.parameters()} == {torch.bfloat16}
+
+
+def test_a_gradient_that_overflows_changes_nothing_and_lowers_the_scale(tiny: Callable[..., Path]) -> None:
+    folder = tiny("BertModel")
+    _, before, training = curve(folder, SINGLE, Hardware(CPU, "fp16", "sdpa", "fixed"))
+    optimizer = training.fixed.optimizer
+    skipped, scale = float(optimizer.skipped), float(optimizer.loss_scale)
+    optimizer.grad.fill_(torch.inf)
+    optimizer.update()
+    assert float(optimizer.skipped) == skipped + 1
+    assert float(optimizer.loss_scale) == scale / 2
+    for name, parameter in training.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_activations_computed_again_give_the_same_bits(tiny: Callable[..., Path]) -> None:
+    folder = tiny("BertModel")
+    plain = Hardware(CPU, "fp32", "sdpa", "eager")
+    expected = curve(folder, SINGLE, plain, dropout=0.2)
+    again = curve(folder, SINGLE, plain, dropout=0.2, activation_checkpointing=True)
+    assert_same_training(again, expected, tolerance=0)
+
+
+def test_the_masks_of_two_places_differ() -> None:
+    masks = DropoutMasks(1, 0)
+    like = torch.empty(())
+    drawn = [masks.of_layer(layer).draw((64,), 0.5, like)[0] for layer in range(-1, 3)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_the_signature_of_torchs_flash_attention_stands_still() -> None:
+    arguments = torch.ops.aten._flash_attention_forward.default._schema.arguments
+    names = "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask".split()
+    assert [argument.name for argument in arguments[:10]] == names
+    assert all(argument.has_default_value() for argument in arguments[10:])
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"attention": "flash"}, "compute capability"),
+        ({"attention": "triton"}, "GPU"),
+        ({"engine": "graph"}, "CUDA graphs need"),
+        ({"engine": "compile", "freeze": "2"}, "frozen layers"),
+    ],
+)
+def test_what_cannot_run_here_says_why(flags: dict[str, str], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        choose(RunConfig(device="cpu", **flags))
+
+
+def test_a_kernel_that_does_not_fit_the_model_is_refused_or_replaced() -> None:
+    hardware = Hardware(CPU, "bf16", "flash", "eager")
+    assert fit_attention(hardware, RunConfig(), 12, 512).attention == "sdpa"
+    with pytest.raises(UserError, match="multiple of 8"):
+        fit_attention(hardware, RunConfig(attention="flash"), 12, 512)
+    with pytest.raises(UserError, match="heads of 32 or 64"):
+        fit_attention(replace(hardware, attention="triton"), RunConfig(attention="triton"), 16, 512)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["sdpa", "flash", "triton"])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_graphs_train_as_eager_steps(tiny: Callable[..., Path], attention: str, kernels: bool) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    folder = tiny("BertModel", hidden_size=64, num_attention_heads=2)
+    gpu = torch.device("cuda")
+    precision = "bf16" if attention == "flash" else "fp32"
+    expected = curve(folder, SINGLE, Hardware(gpu, precision, attention, "fixed"))
+    result = curve(folder, SINGLE, Hardware(gpu, precision, attention, "graph", kernels))
+    np.testing.assert_allclose(result[0], expected[0], rtol=0.02 if precision == "bf16" else 1e-3)

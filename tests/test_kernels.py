@@ -1,0 +1,262 @@
+"""Every Triton kernel against the plain torch that defines it.
+
+Without a GPU the kernels run in Triton's interpreter (fp32 and fp16: its bf16 is not the GPU's). With one, `pytest -m gpu`
+runs the same cases on it, bf16 too. The rule: against the reference in fp64, a kernel's error is at most twice
+that of the reference in the kernel's dtype, plus one rounding of the largest value.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, below
+
+pytest.importorskip("triton")
+
+from minibert_kernels import adamw, backend, layer_norm, philox
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEVICES = [pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if request.param == "cpu" and not backend.INTERPRET:
+        pytest.skip("the kernels run on the GPU here")
+    return request.param
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
+    if request.param == "bf16" and device == "cpu":
+        pytest.skip("the interpreter's bf16 is not the GPU's")
+    return DTYPES[request.param]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every uninitialised tensor with NaN, so that an element no kernel wrote shows."""
+
+    def poison(function):
+        def call(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int, scale: float = 1.0) -> Tensor:
+    """Numbers that do not depend on the device, representable in `dtype`."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return x.to(device, dtype)
+
+
+def assert_close(name: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+    """The rule of the module docstring."""
+    assert ours.shape == exact.shape and ours.dtype == plain.dtype, name
+    error = (ours.double() - exact).abs().max().item()
+    allowed = 2 * (plain.double() - exact).abs().max().item()
+    allowed += torch.finfo(plain.dtype).eps * exact.abs().max().item()
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def outputs_of(function: Callable[..., Tensor], tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The function's output for tensors in `dtype`, and the gradients of the tensors."""
+    leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in tensors.items()}
+    out = function(**leaves)
+    out.backward(random(tuple(out.shape), torch.float16, str(out.device), 99).to(dtype))
+    return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def compare(kernel: Callable[..., Tensor], reference: Callable[..., Tensor], tensors: dict[str, Tensor]) -> None:
+    """The rule of the module docstring for the output and every gradient; equal bits when run again."""
+    dtype = next(iter(tensors.values())).dtype
+    ours, plain = outputs_of(kernel, tensors, dtype), outputs_of(reference, tensors, dtype)
+    exact = outputs_of(reference, tensors, torch.float64)
+    for name in ours:
+        assert_close(name, ours[name], plain[name], exact[name])
+    if ours["out"].is_cuda:
+        again = outputs_of(kernel, tensors, dtype)
+        assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+def rng_on(device: str, seed: int = -1234567890123456789, step: int = 5_000_000_123) -> Tensor:
+    return torch.tensor([seed, step], device=device)
+
+
+# -- Philox -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "word, rounds, expected",
+    [
+        (0x00000000, 7, [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
+        (0xFFFFFFFF, 7, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
+        (0x00000000, 10, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ],
+)
+def test_philox_gives_the_published_numbers(word: int, rounds: int, expected: list[int]) -> None:
+    w = torch.tensor(word)
+    assert [int(x) for x in philox.philox((w,) * 4, (w, w), rounds)] == expected
+
+
+def test_masks_have_the_same_bits_in_triton_and_torch(device: str) -> None:
+    rng, dropped = rng_on(device), philox.drop_threshold(0.3)
+    out = torch.empty(4, 64, dtype=torch.int8, device=device)
+    philox.write_mask_kernel[(1,)](rng, out, 17, COLS=64, ROWS=4, DROPPED=dropped)
+    rows = torch.arange(4, device=device)
+    mask = philox.keep_mask(rng, 17, rows, 64, 0.3)
+    assert torch.equal(out.bool(), mask)
+    for other in (philox.keep_mask(rng, 18, rows, 64, 0.3), philox.keep_mask(rng + 1, 17, rows, 64, 0.3)):
+        assert 0.3 < (other != mask).float().mean() < 0.54  # 2 * 0.3 * 0.7 of independent masks differ
+
+
+def test_masks_drop_the_wanted_share() -> None:
+    for p in (0.1, 0.5):
+        kept = philox.keep_mask(rng_on("cpu"), 3, torch.arange(1000), 100, p).float()
+        assert abs(kept.mean().item() - (1 - p)) < 4 * (p * (1 - p) / 1e5) ** 0.5
+        assert kept.mean(0).std() < 0.025 and kept.mean(1).std() < 0.075  # no column and no row is special
+
+
+# -- AdamW ------------------------------------------------------------------------------------------------------------
+
+SHAPES = [torch.Size(s) for s in ((3, 700), (5,), (1, 1024), (1030,))]
+GROUPS, TABLE = [0, 1, 2, 1], [(1.0, 0.1), (1.0, 0.0), (0.25, 0.01)]
+
+
+def torch_adamw(dtype: torch.dtype, start: list[Tensor], grads: list[list[Tensor]], lrs: list[float], scale: float):
+    """torch.optim.AdamW with clipping over the same steps; steps with infinite gradients are left out."""
+    parameters = [torch.nn.Parameter(p.to(dtype, copy=True)) for p in start]
+    groups = [
+        {"params": [p for p, g in zip(parameters, GROUPS, strict=True) if g == i], "weight_decay": TABLE[i][1]}
+        for i in range(3)
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    norms = []
+    for step_grads, lr in zip(grads, lrs, strict=True):
+        for p, g in zip(parameters, step_grads, strict=True):
+            p.grad = g.to(dtype) / scale
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+        for group, (factor, _) in zip(optimizer.param_groups, TABLE, strict=True):
+            group["lr"] = lr * factor
+        if norms[-1].isfinite():
+            optimizer.step()
+    return [p.detach() for p in parameters], torch.stack(norms)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_adamw_is_torchs(device: str, dtype: torch.dtype, scaled: bool) -> None:
+    """Gradients and shadow in `dtype`; three groups, clipping, and with loss scaling a skipped step."""
+    layout = adamw.FlatLayout.of(SHAPES, GROUPS, TABLE, device)
+    scale, lrs = (8.0 if scaled else 1.0), [1e-2, 2e-2, 3e-2, 1e-2]
+    start = [random(s, torch.float32, device, i) for i, s in enumerate(SHAPES)]
+    grads = [[random(s, dtype, device, 10 * t + i, 0.2) for i, s in enumerate(SHAPES)] for t in range(4)]
+    if scaled:
+        grads[1][2][0, 7] = float("inf")
+    param, exp_avg, exp_avg_sq = (layout.buffer() for _ in range(3))
+    grad, shadow = layout.buffer(dtype), layout.buffer(dtype)
+    for view, value in zip(layout.views(param), start, strict=True):
+        view.copy_(value)
+    shadow.copy_(param)
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    loss_scale = torch.tensor(scale, device=device) if scaled else None
+    norms = []
+    for step_grads, lr in zip(grads, lrs, strict=True):
+        for view, value in zip(layout.views(grad), step_grads, strict=True):
+            view.copy_(value)
+        control = adamw.prepare_update_(grad, step, max_norm=1.0, loss_scale=loss_scale)
+        norms.append(control[adamw.NORM])
+        lr_now = torch.tensor(lr, device=device)
+        adamw.adamw_(param, exp_avg, exp_avg_sq, grad, shadow, layout, lr_now, control, zero_grad=True)
+        assert not grad.any()
+        assert torch.equal(shadow, param.to(dtype))
+    assert int(step) == (3 if scaled else 4)
+    plain, plain_norms = torch_adamw(torch.float32, start, grads, lrs, scale)
+    exact, exact_norms = torch_adamw(torch.float64, start, grads, lrs, scale)
+    for ours, p, e in zip(layout.views(param), plain, exact, strict=True):
+        assert_close("param", ours, p, e)
+    finite = exact_norms.isfinite()
+    assert torch.equal(torch.stack(norms).isfinite(), finite)
+    assert_close("norm", torch.stack(norms)[finite], plain_norms[finite], exact_norms[finite])
+    gaps = torch.ones(layout.total, dtype=torch.bool)
+    for shape, offset in zip(SHAPES, layout.offsets, strict=True):
+        gaps[offset : offset + shape.numel()] = False
+    assert not param.cpu()[gaps].any()
+
+
+def test_the_reference_of_adamw_agrees(device: str) -> None:
+    layout = adamw.FlatLayout.of(SHAPES, GROUPS, TABLE, device)
+    results = []
+    for prepare, update in (
+        (adamw.prepare_update_, adamw.adamw_),
+        (adamw.prepare_update_reference_, adamw.adamw_reference_),
+    ):
+        buffers = [random((layout.total,), torch.float32, device, i).abs() for i in range(4)]
+        step, lr = torch.tensor(3.0, device=device), torch.tensor(1e-2, device=device)
+        for _ in range(2):
+            control = prepare(buffers[3], step, max_norm=0.5)
+            update(*buffers, None, layout, lr, control)
+        results.append([*buffers, step, control])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_the_norm_has_equal_bits_from_run_to_run(device: str) -> None:
+    grad = random((50_000,), torch.float32, device, 0)
+    norms = {float(adamw.prepare_update_(grad, torch.zeros((), device=device))[adamw.NORM]) for _ in range(3)}
+    assert len(norms) == 1
+
+
+# -- LayerNorm --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, size, p, with_bias", [(1, 1, 0.0, True), (37, 100, 0.1, True), (9, 384, 0.5, False)])
+def test_dropout_add_layer_norm(
+    device: str, dtype: torch.dtype, rows: int, size: int, p: float, with_bias: bool
+) -> None:
+    shapes = {"x": (rows, size), "residual": (rows, size), "weight": (size,), "bias": (size,), "linear_bias": (size,)}
+    tensors = {name: random(shape, dtype, device, i) for i, (name, shape) in enumerate(shapes.items())}
+    if not with_bias:
+        del tensors["linear_bias"]
+    options = {"eps": 1e-12 if dtype != torch.float16 else 1e-5, "p": p, "rng": rng_on(device), "site": 4}
+    compare(
+        partial(layer_norm.dropout_add_layer_norm, **options),
+        partial(layer_norm.dropout_add_layer_norm_reference, **options),
+        tensors,
+    )
+
+
+# -- where Triton is missing ------------------------------------------------------------------------------------------
+
+
+def test_modules_import_and_work_without_triton() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from minibert_kernels import adamw
+layout = adamw.FlatLayout.of([torch.Size([3])], [0], [(1.0, 0.0)])
+buffers = [layout.buffer() for _ in range(3)]
+grad = layout.buffer() + 1
+control = adamw.prepare_update_(grad, torch.zeros(()))
+adamw.adamw_(*buffers, grad, None, layout, torch.tensor(0.5), control)
+assert torch.allclose(buffers[0], torch.tensor(-0.5))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
