@@ -1,4 +1,4 @@
-"""All measurements on one GPU in one call of under nine minutes: `PYTHONPATH=. python benchmarks/gpu.py`.
+"""All measurements on one GPU in one call of under nine minutes: `PYTHONPATH=.:kernels python benchmarks/gpu.py`.
 
 | part | what |
 |---|---|
@@ -50,7 +50,7 @@ from trainers import SHARED, transformers_optimizer
 from minibert.batching import plan_epoch
 from minibert.checkpoint import load_model, save_model
 from minibert.config import BertConfig, RunConfig
-from minibert.device import choose, keep_freed_memory
+from minibert.device import choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
 from minibert.model import BertForSequenceClassification
 from minibert.problem import SINGLE, Problem
@@ -63,13 +63,14 @@ SHARES = {"0": 1, "1": 7, "2": 3, "3": 6, "4": 5, "5": 8, "6": 2}  # of the time
 ENGINES, ATTENTIONS, PRECISIONS = ("eager", "graph", "compile"), ("sdpa", "flash", "triton"), ("fp32", "tf32", "bf16")
 # Compiling takes longer than the measurement, so an engine that needs this much is used where it is the subject only.
 LONG_WARM_UP = 20.0
+MOST_PROCESSES, STACKS = 10, "stacks.txt"
 # cuDNN's attention with a mask gives NaN gradients at some lengths, so transformers is kept from it.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 VOCABULARY, WHOLE_WORDS, FIRST_WORD = 30_522, 12_000, 5  # ids: 5 special tokens, whole words, endings of longer words
 SYLLABLES = [consonant + vowel for consonant in "bcdfghjklmnpqrstvwxz" for vowel in "aeiou"]
 SIZES = {"base": (768, 12), "large": (1024, 24)}  # hidden size, layers
-SMOKE_SIZES = {"base": (64, 2), "large": (64, 3)}
+SMOKE_SIZES = {"base": (64, 1), "large": (64, 2)}
 
 
 def main() -> None:
@@ -103,12 +104,20 @@ def supervise(arguments: argparse.Namespace) -> None:
     ends = started + arguments.budget
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *sys.argv, "--folder", folder, "--ends", str(ends)]
-        while subprocess.run(command).returncode and time.time() < ends - 20:
-            print("the measuring process died; another one goes on with the next row", flush=True)
+        for _ in range(MOST_PROCESSES):
+            if subprocess.run(command).returncode == 0 or time.time() > ends - 20:
+                break
+            print("the measuring process died; another one goes on with the next row\n" + where(folder), flush=True)
     result = json.loads(arguments.output.read_text())
     result["seconds"] = round(time.time() - started, 1)
     write(arguments.output, result)
     print(json.dumps(summary(result)))
+
+
+def where(folder: str) -> str:
+    """Where a process was that took too long: the top of the main thread's stack, which comes last."""
+    path = Path(folder) / STACKS
+    return "\n".join(path.read_text().split("Thread 0x")[-1].splitlines()[1:9]) if path.exists() else ""
 
 
 def gpu() -> dict[str, str]:
@@ -182,9 +191,10 @@ class Run:
             return self.record(name, f"skipped: {max(self.left, 0):.0f} s left, {seconds:.0f} s needed")
         self.record(name, "running", silent=True)
         limit = min(limit or max(60, 4 * seconds), max(self.ends + 10 - time.time(), 1))
-        faulthandler.dump_traceback_later(limit, exit=True)
         try:
-            value = call()
+            with open(self.folder / STACKS, "w") as stacks:
+                faulthandler.dump_traceback_later(limit, exit=True, file=stacks)
+                value = call()
         except (UserError, ImportError) as error:
             value = f"not available: {error}"
         except Exception as error:
@@ -223,6 +233,7 @@ def brief(value: Any) -> str:
 def measure_parts(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     torch.manual_seed(0)
+    torch._dynamo.config.disable = arguments.smoke  # compiling takes longer than all the rest
     run = Run(arguments.output, arguments.folder, arguments.ends, arguments.smoke)
     parts: dict[str, Callable[[Run], None]] = {
         "0": ceilings,
@@ -389,7 +400,7 @@ class Trainer:
         synchronize()
         return time.perf_counter() - started
 
-    def warm_up(self, windows: int = 3) -> None:
+    def warm_up(self, windows: int) -> None:
         self.warm_up_seconds = sum(self.window() for _ in range(windows))
 
     def figures(self, windows: list[float]) -> dict[str, Any]:
@@ -406,13 +417,13 @@ class Trainer:
 
 
 def side_by_side(run: Run, trainers: dict[str, Trainer], seconds: float = 2.0) -> dict[str, dict[str, Any]]:
-    """Figures of each; windows in turns, so that a slow moment hits all. `seconds` for each, five turns at least."""
+    """Figures of each; windows in turns, so that a slow moment hits all. `seconds` for each, at least five turns."""
     for trainer in trainers.values():
-        trainer.warm_up()
+        trainer.warm_up(1 if run.smoke else 3)
     windows: dict[str, list[float]] = {name: [] for name in trainers}
-    ends = time.perf_counter() + (0.01 if run.smoke else seconds) * len(trainers)
+    ends = time.perf_counter() + (0 if run.smoke else seconds) * len(trainers)
     turns = 0
-    while turns < 5 or (time.perf_counter() < ends and turns < 100):
+    while turns < (2 if run.smoke else 5) or (time.perf_counter() < ends and turns < 100):
         for name, trainer in trainers.items():
             windows[name].append(trainer.window())
         turns += 1
@@ -441,7 +452,9 @@ def minibert(run: Run, size: str, work: Work, **flags: Any) -> Trainer:
     """minibert as `python -m minibert.finetune` sets it up, on weights of that size, with these flags."""
     options = {"batch_size": work.batch_size, "batch_tokens": work.batch_tokens, "epochs": 1000.0, "quiet": True}
     config = RunConfig(**(options | flags))
-    hardware = choose(config)
+    model_config = config_of(run, size)
+    head_size = model_config.hidden_size // model_config.num_attention_heads
+    hardware = fit_attention(choose(config), config, head_size, int(work.tokens.lengths.max()))
     dropouts = {"dropout": config.dropout, "head_dropout": config.head_dropout}
     model, _ = load_model(model_of(run, size), BertForSequenceClassification, num_labels=2, **dropouts)
     model.cls_only = config.cls_only
@@ -457,11 +470,12 @@ def minibert(run: Run, size: str, work: Work, **flags: Any) -> Trainer:
 
 def transformers_best(run: Run, size: str, work: Work, attention: str = "sdpa", compiled: bool = False) -> Trainer:
     """transformers at its best: autocast to bf16, batches of like length padded beforehand, fused AdamW."""
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     if attention == "flash_attention_2" and version("flash-attn") == "none":
         raise UserError("flash-attn is not installed")
-    model = AutoModelForSequenceClassification.from_pretrained(
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
         model_of(run, size), num_labels=2, attn_implementation=attention, dtype=torch.float32
     )
     model = model.to(run.device).train()
@@ -472,12 +486,11 @@ def transformers_best(run: Run, size: str, work: Work, attention: str = "sdpa", 
     forward = model
     if compiled:
         varied = len({batch["input_ids"].shape for batch in batches}) > 1
-        forward = torch.compile(model, dynamic=varied, backend="inductor" if run.device.type == "cuda" else "eager")
-    kernels = sdpa_kernel(BACKENDS) if attention == "sdpa" else nullcontext()
+        forward = torch.compile(model, dynamic=varied)
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
-        with kernels:
+        with sdpa_kernel(BACKENDS) if attention == "sdpa" else nullcontext():
             with torch.autocast(run.device.type, torch.bfloat16):
                 loss = forward(**batch).loss
             loss.backward()
@@ -637,6 +650,8 @@ def engines(run: Run) -> None:
 
 
 def engine_figures(run: Run, size: str, engine: str) -> dict[str, Any]:
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     work = equal(run, 32, 25, batches=16)
     trainer = minibert(run, size, work, engine=engine)
     figures = side_by_side(run, {"": trainer}, seconds=3.0)[""]
@@ -660,7 +675,7 @@ def best_engine(run: Run, size: str) -> str:
 def kernels(run: Run, size: str) -> dict[str, Any]:
     """Where the device's time goes, by kernel."""
     trainer = minibert(run, size, equal(run, 32, 25, batches=16), engine=best_engine(run, size))
-    trainer.warm_up()
+    trainer.warm_up(1 if run.smoke else 3)
     wall = float(np.median([trainer.window() for _ in range(5)])) / len(trainer.batches)
     on_gpu = run.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as recorded:
@@ -696,6 +711,8 @@ def token_rich(run: Run) -> None:
         str(length): lambda length=length: equal(run, (1 << 15) // length, length, batches=4)  # type: ignore[misc]
         for length in (25, 128, 512, 64, 384)
     }
+    if run.smoke:
+        works.clear()
     works["8 to 512 mixed"] = lambda: mixed(run)
     for size, (name, work) in product(SIZES, works.items()):
         run.row(f"{size}, 32 k tokens, lengths {name}", 8, lambda s=size, w=work: rich_figures(run, s, w()))  # type: ignore[misc]
@@ -738,21 +755,23 @@ def contest(run: Run, size: str, work: Work, compiled: bool) -> dict[str, Any]:
     }
     if compiled:
         kinds["transformers, sdpa, compiled"] = lambda: transformers_best(run, size, work, compiled=True)
-    trainers, failed = {}, {}
+    trainers: dict[str, Trainer] = {}
+    failed: dict[str, str] = {}
     for name, make in kinds.items():
         try:
             trainers[name] = make()
             trainers[name].window()
         except Exception as error:
             trainers.pop(name, None)
-            failed[name] = f"{'not available' if isinstance(error, UserError) else type(error).__name__}: {error}"[:500]
+            kind = "not available" if isinstance(error, UserError) else f"error: {type(error).__name__}"
+            failed[name] = f"{kind}: {error}"[:500]
     figures = side_by_side(run, trainers)
     times = {name: of_trainer["ms_a_step"] for name, of_trainer in figures.items()}
-    rivals = [milliseconds for name, milliseconds in times.items() if name != "minibert"]
-    ratio = (
-        {"minibert_is_faster_by": round(min(rivals) / times["minibert"], 3)} if "minibert" in times and rivals else {}
-    )
-    return ratio | times | {"engine": best_engine(run, size), "failed": failed, "figures": figures}
+    ratios = {}
+    if "minibert" in times and len(times) > 1:
+        best = min(of_trainer for name, of_trainer in times.items() if name != "minibert")
+        ratios = {"minibert_is_faster_by": round(best / times["minibert"], 3)}
+    return ratios | times | failed | {"engine": best_engine(run, size), "figures": figures}
 
 
 # --- Part 4
@@ -762,9 +781,10 @@ def switched_off(run: Run) -> None:
     engine = best_engine(run, "base")
     works = {
         "32 x 25 tokens": equal(run, 32, 25, batches=16),
-        "256 x 128 tokens": equal(run, 256, 128, batches=4),
         "32 phrases": phrases(run),
     }
+    if not run.smoke:
+        works["256 x 128 tokens"] = equal(run, 256, 128, batches=4)
     for work_name, work in works.items():
         reference = minibert(run, "base", work, engine=engine)
         for name, flags in variants().items():
@@ -807,9 +827,10 @@ def whole_runs(run: Run) -> None:
         ("67 k phrases, large, 3 epochs, batches of 1024", "large", "phrases", 67_349, 3, 1024, 0.5),
         ("1.3 M questions, base, 1 epoch, batches of 256", "base", "questions", 1_306_122, 1, 256, 1.0),
     ]
-    for name, size, kind, rows, epochs, batch, share in plans:
+    for name, size, kind, rows, epochs, batch, share in plans[:: 2 if few else 1]:
         seconds = max(share * run.left, 20)
         flags = ["--epochs", str(epochs), "--batch-size", str(min(batch, 16) if few else batch)]
+        flags += ["--engine", best_engine(run, size)]
         run.row(
             name,
             20,
@@ -831,10 +852,15 @@ def finetune(run: Run, flags: list[str], seconds: float) -> dict[str, Any]:
         output = Path(folder) / "run"
         command = [sys.executable, "-m", "minibert.finetune", *flags, "--output", str(output)]
         started = time.perf_counter()
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=environment, check=False
+                command,
+                capture_output=True,
+                text=True,
+                timeout=seconds,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": path},
             )
         except subprocess.TimeoutExpired:
             log = output / "train_log.jsonl"
@@ -877,7 +903,7 @@ def learning(run: Run, minilm: str | None, sms: str) -> None:
     ways = [{"engine": engine} for engine in ENGINES if engine != "compile"]
     ways += [fastest | {"attention": attention} for attention in ATTENTIONS]
     ways += [fastest | {"precision": precision} for precision in PRECISIONS]
-    ways += [fastest | {"cls_only": False}, fastest | {"compact_vocabulary": False}]
+    ways += [fastest | {name: False} for name in ("kernels", "cls_only", "compact_vocabulary")]
     for way in ways:
         name = "base, losses, " + ", ".join(f"{key} {value}" for key, value in way.items())
         run.row(name, 5, lambda w=way: compared(losses(run, work, w), reference))  # type: ignore[misc]
