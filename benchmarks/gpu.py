@@ -63,7 +63,9 @@ SHARES = {"0": 1, "1": 9, "2": 3, "3": 7, "4": 5, "5": 10, "6": 2}  # of the tim
 ENGINES, ATTENTIONS, PRECISIONS = ("eager", "graph", "compile"), ("sdpa", "flash", "triton"), ("fp32", "tf32", "bf16")
 # Compiling takes longer than the measurement, so an engine that needs this much is used where it is the subject only.
 LONG_WARM_UP = 20.0
-MOST_PROCESSES, STACKS = 10, "stacks.txt"
+MOST_PROCESSES, STACKS = 15, "stacks.txt"
+DEADLY = ("killed its process", "the device did not recover")  # in the record of a row after which a process ended
+MOST_DEADLY = 3  # of a part, before its other rows are given up
 # cuDNN's attention with a mask gives NaN gradients at some lengths, so transformers is kept from it.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -185,8 +187,10 @@ class Run:
         """
         if name in self.rows:
             if self.rows[name] == "running":
-                self.record(name, "error: killed its process, or took too long")
+                self.record(name, f"error: {DEADLY[0]}, or took too long")
             return self.rows[name]
+        if sum(any(words in str(value) for words in DEADLY) for value in self.rows.values()) >= MOST_DEADLY:
+            return self.record(name, "skipped: too many rows of this part ended their process")
         if self.left < seconds and not self.smoke:
             return self.record(name, f"skipped: {max(self.left, 0):.0f} s left, {seconds:.0f} s needed")
         self.record(name, "running", silent=True)
@@ -202,7 +206,7 @@ class Run:
         finally:
             faulthandler.cancel_dump_traceback_later()
         self.record(name, value)
-        self.tidy_up()
+        self.tidy_up(name)
         return value
 
     def record(self, name: str, value: Any, silent: bool = False) -> Any:
@@ -212,7 +216,7 @@ class Run:
             print(f"{self.part}  {name:<58} {brief(value)}", flush=True)
         return value
 
-    def tidy_up(self) -> None:
+    def tidy_up(self, name: str) -> None:
         """Free the device's memory. After an error that the device cannot recover from, leave this process."""
         torch._dynamo.reset()  # or the variants of one function add up to its limit, and run uncompiled
         gc.collect()
@@ -221,6 +225,7 @@ class Run:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
             except RuntimeError:
+                self.record(name, f"{self.rows[name]} ({DEADLY[1]})")
                 os._exit(3)
 
 
@@ -247,11 +252,13 @@ def measure_parts(arguments: argparse.Namespace) -> None:
     chosen = arguments.parts.split(",")
     for i, part in enumerate(chosen):
         run.start_part(part, SHARES[part] / sum(SHARES[other] for other in chosen[i:]))
+        if "part" in run.rows:  # an earlier process could not do it
+            continue
         try:
             parts[part](run)
         except Exception as error:  # outside of any row: the other parts still have a chance
             run.record("part", f"error: {type(error).__name__}: {error}"[:1000])
-            run.tidy_up()
+            run.tidy_up("part")
 
 
 # --- Models and texts: sizes of the real ones, values made up
@@ -790,15 +797,14 @@ def switched_off(run: Run) -> None:
     if not run.smoke:
         works["256 x 128 tokens"] = equal(run, 256, 128, batches=4)
     for work_name, work in works.items():
-        reference = minibert(run, "base", work, engine=engine)
+        reference = cache(lambda w=work: minibert(run, "base", w, engine=engine))  # made in the first row's guard
         for name, flags in variants().items():
             if ("length_buckets" in flags) == (work_name == "32 phrases"):
                 run.row(
                     f"base, {work_name}, {name}",
                     40 if flags.get("engine") == "compile" else 4,
-                    lambda w=work, f=flags, r=reference: beside_reference(run, r, w, {"engine": engine} | f),  # type: ignore[misc]
+                    lambda w=work, f=flags, r=reference: beside_reference(run, r(), w, {"engine": engine} | f),  # type: ignore[misc]
                 )
-        del reference
 
 
 def variants() -> dict[str, dict[str, Any]]:
@@ -902,7 +908,8 @@ def write_texts(path: Path, kind: str, rows: int, at_once: int = 100_000) -> Pat
 def learning(run: Run, minilm: str | None, sms: str) -> None:
     """Losses of the first steps without dropout, beside those of the eager engine in fp32."""
     work = equal(run, 32, 25, batches=16)
-    reference = losses(run, work, {"engine": "eager", "attention": "sdpa", "precision": "fp32"})
+    plain = {"engine": "eager", "attention": "sdpa", "precision": "fp32"}
+    reference = cache(lambda: losses(run, work, plain))
     fastest = {"engine": best_engine(run, "base")}
     ways = [{"engine": engine} for engine in ENGINES if engine != "compile"]
     ways += [fastest | {"attention": attention} for attention in ATTENTIONS]
@@ -910,7 +917,7 @@ def learning(run: Run, minilm: str | None, sms: str) -> None:
     ways += [fastest | {name: False} for name in ("kernels", "cls_only", "compact_vocabulary")]
     for way in ways:
         name = "base, losses, " + ", ".join(f"{key} {value}" for key, value in way.items())
-        run.row(name, 5, lambda w=way: compared(losses(run, work, w), reference))  # type: ignore[misc]
+        run.row(name, 5, lambda w=way: compared(losses(run, work, w), reference()))  # type: ignore[misc]
     run.row("MiniLM on SMS spam", 20, lambda: sms_spam(run, minilm, Path(sms)), limit=120)
 
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark, which gets one chance on a machine, runs from end to end at tiny sizes and loses nothing it has."""
+"""The GPU benchmark, which gets one chance on a machine, runs from end to end at tiny sizes and loses no row."""
 
 from __future__ import annotations
 
@@ -99,6 +99,10 @@ def test_a_row_says_why_it_has_no_figure(gpu: Any, tmp_path: Path) -> None:
     assert rows["unavailable"] == "not available: no such engine"
     assert rows["broken"] == "error: ValueError: boom"
     assert rows["long"].startswith("skipped: ")
+    for i in range(3):
+        run.rows[f"killer {i}"] = "running"
+        run.row(f"killer {i}", 1, never)
+    assert "too many" in run.row("after three that killed", 1, never)
 
 
 def test_made_texts_have_the_lengths_they_should(gpu: Any, tmp_path: Path) -> None:
