@@ -839,29 +839,30 @@ def whole_runs(run: Run) -> None:
     ]
     for name, size, kind, rows, epochs, batch, share in plans[-1:] if few else plans:
         seconds = max(share * run.left, 20)
+        until = time.time() + seconds
         flags = ["--epochs", str(epochs), "--batch-size", str(min(batch, 16) if few else batch)]
         flags += ["--engine", best_engine(run, size)]
         run.row(
             name,
             20,
-            lambda s=size, k=kind, r=rows, f=flags, t=seconds: whole_run(run, s, k, 64 if few else r, f, t),  # type: ignore[misc]
+            lambda s=size, k=kind, r=rows, f=flags, t=until: whole_run(run, s, k, 64 if few else r, f, t),  # type: ignore[misc]
             limit=seconds + 60,
         )
 
 
-def whole_run(run: Run, size: str, kind: str, rows: int, flags: list[str], seconds: float) -> dict[str, Any]:
-    """The command in a process of its own; stopped after `seconds`, with what it had reached by then."""
+def whole_run(run: Run, size: str, kind: str, rows: int, flags: list[str], until: float) -> dict[str, Any]:
+    """The command in a process of its own; stopped at the time `until`, with what it had reached by then."""
     validation = min(872, rows)
     data = [write_texts(run.folder / f"{kind}-{n}.csv", kind, n) for n in (rows, validation)]
     flags = ["--train", str(data[0]), "--validation", str(data[1]), *flags, "--no-token-cache"]
-    return {"rows": rows} | finetune(run, [*flags, "--model", str(model_of(run, size))], seconds)
+    return {"rows": rows} | finetune(run, [*flags, "--model", str(model_of(run, size))], until)
 
 
-def finetune(run: Run, flags: list[str], seconds: float) -> dict[str, Any]:
+def finetune(run: Run, flags: list[str], until: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=run.folder) as folder:
         output = Path(folder) / "run"
         command = [sys.executable, "-m", "minibert.finetune", *flags, "--output", str(output)]
-        started = time.perf_counter()
+        started, seconds = time.perf_counter(), max(until - time.time(), 10)
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
         try:
             done = subprocess.run(
@@ -941,7 +942,7 @@ def sms_spam(run: Run, minilm: str | None, sms: Path) -> dict[str, Any]:
         rows = len(list(csv.DictReader(file)))
     flags = ["--train", str(sms), "--model", minilm, "--test-split", "0.15", "--epochs", "1", "--lr", "1e-4"]
     flags += ["--max-train-samples", "64"] if run.smoke else []
-    return {"rows": rows} | finetune(run, flags, max(run.left, 60))
+    return {"rows": rows} | finetune(run, flags, time.time() + max(min(run.left, 110), 60))
 
 
 if __name__ == "__main__":
