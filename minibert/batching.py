@@ -6,14 +6,22 @@ many examples as fit a budget. Every plan is a pure function of (lengths, sizes,
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TypeVar
+
 import numpy as np
 import torch
 
+from minibert.device import attempt
+from minibert.errors import UserError
 from minibert.model import PackedInput
 from minibert.ops import Packing
 from minibert.tokens import Tokens
 
 Batch = np.ndarray  # [B] int64, row numbers of the examples
+Result = TypeVar("Result")
 
 
 def plan_epoch(
@@ -54,6 +62,25 @@ def cut(order: np.ndarray, lengths: np.ndarray, batch_size: int | None, batch_to
         batches.append(order[start:stop])
         start, before = stop, int(ends[stop - 1])
     return batches
+
+
+def halving(batches: Iterable[Batch], compute: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
+    """`compute` of each batch; one that does not fit into memory is computed in halves, and so are those after it."""
+    most: int | None = None  # examples a batch, once memory has run out
+    queue = deque(batches)
+    while queue:
+        rows = queue.popleft()
+        if most is not None and len(rows) > most:
+            queue.extendleft(reversed([rows[start : start + most] for start in range(0, len(rows), most)]))
+            continue
+        result = attempt(partial(compute, rows))
+        if result is not None:
+            yield rows, result
+        elif len(rows) == 1:
+            raise UserError("not enough memory for one example; use a smaller --max-length or model")
+        else:
+            most = len(rows) // 2
+            queue.appendleft(rows)
 
 
 def places_of(offsets: np.ndarray, rows: Batch) -> np.ndarray:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from minibert import __version__
 from minibert.config import BertConfig
 from minibert.errors import UserError
-from minibert.files import atomic, one_line, read_json, write_json
+from minibert.files import atomic, one_line, read_json, write_json, writing
 from minibert.model import BertForSequenceClassification, BertModel
 
 # Theirs -> ours, `{}` for the layer's number. A name with three rows of theirs is the fused query, key, value.
@@ -175,6 +175,8 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             for name in file.keys():  # noqa: SIM118 - a handle, not a dict
                 tensor = file.get_tensor(name)
                 tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+                if not torch.isfinite(tensors[name].sum()) and not torch.isfinite(tensors[name]).all():
+                    raise UserError(f"{path}: {name} holds NaN or infinity; fetch the file again")
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({one_line(error)}); fetch the file again") from None
     return tensors
@@ -265,7 +267,8 @@ def save_model(folder: Path, model: BertForSequenceClassification, labels: list[
         "minibert": {"version": __version__, "mlp_size": model.mlp_size, **ours},
     }
     config.pop("num_labels", None)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, their_tensors(model), {"format": "pt"})
     write_json(folder / CONFIG, config)
 

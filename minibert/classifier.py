@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minibert.batching import collate, plan_evaluation
+from minibert.batching import collate, halving, plan_evaluation
 from minibert.checkpoint import load_model, model_folder, save_model
 from minibert.config import PROBLEM_TYPES, TRUNCATIONS, BertConfig, RunConfig
 from minibert.device import Hardware, choose
@@ -53,9 +53,14 @@ class TextEncoder:
         tokens = self.encode(*as_texts(texts, pairs))
         vectors = np.empty((len(tokens), self.model.config.hidden_size), dtype=np.float32)
         with torch.inference_mode(), self.hardware.autocast():
-            for rows in plan_evaluation(tokens.lengths, batch_tokens=self.hardware.evaluation_tokens):
+
+            def computed(rows: np.ndarray) -> np.ndarray:
                 x = self.hardware.place(collate(tokens, rows))
-                vectors[rows] = pooled(self.model, x, pooling).float().cpu().numpy()
+                return pooled(self.model, x, pooling).float().cpu().numpy()
+
+            plan = plan_evaluation(tokens.lengths, batch_tokens=self.hardware.evaluation_tokens)
+            for rows, found in halving(plan, computed):
+                vectors[rows] = found
         return vectors
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
@@ -44,6 +45,16 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         return 130
     except BrokenPipeError:  # the reader of our output went away, as in `... | head`
         sys.stderr.close()
+    except OSError as error:  # whatever no other place has put in words
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {where}{one_line(error.strerror or error)}; the system refuses to read or write", file=sys.stderr
+        )
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it may be the one that is full, and Python flushes it again
+        return 2
+    except MemoryError:
+        print("error: not enough memory; use a smaller file, model or --batch-size", file=sys.stderr)
+        return 2
     return 0
 
 

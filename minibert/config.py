@@ -187,6 +187,7 @@ class RunConfig:
     compact_vocabulary: bool = flag(True, "train only the embedding rows that occur (exact)", group="speed")
     cache_frozen: bool = flag(True, "compute frozen layers once for each text (exact)", group="speed")
     token_cache: bool = flag(True, "keep encoded files on disk for the next run", group="speed")
+    deterministic: bool = flag(False, "equal bits from run to run on a GPU too; slower there", group="speed")
 
     # stopping
     eval_steps: int | None = flag(

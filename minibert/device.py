@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +19,7 @@ from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.model import PackedInput
 
+Result = TypeVar("Result")
 RESERVED_BLOCK, RESERVED_BLOCKS = 512 << 20, 8  # address space of the heap that is marked for huge pages
 
 
@@ -53,6 +57,8 @@ def choose(config: RunConfig) -> Hardware:
     `auto` takes the eager engine: the others wait for a measurement on a GPU (benchmarks/gpu.py).
     """
     cuda = torch.cuda.is_available()
+    if config.deterministic:
+        be_deterministic()
     if config.device == "cuda" and not cuda:
         raise UserError("--device cuda: torch finds no usable GPU here; use --device cpu, or mend the driver")
     device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
@@ -105,6 +111,34 @@ def fit_attention(hardware: Hardware, config: RunConfig, head_size: int, max_len
             raise UserError(f"--attention flash: heads must be a multiple of 8 up to 256, not {head_size}; use sdpa")
         return replace(hardware, attention="sdpa")
     return hardware
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or a CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def attempt(compute: Callable[[], Result]) -> Result | None:
+    """What `compute` gives, or None where memory runs out; what it left behind is given back."""
+    try:
+        return compute()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    gc.collect()  # only now: the exception held on to every tensor of the attempt
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def be_deterministic() -> None:
+    """Only kernels that give the same bits each time; the CPU's do anyway, given the same number of threads."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on the GPU
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def _precision(config: RunConfig, device: torch.device) -> str:

@@ -135,8 +135,6 @@ class FixedSteps:
         self.optimizer.schedule(step)
         self.denominator.fill_(denominator)
         self.rng[1] = step
-        if self.hardware.device.type == "cuda":
-            torch.cuda.manual_seed(self.config.seed << 32 | step)  # what does not draw from `rng`; graphs read it too
         losses = []
         for number, (x, targets) in enumerate(batches):
             last = number == len(batches) - 1
@@ -149,6 +147,10 @@ class FixedSteps:
             losses.append(place.loss.clone())  # the next replay writes there again
         assert place.norm is not None
         return torch.stack(losses).sum(), place.norm.clone()
+
+    def passes(self, x: PackedInput, targets: Tensor) -> None:
+        """Forward and backward of one batch without an update, to see whether it fits into memory."""
+        self._gradients(self._place(x, targets, last=True))
 
     def _place(self, x: PackedInput, targets: Tensor, last: bool) -> Place:
         """The batch in its bucket's place; a bucket's first batch makes the place and captures its graph."""
@@ -205,7 +207,7 @@ class FixedSteps:
     def _update_nothing(self) -> None:
         """Run the update so that its kernels compile, on a gradient that is not finite, which changes nothing."""
         optimizer = self.optimizer
-        kept = (optimizer.skipped, optimizer.growth_tracker, optimizer.loss_scale)
+        kept = (optimizer.skipped, optimizer.bad, optimizer.growth_tracker, optimizer.loss_scale)
         before = [None if tensor is None else tensor.clone() for tensor in kept]
         optimizer.grad.fill_(torch.inf)
         optimizer.update()

@@ -1,34 +1,97 @@
-"""Reading and writing the small files of a run. A file appears whole or not at all: temporary name, fsync, rename."""
+"""Reading and writing the files of a run. A file appears whole or not at all: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from minibert.errors import UserError
 
+LARGEST_SETTINGS = 256 << 20  # bytes of a JSON file of a model: the largest tokenizers have some 20 MB
+NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)  # file systems that cannot
+
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; when the block ends well, it becomes `path`, safe on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
+    if target.exists() and not target.is_file():  # /dev/null, a pipe: nothing to rename over
+        with writing(path):
+            yield target
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # some writers make files that only their owner may read
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # some writers make files that only their owner may read
+            os.replace(temporary, target)
+            sync_folder(target.parent)
+    finally:
+        with suppress(OSError):  # of a folder that has vanished or can no longer be written
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line that `path` cannot be written and why."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or one_line(error)}); free space or choose another --output"
         ) from None
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` last through a power cut, where the file system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in NO_DIRECTORY_SYNC:
+            raise
+
+
+def sweep(folder: Path) -> None:
+    """Delete the temporary files that a killed run left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            with suppress(OSError):
+                path.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder against a second run. The system lets go of the lock however this process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is writing here; wait for it or give another --output") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _umask() -> int:
@@ -49,11 +112,20 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Parse a JSON file, or say which file cannot be read and why, in one line."""
     try:
+        refuse_special(path)
+        if path.stat().st_size > LARGEST_SETTINGS:
+            raise UserError(f"{path}: larger than {LARGEST_SETTINGS >> 20} MB; is it the right file?")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
+
+
+def refuse_special(path: Path) -> None:
+    """Pipes and devices may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError(f"{path}: not a regular file")
 
 
 def file_hash(path: str | Path) -> str:

@@ -42,6 +42,7 @@ class FlatOptimizer:
         self.steps = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
         self.loss_scale = torch.full((), 65536.0, device=device) if dtype == torch.float16 else None
+        self.bad = torch.zeros((), device=device)  # 1 if the last step was skipped for another reason than fp16
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
         self.refresh()
 
@@ -57,6 +58,8 @@ class FlatOptimizer:
         buffers = (self.weights, self.exp_avg, self.exp_avg_sq, self.grad, self.shadow)
         adamw_(*buffers, self.layout, self.factor, control, zero_grad=True)
         self.skipped += control[FOUND_INF]
+        at_fault = control[FOUND_INF] if self.loss_scale is None else control[FOUND_INF] * (self.loss_scale <= 1)
+        self.bad.copy_(at_fault)
         if self.loss_scale is not None:
             torch._amp_update_scale_(self.loss_scale, self.growth_tracker, control[FOUND_INF], 2.0, 0.5, 2000)
         return control[NORM]
@@ -65,6 +68,10 @@ class FlatOptimizer:
         """Write the parameters to the twin again, after something else than a step has changed them."""
         if self.shadow is not None:
             self.shadow.copy_(self.weights)
+
+    def drop_gradients(self) -> None:
+        """Forget what was computed of a step that will be tried again."""
+        self.grad.zero_()
 
     @property
     def learning_rate(self) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from minibert.batching import collate, places_of, plan_evaluation
+from minibert.batching import collate, halving, places_of, plan_evaluation
 from minibert.device import Hardware
 from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import Packing
@@ -54,10 +54,15 @@ def compute(
         total=len(tokens), desc="frozen layers", unit=" texts", disable=True if quiet else None, leave=False
     )
     with progress, torch.inference_mode(), hardware.autocast():
-        for rows in plan_evaluation(tokens.lengths, batch_tokens=hardware.evaluation_tokens):
+
+        def computed(rows: np.ndarray) -> np.ndarray:
             x = hardware.place(collate(tokens, rows))
             hidden = model.encoder.first_tokens(x, None) if whole else model.encoder(x, None, end=start_layer)
-            values[places_of(offsets, rows)] = hidden.float().cpu().numpy()
+            return hidden.float().cpu().numpy()
+
+        plan = plan_evaluation(tokens.lengths, batch_tokens=hardware.evaluation_tokens)
+        for rows, hidden in halving(plan, computed):
+            values[places_of(offsets, rows)] = hidden
             progress.update(len(rows))
     return FrozenActivations(start_layer, values, offsets)
 
@@ -68,8 +73,13 @@ def _storage(shape: tuple[int, int]) -> np.ndarray | None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if size <= MEMORY_SHARE * memory:
         return np.empty(shape, dtype=np.float32)
-    folder = Path(tempfile.gettempdir())
-    if size > DISK_SHARE * shutil.disk_usage(folder).free:
+    try:
+        folder = Path(tempfile.gettempdir())
+        if size > DISK_SHARE * shutil.disk_usage(folder).free:
+            return None
+        with tempfile.TemporaryFile(dir=folder, prefix="minibert-") as file:
+            if hasattr(os, "posix_fallocate"):  # a disk that fills up under a mapped file would kill the process
+                os.posix_fallocate(file.fileno(), 0, size)
+            return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)
+    except OSError:
         return None
-    with tempfile.TemporaryFile(dir=folder, prefix="minibert-") as file:
-        return np.memmap(file, dtype=np.float32, mode="w+", shape=shape)

@@ -71,12 +71,33 @@ class Embeddings(nn.Module):
         self.dropout = config.hidden_dropout_prob
 
     def forward(self, x: PackedInput, masks: DropoutMasks | None) -> Tensor:
+        if masks is not None and masks.rng is not None:
+            return self._in_one_kernel(x, masks)
         hidden = self.word_embeddings(x.input_ids) + self.position_embeddings(x.position_ids)  # [T, H]
         if x.token_type_ids is None:
             hidden = hidden + self.token_type_embeddings.weight[0]
         else:
             hidden = hidden + self.token_type_embeddings(x.token_type_ids)
         return ops.dropout(self.norm(hidden), self.dropout, masks)
+
+    def _in_one_kernel(self, x: PackedInput, masks: DropoutMasks) -> Tensor:
+        from minibert_kernels.embedding import embedding_layer_norm
+
+        assert x.input_ids is not None and x.position_ids is not None
+        return embedding_layer_norm(
+            x.input_ids,
+            x.position_ids,
+            x.token_type_ids,
+            self.word_embeddings.weight,
+            self.position_embeddings.weight,
+            self.token_type_embeddings.weight,
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.eps,
+            p=self.dropout,
+            rng=masks.rng,
+            site=masks.next_site(),
+        )
 
 
 class Layer(nn.Module):

@@ -85,9 +85,13 @@ class Optimizer:
         self.loss_scale = torch.full((), 65536.0, device=device) if scale_loss else None
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
         self.skipped = torch.zeros((), device=device)
+        self.bad = torch.zeros((), device=device)  # 1 if the last step was skipped for another reason than fp16
 
-    def step(self, step: int) -> Tensor:
-        """Update the parameters as step number `step` and drop the gradients; returns their norm (a tensor)."""
+    def step(self, step: int, loss: Tensor | None = None) -> Tensor:
+        """Update the parameters as step number `step` and drop the gradients; returns their norm (a tensor).
+
+        `loss`: of the step; one that is not finite is skipped too.
+        """
         factor = learning_rate_factor(step, self.total_steps, self.config)
         for group in self.adamw.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -95,7 +99,13 @@ class Optimizer:
         divisor = torch.ones_like(norm)
         if self.loss_scale is not None:
             norm, divisor = norm / self.loss_scale, self.loss_scale.clone()
-        bad = (~torch.isfinite(norm)).float()
+        finite = torch.isfinite(norm)
+        sound = finite  # a loss scale that was too large is no error: the step is skipped and the scale halved
+        if self.loss_scale is not None:
+            sound = finite | (self.loss_scale > 1)
+        if loss is not None:
+            finite, sound = finite & torch.isfinite(loss), sound & torch.isfinite(loss)
+        bad, self.bad = (~finite).float(), (~sound).float()
         if self.config.max_grad_norm:
             # Fused AdamW divides by grad_scale in the pass it makes anyway; clip_grad_norm_ would make one more.
             divisor = divisor * ((norm + 1e-6) / self.config.max_grad_norm).clamp(min=1.0)
@@ -106,6 +116,10 @@ class Optimizer:
         if self.loss_scale is not None:
             torch._amp_update_scale_(self.loss_scale, self.growth_tracker, bad, 2.0, 0.5, 2000)
         return norm
+
+    def drop_gradients(self) -> None:
+        """Forget what was computed of a step that will be tried again."""
+        self.adamw.zero_grad(set_to_none=True)
 
     @property
     def learning_rate(self) -> float:

@@ -6,17 +6,18 @@ Batches and dropout are pure functions of seed and step, so no generator needs s
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from minibert.checkpoint import write_tensors
 from minibert.errors import UserError
-from minibert.files import one_line
+from minibert.files import one_line, refuse_special, writing
 from minibert.train import State, Training
 
 STATE_FILE = "state.safetensors"
@@ -24,9 +25,27 @@ STATE_FILE = "state.safetensors"
 
 def save_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any]) -> None:
     """Write all that `load_checkpoint` needs; the file is replaced whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     metadata = {"state": json.dumps(dataclasses.asdict(training.state)), "fingerprint": json.dumps(fingerprint)}
     write_tensors(folder / STATE_FILE, _tensors(training), metadata)
+
+
+def code_digest() -> str:
+    """A hash of minibert's own source: two versions may compute differently under one number."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of all parameters: what training starts from, new head and frozen layers included."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:12]
 
 
 def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any]) -> None:
@@ -35,19 +54,56 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
     if not path.is_file():
         raise UserError(f"{path}: no checkpoint to resume; leave --resume out to start anew")
     try:
+        refuse_special(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            saved = json.loads(metadata["fingerprint"])
-            state = State(**json.loads(metadata["state"]))
+            saved = dict(json.loads(metadata["fingerprint"]))
+            state = _checked_state(json.loads(metadata["state"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a handle, not a dict
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path}: not a checkpoint of minibert ({one_line(error)})") from None
     changed = sorted(key for key in fingerprint | saved if fingerprint.get(key) != saved.get(key))
     if changed:
         what = ", ".join(f"{key} (was {saved.get(key)}, is {fingerprint.get(key)})" for key in changed[:4])
         raise UserError(f"--resume: this is not the run that was begun; changed: {what}")
+    _check_tensors(path, training, tensors)
     _restore(training, tensors)
     training.state = state
+
+
+def _checked_state(values: dict[str, Any]) -> State:
+    """The fields of `State`, each of the kind it has when written."""
+    state = State(**values)
+    for field in dataclasses.fields(State):
+        value = getattr(state, field.name)
+        kinds = {"float": (int, float), "float | None": (int, float, type(None))}.get(str(field.type), (int,))
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ValueError(f"{field.name} is {value!r}")
+        if field.name != "best_value" and not value >= 0:  # type: ignore[operator]
+            raise ValueError(f"{field.name} is {value!r}")
+    return state
+
+
+def _check_tensors(path: Path, training: Training, tensors: dict[str, Tensor]) -> None:
+    """Every tensor that belongs to this run, of its shape, and no other: `copy_` would stretch a smaller one."""
+    shapes: dict[str, tuple[int, ...]] = {"skipped": ()}
+    if training.optimizer.loss_scale is not None:
+        shapes |= {"loss_scale": (), "growth_tracker": ()}
+    shapes |= {f"model.{name}": tuple(p.shape) for name, p in training.trained_parameters()}
+    required = set(shapes)
+    for name, p in training.trained_parameters():
+        shapes |= {f"{key}.{name}": tuple(p.shape) for key in ("exp_avg", "exp_avg_sq", "best")}
+        shapes[f"step.{name}"] = ()
+        group = {f"{key}.{name}" for key in ("exp_avg", "exp_avg_sq", "step")}
+        required |= group if group & set(tensors) else set()
+    wrong = sorted(required - set(tensors))
+    for name, tensor in tensors.items():
+        right = tensor.ndim == 1 if name == "recent_losses" else shapes.get(name) == tuple(tensor.shape)
+        integers = name == "growth_tracker"
+        if not right or tensor.dtype != (torch.int32 if integers else torch.float32):
+            wrong.append(name)
+    if wrong:
+        raise UserError(f"{path}: not a checkpoint of this run ({wrong[0]} is missing or does not fit)")
 
 
 def _tensors(training: Training) -> dict[str, Tensor]:

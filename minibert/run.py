@@ -9,6 +9,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -29,12 +30,12 @@ from minibert.console import describe, silence, summarise
 from minibert.data import Columns, Examples, RunData, load_data, prepare
 from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
-from minibert.files import atomic, file_hash, write_json
+from minibert.files import atomic, file_hash, locked, sweep, write_json, writing
 from minibert.frozen import compute
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
 from minibert.problem import Problem, class_weights
-from minibert.resume import STATE_FILE, load_checkpoint, save_checkpoint
+from minibert.resume import STATE_FILE, code_digest, load_checkpoint, save_checkpoint, weights_digest
 from minibert.tokens import Tokenizer
 from minibert.train import Dataset, Interrupted, Training, evaluate
 from minibert.vocabulary import CompactVocabulary, worth_compacting
@@ -77,10 +78,22 @@ def refuse_at_once(config: RunConfig) -> None:
             raise UserError("--resume: give --output, the folder of the run to continue")
         return
     output = Path(config.output).expanduser()
-    if config.resume and not (output / CHECKPOINTS / STATE_FILE).is_file():
+    if config.resume and not ((output / CHECKPOINTS / STATE_FILE).is_file() or begun(output)):
         raise UserError(f"{output}: no checkpoint to resume; leave --resume out to start anew")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another --output")
+    refuse_full(output, config)
+
+
+def begun(output: Path) -> bool:
+    """Whether a run was killed here before its first checkpoint: to resume it is to start it again."""
+    if not output.is_dir():
+        return False
+    names = {path.name for path in output.iterdir()}
+    return "run.json" in names or all(name == "checkpoints" or name.startswith(".") for name in names)
+
+
+def refuse_full(output: Path, config: RunConfig) -> None:
     if output.is_dir() and any(output.iterdir()) and not (config.overwrite or config.resume):
         raise UserError(f"{output}: not empty; give --overwrite, --resume or another --output")
 
@@ -101,6 +114,11 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     """Train on prepared data and leave the output folder of the contract."""
+    with ExitStack() as held:  # the output folder, against a second run
+        return _run(config, data, command, held)
+
+
+def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) -> Classifier:
     started = time.perf_counter()
     say = silence if config.quiet else partial(print, flush=True)
     keep_freed_memory()
@@ -112,16 +130,21 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     hardware = fit_attention(hardware, config, head_size, config.max_length or 0)
     frozen = freeze(model, config.freeze, report.new)
     sets = encode_parts(tokenizer, data, config)
+    start = weights_digest(model)
     describe(say, config, data, sets, report, hardware, frozen)
 
     weights = class_weights(data.problem, config.class_weights, sets["train"].targets)
     compact = prepare_sets(model, sets, frozen, config, hardware)
     training = Training(model, data.problem, sets, config, hardware, weights)
-    output = open_output(config)  # the last thing before training: an earlier run there is safe from every mistake
+    output = open_output(
+        config, held
+    )  # the last thing before training: an earlier run there is safe from every mistake
     record = run_record(config, data, command)
-    fingerprint = {"version": __version__, "data": data_digest(data), **_settings(config)}
+    fingerprint = fingerprint_of(config, data, tokenizer, hardware, start, weights)
     checkpoints = output / CHECKPOINTS
-    if config.resume:
+    if config.resume and not (checkpoints / STATE_FILE).is_file():
+        say("no checkpoint yet: from the beginning")
+    elif config.resume:
         load_checkpoint(checkpoints, training, fingerprint)
         say(f"resumed at step {training.state.step} of {training.total_steps}")
     write_json(output / "run.json", record)
@@ -131,6 +154,8 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
         say(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
         raise KeyboardInterrupt from None
 
+    with writing(output):  # a folder deleted meanwhile is not made again, half filled
+        output.stat()
     metrics, logits = evaluate_parts(training)
     if compact is not None:
         compact.expand()
@@ -198,20 +223,30 @@ def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict
         part: Dataset(
             encode(examples.texts, examples.pairs, config.max_length, config.truncation),
             data.problem.targets(examples.labels or []),
+            source=examples.source,
+            lines=examples.lines,
         )
         for part, examples in data.parts.items()
     }
 
 
-def open_output(config: RunConfig) -> Path:
-    """Make the output folder: --output, or runs/<time>. What an earlier run left there goes, unless it is resumed."""
+def open_output(config: RunConfig, held: ExitStack) -> Path:
+    """Make the output folder: --output, or runs/<time>, and lock it until `held` is closed.
+
+    What an earlier run left there goes, unless it is resumed.
+    """
     output = Path(config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
     try:
         output.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(output))
+        refuse_full(output, config)  # again: another run may have come and gone since
+        for folder in (output, output / CHECKPOINTS):
+            sweep(folder)
         if not config.resume:
             shutil.rmtree(output / "checkpoints", ignore_errors=True)
             for name in OUTPUT_FILES:
                 (output / name).unlink(missing_ok=True)
+        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{output}: cannot be made ({error.strerror}); give another --output") from None
     return output
@@ -263,7 +298,9 @@ def reload_difference(output: Path, classifier: Classifier, examples: Examples) 
 
 def last_losses(output: Path) -> dict[str, Any]:
     """The last training loss in the log."""
-    lines = [json.loads(line) for line in (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()]
+    with writing(output / "train_log.jsonl"):
+        text = (output / "train_log.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     return {"loss": losses[-1] if losses else None}
 
@@ -307,13 +344,37 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
     }
 
 
-def data_digest(data: RunData) -> str:
-    """A hash of every text and label of every part, in order."""
+def fingerprint_of(
+    config: RunConfig,
+    data: RunData,
+    tokenizer: Tokenizer,
+    hardware: Hardware,
+    start: str,
+    weights: np.ndarray | None,
+) -> dict[str, Any]:
+    """All that decides the bits of a run: what a resumed one must share with the one that was begun."""
+    return {
+        "version": __version__,
+        "code": code_digest(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "hardware": str(hardware),
+        "threads": torch.get_num_threads() if hardware.device.type == "cpu" else None,
+        "starting weights": start,
+        "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:12],
+        "class weights": None if weights is None else weights.tolist(),
+        "labels": data.problem.labels,
+        **{f"{part} rows": rows_digest(examples) for part, examples in data.parts.items()},
+        **_settings(config),
+    }
+
+
+def rows_digest(examples: Examples) -> str:
+    """A hash of every text and label of a part, in order."""
     digest = hashlib.sha256()
-    for part, examples in data.parts.items():
-        for column in (examples.texts, examples.pairs, examples.labels):
-            digest.update(json.dumps([part, column]).encode())
-    return digest.hexdigest()
+    for column in (examples.texts, examples.pairs, examples.labels):
+        digest.update(json.dumps(column).encode())
+    return digest.hexdigest()[:12]
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

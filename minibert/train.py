@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibert.batching import collate, plan_epoch, plan_evaluation
+from minibert.batching import collate, cut, halving, plan_epoch, plan_evaluation
 from minibert.config import RunConfig
-from minibert.device import Hardware
+from minibert.device import Hardware, attempt, out_of_memory
 from minibert.errors import UserError
+from minibert.files import writing
 from minibert.frozen import FrozenActivations
 from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import DropoutMasks
@@ -37,7 +38,10 @@ if TYPE_CHECKING:
     from minibert.flat import FlatOptimizer
 
 LOWER_IS_BETTER = ("loss", "mse", "mae")
-SECONDS_BETWEEN_SAVES = 60
+SECONDS_BETWEEN_SAVES = 60  # at an evaluation
+LONGEST_WITHOUT_SAVE = 900  # seconds, evaluation or not
+BAD_STEPS = 10  # so many losses or gradients in a row that are not finite end the run
+ROWS_NAMED = 8
 
 
 @dataclass
@@ -47,6 +51,8 @@ class Dataset:
     tokens: Tokens
     targets: np.ndarray
     frozen: FrozenActivations | None = None  # what the frozen layers make of the tokens, computed once
+    source: str = ""  # the file the examples come from
+    lines: Sequence[int] = ()  # and the line of each
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -87,6 +93,8 @@ class State:
     examples: int = 0
     skipped: int = 0
     log_bytes: int = 0  # length of train_log.jsonl at this point
+    bad_in_row: int = 0  # steps skipped one after another up to here
+    most_tokens: int = 0  # of a micro-batch, since memory ran out; 0: it has not
 
 
 class Interrupted(Exception):
@@ -117,17 +125,25 @@ def train_step(
         loss = problem.loss_sum(logits, targets, class_weights, label_smoothing) / denominator
         (loss if optimizer.loss_scale is None else loss * optimizer.loss_scale).backward()
         total += loss.detach()
-    return total, optimizer.step(step)
+    try:
+        return total, optimizer.step(step, total)
+    except (MemoryError, RuntimeError) as error:  # half a step cannot be tried again
+        if not out_of_memory(error):
+            raise
+        raise UserError("not enough memory for the optimizer; use a smaller model or --freeze") from None
 
 
 def evaluate(model: BertForSequenceClassification, data: Dataset, hardware: Hardware) -> np.ndarray:
     """Logits [n, L] of every example, in their order; computed in batches of like length."""
     logits = np.empty((len(data), model.num_labels), dtype=np.float32)
+
+    def computed(rows: np.ndarray) -> np.ndarray:
+        with hardware.autocast():
+            return model.logits(hardware.place(data.batch(rows))).float().cpu().numpy()
+
     with torch.inference_mode():
-        for rows in plan_evaluation(data.lengths, batch_tokens=hardware.evaluation_tokens):
-            with hardware.autocast():
-                output = model.logits(hardware.place(data.batch(rows)))
-            logits[rows] = output.float().cpu().numpy()
+        for rows, found in halving(plan_evaluation(data.lengths, batch_tokens=hardware.evaluation_tokens), computed):
+            logits[rows] = found
     return logits
 
 
@@ -150,6 +166,7 @@ class Training:
         self.best: dict[str, Tensor] = {}  # the trained parameters at the best evaluation
         self.best_logits: np.ndarray | None = None  # of the validation rows then, where this process computed them
         self.recent_losses: list[Tensor] = []  # of the steps since the last line of the log
+        self.unchecked: list[tuple[Step, Tensor]] = []  # steps that may have been bad, not yet read from the device
         self.metric = self._checked_metric()
         self.steps_per_epoch = len(self._steps_of_epoch(0))
         self.total_steps = min(math.ceil(self.steps_per_epoch * config.epochs), config.max_steps or sys.maxsize)
@@ -169,57 +186,143 @@ class Training:
         log_every = max(1, self.total_steps // 100)
         last_save = time.monotonic()
         log_file = _log_from(log_path, self.state.log_bytes)
+        self._probe()
         with _signals_noted() as signals, log_file as log, self._progress() as progress:
             for step in self._remaining_steps():
                 loss, norm = self._step(step)
                 self.recent_losses.append(loss)
+                self.unchecked.append((step, self.optimizer.bad.clone()))
                 progress.update(step.examples)
                 at_end = self.state.step == self.total_steps
+                if self.hardware.device.type == "cpu" or self.state.step % BAD_STEPS == 0 or at_end:
+                    self._count_bad_steps()
                 if self.state.step % log_every == 0 or at_end:
                     self._log_step(log, progress, norm)
                 evaluated = self._evaluation_due(at_end)
                 if evaluated:
                     self._evaluate_and_keep_best(log, progress)
                 self.state.log_bytes = log.tell()
-                minute_passed = time.monotonic() - last_save > SECONDS_BETWEEN_SAVES
+                since_save = time.monotonic() - last_save
+                due = self._save_due() or since_save > (SECONDS_BETWEEN_SAVES if evaluated else LONGEST_WITHOUT_SAVE)
                 at_end = at_end or self._out_of_patience()
-                if signals or self._save_due() or (evaluated and minute_passed) or at_end:
+                if signals or due or at_end:
+                    self._count_bad_steps()
+                    _sync(log)  # the checkpoint counts on the log being there
                     save()
                     last_save = time.monotonic()
                 if signals and not at_end:
                     raise Interrupted
+        if self.state.step == int(self.optimizer.skipped) > 0 and self.optimizer.loss_scale is None:
+            raise UserError("no step had a finite loss and gradient, so nothing was learned; lower --learning-rate")
         self.use_best_weights()
 
     def _step(self, step: Step) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
-        if self.fixed is not None:
-            cpu, train = torch.device("cpu"), self.data["train"]
-            batches = [(train.batch(rows), train.targets_of(rows, cpu)) for rows in step.batches]
-            result = self.fixed.step(batches, self.state.step, step.denominator)
-        else:
-            result = self._eager_step(step)
+        if self.hardware.device.type == "cuda":
+            # The generator behind dropout there: a function of seed and step, as on the CPU.
+            torch.cuda.manual_seed((self.config.seed * 1_000_003 + self.state.step) % (1 << 63))
+        result = None
+        while result is None:
+            result = self._attempt(step)
         self.state.step += 1
         self.state.tokens += step.tokens
         self.state.examples += step.examples
         self.state.seconds += time.perf_counter() - started
         return result
 
-    def _eager_step(self, step: Step) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.optimizer, Optimizer)
+    def _attempt(self, step: Step) -> tuple[Tensor, Tensor] | None:
+        """The step, or None where memory runs out: the next attempt then computes it in smaller pieces.
+
+        Losses are summed and divided as before, so the effective batch is the same; only dropout draws differ.
+        """
+        pieces = self._pieces(step)
+        result = attempt(lambda: self._train_step(step, pieces))
+        if result is not None:
+            return result
+        self._shrink(step, pieces)
+        return None
+
+    def _probe(self) -> None:
+        """See on a GPU whether the largest batch fits before the first step, and cut batches until it does."""
+        if self.hardware.device.type == "cpu":
+            return
+        largest = max(self._steps_of_epoch(0), key=lambda step: step.tokens)
+        pieces = self._pieces(largest)
+        while attempt(lambda: self._passes(pieces)) is None:
+            self._shrink(largest, pieces)
+            pieces = self._pieces(largest)
+        self.optimizer.drop_gradients()
+
+    def _passes(self, pieces: list[np.ndarray]) -> bool:
+        """Forward and backward, without an update."""
+        train, device = self.data["train"], self.hardware.device
+        for rows in pieces:
+            if self.fixed is not None:
+                self.fixed.passes(train.batch(rows), train.targets_of(rows, torch.device("cpu")))
+                continue
+            with self.hardware.autocast():
+                logits = self.model.logits(self.hardware.place(train.batch(rows)), DropoutMasks(self.config.seed, 0))
+            self.problem.loss_sum(logits, train.targets_of(rows, device), None, 0.0).backward()
+        return True
+
+    def _shrink(self, step: Step, pieces: list[np.ndarray]) -> None:
+        """From here on cut batches to half the tokens that memory could not hold; UserError for a single example."""
+        self.optimizer.drop_gradients()
+        if self.fixed is not None:
+            self.fixed.places.clear()  # their tensors are what the memory went to
+        if max(len(rows) for rows in pieces) == 1:
+            raise UserError(
+                f"not enough memory to train on one example; {self._where(step)}; use a smaller --max-length or model"
+            )
+        tokens = max(int(self.data["train"].lengths[rows].sum()) for rows in pieces if len(rows) > 1)
+        self.state.most_tokens = tokens // 2
+        if not self.config.quiet:
+            tqdm.write(f"memory ran out at step {self.state.step + 1}: batches now in pieces of {tokens // 2} tokens")
+
+    def _pieces(self, step: Step) -> list[np.ndarray]:
+        """The step's batches, each cut to what memory has been found to hold."""
+        if not self.state.most_tokens:
+            return step.batches
+        lengths = self.data["train"].lengths
+        return [piece for rows in step.batches for piece in cut(rows, lengths, None, self.state.most_tokens)]
+
+    def _train_step(self, step: Step, pieces: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         hardware, train = self.hardware, self.data["train"]
-        weights = None if self.weights is None else torch.from_numpy(self.weights).to(hardware.device)
+        if self.fixed is not None:
+            batches = [(train.batch(rows), train.targets_of(rows, torch.device("cpu"))) for rows in pieces]
+            return self.fixed.step(batches, self.state.step, step.denominator)
+        assert isinstance(self.optimizer, Optimizer)
         return train_step(
             self.model,
             self.problem,
             self.optimizer,
-            [(hardware.place(train.batch(rows)), train.targets_of(rows, hardware.device)) for rows in step.batches],
+            [(hardware.place(train.batch(rows)), train.targets_of(rows, hardware.device)) for rows in pieces],
             step=self.state.step,
             denominator=step.denominator,
             masks=DropoutMasks(self.config.seed, self.state.step),
             hardware=hardware,
-            class_weights=weights,
+            class_weights=None if self.weights is None else torch.from_numpy(self.weights).to(hardware.device),
             label_smoothing=self.config.label_smoothing,
         )
+
+    def _count_bad_steps(self) -> None:
+        """Count steps skipped in a row; after BAD_STEPS the run ends, and its last checkpoint stays as it is."""
+        for step, bad in self.unchecked:
+            self.state.bad_in_row = self.state.bad_in_row + 1 if bool(bad) else 0
+            if self.state.bad_in_row == BAD_STEPS:
+                raise UserError(
+                    f"loss or gradient not finite for {BAD_STEPS} steps in a row, up to step {self.state.step}; "
+                    f"{self._where(step)}; look at these rows, or lower --learning-rate. Nothing bad was learned: "
+                    "those steps were skipped, and the last checkpoint is as it was"
+                )
+        self.unchecked = []
+
+    def _where(self, step: Step) -> str:
+        """The lines of a step's rows in their file."""
+        data, rows = self.data["train"], np.sort(np.concatenate(step.batches))
+        lines = [data.lines[row] if data.lines else int(row) for row in rows]
+        named = ", ".join(map(str, lines[:ROWS_NAMED])) + (", ..." if len(lines) > ROWS_NAMED else "")
+        return f"the last batch holds {data.source or 'training'} rows {named}"
 
     def _settle(self) -> None:
         """Wait for the device, so that its time counts as training and not as what comes next."""
@@ -272,7 +375,9 @@ class Training:
         return at_end or self.state.step % (self.config.eval_steps or self.steps_per_epoch) == 0
 
     def _save_due(self) -> bool:
-        return self.config.save_steps is not None and self.state.step % self.config.save_steps == 0
+        """Every --save-steps, but not amid steps that are skipped: the last good checkpoint is the one to keep."""
+        every = self.config.save_steps
+        return every is not None and self.state.step % every == 0 and not self.state.bad_in_row
 
     def _out_of_patience(self) -> bool:
         patience = self.config.early_stopping_patience
@@ -285,14 +390,16 @@ class Training:
         metrics = self.problem.metrics(logits, data.targets)
         value = metrics[self.metric]
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
-        value = -sign * math.inf if value is None else value  # undefined, as Pearson's of equal predictions is
+        if value is None or not math.isfinite(value):  # undefined, as Pearson's of equal predictions is
+            value = -sign * math.inf
         if self.state.best_value is None or sign * value > sign * self.state.best_value:
             self.state.best_value, self.state.best_step, self.state.evaluations_since_best = value, self.state.step, 0
             self.best_logits = logits
             self.best = {name: p.detach().clone() for name, p in self.trained_parameters()}
         else:
             self.state.evaluations_since_best += 1
-        line = {f"validation_{name}": v for name, v in metrics.items() if isinstance(v, float | int)}
+        numbers = {name: v for name, v in metrics.items() if isinstance(v, float | int)}
+        line = {f"validation_{name}": v if math.isfinite(v) else None for name, v in numbers.items()}
         _write_line(log, {"step": self.state.step, "epoch": self.epoch, **line})
         progress.set_postfix({self.metric: f"{value:.4f}"}, refresh=False)
 
@@ -339,17 +446,31 @@ class Training:
 
 
 def _write_line(log: IO[str], line: dict[str, Any]) -> None:
-    log.write(json.dumps(line) + "\n")
-    log.flush()
+    with writing(Path(log.name)):
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+
+
+def _sync(log: IO[str]) -> None:
+    with writing(Path(log.name)):
+        os.fsync(log.fileno())
 
 
 @contextmanager
 def _log_from(path: Path, start: int) -> Iterator[IO[str]]:
     """The log, cut back to where the run stands: steps after the checkpoint will be written again."""
-    with open(path, "a", encoding="utf-8") as log:
-        log.truncate(start)
-        log.seek(0, os.SEEK_END)
+    with writing(path):
+        log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed below
+    try:
+        if log.tell() < start:
+            raise UserError(f"{path}: shorter than when the checkpoint was written; put it back, or start anew")
+        with writing(path):
+            log.truncate(start)
+            log.seek(0, os.SEEK_END)
         yield log
+    finally:
+        with suppress(OSError):  # lines that a full disk did not take
+            log.close()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ if not torch.cuda.is_available():
 
 pytest.importorskip("triton")
 
-from minibert_kernels import adamw, backend, layer_norm, philox
+from minibert_kernels import adamw, attention, backend, gelu, layer_norm, philox
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -240,6 +240,43 @@ def test_dropout_add_layer_norm(
         partial(layer_norm.dropout_add_layer_norm_reference, **options),
         tensors,
     )
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "lengths, heads, head_size, p",
+    [
+        ([1, 0, 32, 5], 3, 32, 0.1),
+        ([64, 33, 2], 2, 64, 0.0),
+        ([127, 70], 2, 32, 0.3),
+        ([128], 2, 64, 0.1),
+        ([129, 7], 2, 32, 0.2),
+        ([200], 1, 64, 0.0),
+    ],
+)
+def test_varlen_attention(
+    device: str, dtype: torch.dtype, lengths: list[int], heads: int, head_size: int, p: float
+) -> None:
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    arguments = {"cu_seqlens": cu_seqlens, "max_seqlen": max(lengths), "p": p, "rng": rng_on(device), "site": 1}
+    compare(
+        partial(attention.varlen_attention, **arguments),
+        partial(attention.varlen_attention_reference, **arguments),
+        {"qkv": random((sum(lengths), 3, heads, head_size), dtype, device, 0)},
+    )
+
+
+# -- GELU -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows, size, with_bias", [(1, 1, True), (37, 300, True), (20, 130, False)])
+def test_bias_gelu(device: str, dtype: torch.dtype, rows: int, size: int, with_bias: bool) -> None:
+    tensors = {"x": random((rows, size), dtype, device, 0, 2.0), "bias": random((size,), dtype, device, 1)}
+    if not with_bias:
+        del tensors["bias"]
+    compare(gelu.bias_gelu, gelu.bias_gelu_reference, tensors)
 
 
 # -- where Triton is missing ------------------------------------------------------------------------------------------

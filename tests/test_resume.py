@@ -1,0 +1,197 @@
+"""A run that is killed, whenever it happens, ends with the bits of one that was not. Real processes, real kill -9."""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SERVER = multiprocessing.get_context("forkserver")  # its children have torch loaded, so a start costs little
+SERVER.set_forkserver_preload(["minibert.run", "minibert.finetune"])
+
+SETTINGS = {
+    "buckets, accumulation": "--gradient-accumulation-steps 3 --batch-size 4 --save-steps 2 --eval-steps 3",
+    "no buckets, early stopping": "--no-length-buckets --batch-size 8 --eval-steps 3 --early-stopping-patience 2 "
+    "--save-steps 4 --metric loss --learning-rate 0.02",
+    "frozen prefix, token batches": "--freeze 1 --batch-tokens 160 --save-steps 3 --layer-lr-decay 0.9",
+    "all frozen": "--freeze all --head mlp:16 --batch-size 8 --save-steps 1 --class-weights balanced",
+    "every row": "--no-compact-vocabulary --no-cls-only --label-smoothing 0.1 --batch-size 8 --save-steps 2 "
+    "--schedule cosine --test-split 0.2",
+}
+KILLS_A_SETTING = 6
+
+
+def work(arguments: list[str], fatal: int, counter: Any, message: Any) -> None:
+    """In a process of its own: finetune, killed at the `fatal`-th moment if there are so many.
+
+    Moments are before and after each write to the log, fsync and rename, and half-way through each weights file.
+    """
+    import torch
+
+    from minibert import checkpoint, train
+    from minibert.cli import run_command
+    from minibert.errors import UserError
+    from minibert.finetune import main
+
+    torch.set_num_threads(1)
+
+    def moment() -> None:
+        counter.value += 1
+        if counter.value == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            moment()
+            result = function(*args, **options)
+            moment()
+            return result
+
+        return call
+
+    def half_written(tensors: Any, path: Path, metadata: Any) -> None:
+        save_file(tensors, path, metadata)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        moment()
+        path.write_bytes(whole)
+
+    save_file = checkpoint.save_file
+    checkpoint.save_file = half_written
+    os.fsync, os.replace = watched(os.fsync), watched(os.replace)
+    train._write_line = watched(train._write_line)
+    train.Training._step = watched(train.Training._step)  # type: ignore[method-assign]
+
+    def command(argv: Any) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            message.put(str(error))
+            raise
+
+    os._exit(run_command(command, arguments))
+
+
+def finetune(arguments: list[str], fatal: int = 0) -> tuple[int, int, str]:
+    """Exit code, moments passed, and the error if there was one."""
+    counter, message = SERVER.Value("i", 0), SERVER.SimpleQueue()
+    process = SERVER.Process(target=work, args=(arguments, fatal, counter, message))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode, counter.value, "" if message.empty() else message.get()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    generator = random.Random(5)
+    path = tmp_path / "rows.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(70):
+            words = generator.choices("the a of good bad film very not free call now you money".split(), k=1 + i % 17)
+            writer.writerow([" ".join([*words, str(i)]), generator.choice("xyz")])
+    return path
+
+
+def base(model: Path, rows: Path, output: Path, flags: str) -> list[str]:
+    fixed = ["--train", str(rows), "--model", str(model), "--output", str(output), "--quiet", "--device", "cpu"]
+    return [*fixed, "--epochs", "2", "--dropout", "0.2", "--max-length", "24", *flags.split()]
+
+
+def results(output: Path) -> dict[str, Any]:
+    """All that a run leaves, less what a clock says."""
+    log = [json.loads(line) for line in (output / "train_log.jsonl").read_text().splitlines()]
+    metrics = json.loads((output / "metrics.json").read_text())
+    files = ("model.safetensors", "config.json", "tokenizer.json", "predictions-validation.csv")
+    return {
+        "log": [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in log],
+        "metrics": {key: value for key, value in metrics.items() if key != "speed"},
+        **{name: (output / name).read_bytes() for name in files},
+    }
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_thirty_kills_change_nothing(tiny: Callable[..., Path], rows: Path, tmp_path: Path, name: str) -> None:
+    """Six a setting, at seeded moments, one after another on the same run."""
+    model = tiny()
+    code, moments, error = finetune(base(model, rows, tmp_path / "whole", SETTINGS[name]))
+    assert (code, error) == (0, "") and moments > 40
+    arguments = base(model, rows, tmp_path / "killed", SETTINGS[name])
+    generator = random.Random(name)
+    for kill in range(KILLS_A_SETTING):
+        fatal = generator.randint(1, moments // (KILLS_A_SETTING + 1))
+        code, _, error = finetune([*arguments, *(["--resume"] if kill else [])], fatal)
+        assert (code, error) == (-signal.SIGKILL, "")
+    code, _, error = finetune([*arguments, "--resume"])
+    assert (code, error) == (0, "")
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+    leftovers = [path for path in (tmp_path / "killed").rglob("*") if path.name.endswith(".tmp")]
+    assert not leftovers
+
+
+def test_a_kill_after_training_is_finished_by_resume(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
+    model, flags = tiny(), "--batch-size 16 --save-steps 3"
+    _, moments, _ = finetune(base(model, rows, tmp_path / "whole", flags))
+    arguments = base(model, rows, tmp_path / "killed", flags)
+    assert finetune(arguments, moments - 3)[0] == -signal.SIGKILL
+    assert finetune([*arguments, "--resume"])[::2] == (0, "")
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
+def test_what_changed_is_refused_by_name(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
+    model = tiny()
+    arguments = base(model, rows, tmp_path / "run", "--batch-size 16 --save-steps 1")
+    assert finetune(arguments, 60)[0] == -signal.SIGKILL
+    checkpoint = tmp_path / "run" / "checkpoints" / "last" / "state.safetensors"
+    before = checkpoint.read_bytes()
+
+    def refused(*flags: str) -> str:
+        code, _, error = finetune([*arguments, "--resume", *flags])
+        assert code == 2 and checkpoint.read_bytes() == before
+        return error
+
+    assert "learning_rate (was 5e-05, is 0.001)" in refused("--learning-rate", "1e-3")
+    assert "seed (was 42, is 7)" in refused("--seed", "7")
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-1] + b"\x11")
+    assert "starting weights (was" in refused()
+    (model / "model.safetensors").write_bytes(weights)
+    rows.write_text(rows.read_text().replace("film", "Film", 1))
+    assert "rows (was" in refused()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_ctrl_c_leave_a_checkpoint(
+    tiny: Callable[..., Path], rows: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    model, output = tiny(), tmp_path / "run"
+    arguments = base(model, rows, output, "--batch-size 2 --max-steps 100000 --epochs 10000 --eval-steps 100000")
+    counter, message = SERVER.Value("i", 0), SERVER.SimpleQueue()
+    process = SERVER.Process(target=work, args=(arguments, 0, counter, message))
+    process.start()
+    while process.is_alive() and counter.value < 40:
+        process.join(0.05)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join(120)
+    assert process.exitcode == 130
+    assert (output / "checkpoints" / "last" / "state.safetensors").is_file()
+
+
+def test_resume_of_a_folder_that_no_run_began_is_refused(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    for output in (tmp_path / "mine", tmp_path / "new"):
+        code, _, error = finetune([*base(tiny(), rows, output, ""), "--resume"])
+        assert code == 2 and "no checkpoint to resume" in error
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "keep" and not (tmp_path / "new").exists()
