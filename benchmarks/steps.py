@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import subprocess
 import time
@@ -121,12 +122,20 @@ def report(texts: list[str], seconds: dict[str, float], matmul: float, batches: 
     }
 
 
+def commit() -> str:
+    """The commit that is measured; a copy of the files without git says it by MINIBERT_COMMIT."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return os.environ.get("MINIBERT_COMMIT", "unknown")
+    return done.stdout.strip() or os.environ.get("MINIBERT_COMMIT", "unknown")
+
+
 def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "commit": commit,
+        "commit": commit(),
         "machine": f"{cpu[0] if cpu else platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
