@@ -140,7 +140,9 @@ def test_report_holds_the_figures_of_the_metrics(runs: dict[str, Path]) -> None:
     assert "--batch-size 16" in page and "finetune" in page
     assert "<script" not in page and "<img" not in page and 'http-equiv="Content-Security-Policy"' in page
     seconds = metrics["speed"]["seconds_by_part"]
-    assert sum(seconds.values()) == pytest.approx(metrics["speed"]["total_seconds"], abs=2)
+    assert (
+        len(seconds) == 4 and sum(seconds.values()) >= metrics["speed"]["total_seconds"] - 0.01
+    )  # nothing is left out
 
 
 def test_most_confidently_wrong_rows_are_so(runs: dict[str, Path]) -> None:
