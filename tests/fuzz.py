@@ -240,8 +240,9 @@ def read_data(folder: Path) -> None:
     targets = data.problem.targets(examples.labels or [])
     logits = np.zeros((len(examples), len(data.problem.labels)), np.float32)
     data.problem.metrics(logits, targets)
-    text = "".join(map(str, predictions.rows(examples, data.problem, logits, targets)))
-    text.encode("utf-8")
+    table = io.StringIO(newline="")
+    predictions.write_csv(table, predictions.columns(examples, data.problem, logits, targets))
+    table.getvalue().encode("utf-8", "backslashreplace")
 
 
 def read_toml(folder: Path) -> None:
