@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
 from minibert.data import Examples
 from minibert.explain import Word, strongest
+from minibert.files import atomic
 from minibert.problem import REGRESSION, SINGLE, Problem
 
 # What a spreadsheet takes for the start of a formula (OWASP, "CSV Injection"), behind any number of apostrophes.
@@ -79,6 +81,13 @@ def records(
 def most_probable(probabilities: np.ndarray, count: int) -> np.ndarray:
     """[n, L] -> [n, count] class numbers, the most probable first; of equals the earlier one."""
     return np.argsort(-probabilities, axis=1, kind="stable")[:, :count]
+
+
+def write_file(path: Path, examples: Examples, problem: Problem, logits: np.ndarray, targets: np.ndarray) -> None:
+    """predictions-*.csv of a run."""
+    options: dict[str, Any] = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
+    with atomic(path) as temporary, open(temporary, "w", **options) as file:
+        write_csv(file, columns(examples, problem, logits, targets))
 
 
 def write_csv(file: IO[str], table: dict[str, list[Any]], header: bool = True) -> None:

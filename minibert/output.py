@@ -1,0 +1,96 @@
+"""The folder of a run: whether it may be written, what an earlier run left there, and the lock on it."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from datetime import datetime
+from pathlib import Path
+
+from minibert import distributed
+from minibert.config import RunConfig
+from minibert.device import choose
+from minibert.errors import UserError
+from minibert.files import locked, sweep
+from minibert.resume import STATE_FILE
+from minibert.seeds import can_resume, remove_runs
+from minibert.trackers import TENSORBOARD, check_tracker
+
+CHECKPOINTS = Path("checkpoints", "last")
+OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json run.json
+check.json splits.json train_log.jsonl predictions-validation.csv predictions-test.csv report.html README.md model.onnx
+model-int8.onnx tracker.json""".split()
+CHECK = "check.json"  # what --check leaves; a run may follow in the same folder
+
+
+def refuse_at_once(config: RunConfig) -> None:
+    """What can be seen to fail before anything is read: flags without effect, no such device, a folder in use."""
+    choose(config)
+    check_tracker(config)
+    if config.seeds and distributed.world() > 1:
+        raise UserError("--seeds: for one process; under torchrun start one run for each --seed")
+    if not distributed.is_first():  # the folder is not its own to write
+        return
+    if config.output is None:
+        if config.resume:
+            raise UserError("--resume: give --output, the folder of the run to continue")
+        return
+    output = Path(config.output).expanduser()
+    resumable = can_resume(output, config.seeds) if config.seeds else (output / CHECKPOINTS / STATE_FILE).is_file()
+    if config.resume and not (resumable or begun(output)):
+        raise UserError(f"{output}: no checkpoint to resume; leave --resume out to start anew")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"{output}: is a file; give another --output")
+    refuse_full(output, config)
+
+
+def begun(output: Path) -> bool:
+    """Whether a run was killed here before its first checkpoint: to resume it is to start it again."""
+    if not output.is_dir():
+        return False
+    names = {path.name for path in output.iterdir()}
+    return "run.json" in names or all(name == "checkpoints" or name.startswith(".") for name in names)
+
+
+def refuse_full(output: Path, config: RunConfig) -> None:
+    """A folder with anything in it but the result of --check."""
+    if config.overwrite or config.resume or not output.is_dir():
+        return
+    if any(path.name != CHECK for path in output.iterdir()):
+        raise UserError(f"{output}: not empty; give --overwrite, --resume or another --output")
+
+
+def output_folder(config: RunConfig) -> Path:
+    """--output, or runs/<time>."""
+    return Path(config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
+
+
+def clear(output: Path) -> None:
+    """Remove the files of an earlier run, and only those."""
+    for folder in ("checkpoints", TENSORBOARD):
+        shutil.rmtree(output / folder, ignore_errors=True)
+    for name in OUTPUT_FILES:
+        (output / name).unlink(missing_ok=True)
+
+
+def open_output(config: RunConfig, held: ExitStack) -> Path:
+    """Make the output folder: --output, or runs/<time>, and lock it until `held` is closed.
+
+    What an earlier run left there goes, unless it is resumed. Of several processes, the first alone does this.
+    """
+    if not distributed.is_first():
+        return Path(config.output or "")
+    output = output_folder(config)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(output))
+        refuse_full(output, config)  # again: another run may have come and gone since
+        for folder in (output, output / CHECKPOINTS):
+            sweep(folder)
+        if not config.resume:
+            clear(output)
+            remove_runs(output)
+        (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made ({error.strerror}); give another --output") from None
+    return output

@@ -1,0 +1,109 @@
+"""What a run was, as JSON: run.json to do it again, the split, and the fingerprint that a resumed run must share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import zlib
+from typing import Any
+
+import numpy as np
+import safetensors
+import tokenizers
+import torch
+
+from minibert import __version__
+from minibert.config import BertConfig, RunConfig
+from minibert.data import Examples, RunData
+from minibert.device import Hardware
+from minibert.files import file_hash
+from minibert.resume import code_digest
+from minibert.tables import BadRow
+from minibert.tokens import Tokenizer
+from minibert.train import Dataset
+
+SKIPPED_NAMED = 20  # rows that could not be used, in run.json
+
+
+def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str, Any]:
+    """run.json: all that is needed to do the run again."""
+    files = {part: getattr(config, part) for part in ("train", "validation", "test") if getattr(config, part)}
+    return {
+        "flags": config.to_dict(),
+        "command": command,
+        "seed": config.seed,
+        "data": {part: {"file": path, "sha256": file_hash(path)} for part, path in files.items()},
+        "rows": {part: len(examples) for part, examples in data.parts.items()},
+        "skipped_rows": {part: skipped_record(bad) for part, bad in data.skipped.items()},
+        "labels": data.problem.labels,
+        "versions": {
+            "minibert": __version__,
+            "torch": torch.__version__,
+            "tokenizers": tokenizers.__version__,
+            "safetensors": safetensors.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
+    }
+
+
+def splits_record(config: RunConfig, data: RunData) -> dict[str, Any]:
+    """splits.json: which rows of which file are in which part, by the line they start on, as in the predictions."""
+    parts = {part: {"file": examples.source, "rows": examples.lines} for part, examples in data.parts.items()}
+    return {"split_seed": config.split_seed, "parts": parts}
+
+
+def skipped_record(bad: list[BadRow]) -> dict[str, Any]:
+    return {"rows": len(bad), "first": [{"line": row.line, "reason": row.reason} for row in bad[:SKIPPED_NAMED]]}
+
+
+def fingerprint_of(
+    config: RunConfig,
+    data: RunData,
+    tokenizer: Tokenizer,
+    hardware: Hardware,
+    start: str,
+    weights: np.ndarray | None,
+) -> dict[str, Any]:
+    """All that decides the bits of a run: what a resumed one must share with the one that was begun."""
+    return {
+        "version": __version__,
+        "code": code_digest(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "hardware": str(hardware),
+        "starting weights": start,
+        "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:12],
+        "class weights": None if weights is None else weights.tolist(),
+        "labels": data.problem.labels,
+        **{f"{part} rows": rows_digest(examples) for part, examples in data.parts.items()},
+        **settings_of(config),
+    }
+
+
+def rows_digest(examples: Examples) -> str:
+    """A hash of every text and label of a part, in order."""
+    digest = hashlib.sha256()
+    for column in (examples.texts, examples.pairs, examples.labels):
+        digest.update(json.dumps(column).encode())
+    return digest.hexdigest()[:12]
+
+
+def must_be_alike(
+    fingerprint: dict[str, Any], bert: BertConfig, sets: dict[str, Dataset], weights: np.ndarray | None
+) -> dict[str, Any]:
+    """What no process may have otherwise than the first. Where files lie may differ from machine to machine."""
+    paths = ("model", "tokenizer", "train", "validation", "test", "class_weights")
+    return {key: value for key, value in fingerprint.items() if key not in paths} | {
+        "architecture": repr(bert),
+        "encoded texts": [zlib.crc32(dataset.tokens.ids.tobytes()) for dataset in sets.values()],
+        "class weights": None if weights is None else weights.tolist(),
+    }
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The flags that a resumed run must share with the one that was begun."""
+    free = ("resume", "overwrite", "quiet", "output", "report_to", "run_name", "check", "save_steps")
+    return {key: value for key, value in config.to_dict().items() if key not in free}
