@@ -582,7 +582,7 @@ def reproduce(run: Finished) -> Html:
 def command(run: Finished) -> str:
     """The command line, or the call for a run from lists."""
     given = [word for word in run.record["command"] if word not in ("--resume", "--resume-from-checkpoint")]
-    if len(given) > 1 or "(" not in given[0]:
+    if len(given) != 1 or "(" not in given[0]:
         return shlex.join(given)
     defaults, skipped = RunConfig(), ("output", "resume", "quiet", "overwrite")
     flags = {

@@ -496,6 +496,8 @@ class Training:
 
 
 def _sync(log: IO[str]) -> None:
+    if not distributed.is_first():
+        return
     with writing(Path(log.name)):
         os.fsync(log.fileno())
 
@@ -504,7 +506,9 @@ def _sync(log: IO[str]) -> None:
 def _log_from(path: Path, start: int) -> Iterator[IO[str]]:
     """The log, cut back to where the run stands: steps after the checkpoint will be written again."""
     if not distributed.is_first():
-        path, start = Path(os.devnull), 0
+        with open(os.devnull, "w", encoding="utf-8") as log:
+            yield log
+        return
     with writing(path):
         log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed below
     try:
