@@ -177,7 +177,12 @@ class Tokenizer:
         """WordPiece ids of each text, without special tokens: (flat int32 ids, int64 lengths)."""
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         clean = [text if text.isascii() else valid_unicode(text) for text in texts]
-        encoded = [e.ids for e in self.backend.encode_batch_fast(clean, add_special_tokens=False)]
+        try:
+            encoded = [e.ids for e in self.backend.encode_batch_fast(clean, add_special_tokens=False)]
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # as in `from_folder`; a vocabulary without [UNK] fails here, at the first need
+            raise UserError(f"the tokenizer cannot encode these texts ({one_line(error)}); use another") from None
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         return np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum())), lengths
 

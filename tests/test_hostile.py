@@ -117,6 +117,15 @@ def test_tokenizers_that_never_end_or_explode(model: Path, stage: str, part: dic
     refused(model, match)
 
 
+def test_a_vocabulary_without_unknown_token(model: Path) -> None:
+    source = json.loads(fuzz.tokenizer())
+    del source["model"]["vocab"]["[UNK]"]
+    source["added_tokens"] = [token for token in source["added_tokens"] if token["content"] != "[UNK]"]
+    (model / "tokenizer.json").write_text(json.dumps(source))
+    with pytest.raises(UserError, match="cannot encode these texts"):
+        load(model, "cpu").predict(["zzz"])
+
+
 def test_token_ids_beyond_the_model(model: Path) -> None:
     source = json.loads(fuzz.tokenizer())
     source["model"]["vocab"]["good"] = 4_000_000_000

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-SERVER = multiprocessing.get_context("forkserver")  # its children have torch loaded, so a start costs little
-SERVER.set_forkserver_preload(["minibert.run", "minibert.finetune"])
+SERVER = multiprocessing.get_context("forkserver")  # its children have all modules loaded, so a start costs little
+SERVER.set_forkserver_preload(["minibert.run", "minibert.finetune", "torch._dynamo", "pytest"])  # AdamW loads dynamo
 
 SETTINGS = {
     "buckets, accumulation": "--gradient-accumulation-steps 3 --batch-size 4 --save-steps 2 --eval-steps 3",
