@@ -10,6 +10,8 @@ forward pass keeps the log of each softmax's denominator, the backward pass take
 
 Rows at or past cu_seqlens[-1] are not written: a batch filled up to a fixed size gives the filling texts of its own.
 
+In fp32 the products do without tensor cores and spill registers: for checks, not for speed.
+
 Shapes: T tokens, B texts, N heads, D head size (32 or 64, or another power of 2 from 16).
 """
 
