@@ -13,7 +13,7 @@ from minibert.device import choose
 from minibert.errors import UserError
 from minibert.files import locked, sweep
 from minibert.resume import STATE_FILE
-from minibert.seeds import can_resume, remove_runs
+from minibert.seeds import remove_runs, seed_folder
 from minibert.trackers import TENSORBOARD, check_tracker
 
 CHECKPOINTS = Path("checkpoints", "last")
@@ -36,8 +36,8 @@ def refuse_at_once(config: RunConfig) -> None:
             raise UserError("--resume: give --output, the folder of the run to continue")
         return
     output = Path(config.output).expanduser()
-    resumable = can_resume(output, config.seeds) if config.seeds else (output / CHECKPOINTS / STATE_FILE).is_file()
-    if config.resume and not (resumable or begun(output)):
+    folders = [seed_folder(output, int(seed)) for seed in config.seeds] or [output]
+    if config.resume and not any((folder / CHECKPOINTS / STATE_FILE).is_file() or begun(folder) for folder in folders):
         raise UserError(f"{output}: no checkpoint to resume; leave --resume out to start anew")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another --output")

@@ -387,11 +387,17 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
 
 
 def reload_difference(output: Path, classifier: Classifier, examples: Examples) -> float:
-    """Load the saved folder as a user would and return the largest difference of its logits."""
+    """Load the saved folder as a user would and return the largest difference of its logits.
+
+    From here on the classifier holds the weights that were loaded: two models at once would be the run's peak of memory.
+    """
     texts = examples.texts[:RELOADED_TEXTS]
     pairs = examples.pairs[:RELOADED_TEXTS] if examples.pairs else None
+    expected = classifier.logits(texts, pairs)
+    classifier.model.to("meta")
     again = load(output, classifier.hardware.device.type)
-    return float(np.abs(again.logits(texts, pairs) - classifier.logits(texts, pairs)).max())
+    classifier.model.load_state_dict(again.model.state_dict(), assign=True)
+    return float(np.abs(again.logits(texts, pairs) - expected).max())
 
 
 def last_losses(output: Path) -> dict[str, Any]:

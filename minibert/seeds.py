@@ -40,11 +40,6 @@ def seed_folder(output: Path, seed: int) -> Path:
     return output / f"seed-{seed}"
 
 
-def can_resume(output: Path, seeds: tuple[str, ...]) -> bool:
-    """Whether any of these seeds was begun in `output`."""
-    return any((seed_folder(output, int(seed)) / CHECKPOINT).is_file() for seed in seeds)
-
-
 def remove_runs(output: Path, keep: Path | None = None) -> None:
     """Take away what an earlier run with --seeds left in `output`, except the folder to keep."""
     for folder in output.glob("seed-*"):

@@ -118,7 +118,7 @@ def test_a_refused_write_is_one_line_and_leaves_the_last_checkpoint(
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
@@ -126,7 +126,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk(arguments: Callable[..., list[str]], small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     filler = small_disk / "filler"
-    filler.write_bytes(bytes(830 << 10))
+    filler.write_bytes(bytes(1430 << 10))
     assert "cannot be written" in one_line_error(capsys, arguments(small_disk / "run"))
     filler.unlink()
     resumes(arguments(small_disk / "run"))

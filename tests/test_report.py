@@ -231,7 +231,7 @@ def test_text_that_is_no_valid_unicode_is_reported(tmp_path: Path) -> None:
     flags = {"model": str(save_tiny(tmp_path / "tiny")), "quiet": True, "max_steps": 1}
     minibert.finetune(texts, [i % 2 for i in range(40)], output=str(tmp_path / "run"), **flags)
     assert "good film" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    assert "?" in (tmp_path / "run" / "predictions-validation.csv").read_text(encoding="utf-8")
+    assert "\\ud83d" in (tmp_path / "run" / "predictions-validation.csv").read_text(encoding="utf-8")
 
 
 def test_escaping_leaves_nothing_that_is_markup_or_cannot_be_written() -> None:

@@ -67,7 +67,7 @@ def work(arguments: list[str], fatal: int, counter: Any, message: Any) -> None:
     save_file = checkpoint.save_file
     checkpoint.save_file = half_written
     os.fsync, os.replace = watched(os.fsync), watched(os.replace)
-    train._write_line = watched(train._write_line)
+    train.Training._write_line = watched(train.Training._write_line)  # type: ignore[method-assign]
     train.Training._step = watched(train.Training._step)  # type: ignore[method-assign]
 
     def command(argv: Any) -> None:
