@@ -53,7 +53,7 @@ class TextEncoder:
             raise UserError(f"pooling {pooling!r}: give one of {', '.join(POOLINGS)}")
         tokens = self.encode(*as_texts(texts, pairs))
         vectors = np.empty((len(tokens), self.model.config.hidden_size), dtype=np.float32)
-        with torch.inference_mode(), self.hardware.autocast():
+        with torch.inference_mode(), self.hardware.computing(), self.hardware.autocast():
 
             def computed(rows: np.ndarray) -> np.ndarray:
                 x = self.hardware.place(collate(tokens, rows))

@@ -39,6 +39,15 @@ class Hardware:
             return torch.autocast(self.device.type, dtype)
         return nullcontext()
 
+    def computing(self) -> AbstractContextManager[object]:
+        """Around all that computes: on a CPU, without oneDNN, which is no faster for what is done here in fp32.
+
+        It keeps its buffers for every shape it has seen, and batches have many: 200 MB of MiniLM's evaluation.
+        """
+        plain = self.device.type == "cpu" and self.engine == "eager"
+        mkldnn = torch.backends.mkldnn
+        return mkldnn.flags(enabled=False, allow_tf32=mkldnn.allow_tf32) if plain else nullcontext()
+
     def place(self, x: PackedInput) -> PackedInput:
         """A batch on the device, laid out for the attention kernel."""
         return x.to(self.device, self.attention)

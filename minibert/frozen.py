@@ -54,11 +54,11 @@ def compute(
     values = _storage((int(offsets[-1]), model.config.hidden_size))
     if not distributed.all_agree(values is not None) or values is None:
         return None
-    batches = plan_evaluation(tokens.lengths, batch_tokens=hardware.evaluation_tokens)
+    batches = plan_evaluation(tokens.lengths, batch_tokens=hardware.evaluation_tokens // 2)  # the peak of such a run
     progress = tqdm(
         total=len(tokens), desc="frozen layers", unit=" texts", disable=True if quiet else None, leave=False
     )
-    with progress, torch.inference_mode(), hardware.autocast():
+    with progress, torch.inference_mode(), hardware.computing(), hardware.autocast():
 
         def computed(rows: np.ndarray) -> np.ndarray:
             x = hardware.place(collate(tokens, rows))

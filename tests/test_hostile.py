@@ -218,7 +218,7 @@ def test_tables_too_wide_to_hold(tmp_path: Path) -> None:
     (tmp_path / "wide.jsonl").write_text("\n".join(rows))
     (tmp_path / "ragged.csv").write_text("a,b\n" * 5000 + "a" + ",b" * 300_000 + "\n")
     for name, header in (("wide.csv", True), ("wide.jsonl", True), ("ragged.csv", False)):
-        with fuzz.time_limit(20), pytest.raises(UserError, match="columns; minibert reads at most 4096|300001 cells where most rows have 2"):
+        with fuzz.time_limit(20), pytest.raises(UserError, match=r"reads at most 4096|300001 cells where most"):
             read_table(tmp_path / name, header=header)
 
 
