@@ -195,6 +195,7 @@ class Training:
         self.best: dict[str, Tensor] = {}  # the trained parameters at the best evaluation
         self.best_logits: np.ndarray | None = None  # of the validation rows then, where this process computed them
         self.recent_losses: list[Tensor] = []  # of the steps since the last line of the log
+        self.shown: dict[str, str] = {}  # beside the progress bar
         self.unchecked: list[tuple[Step, Tensor]] = []  # steps that may have been bad, not yet read from the device
         self.watch: Callable[[dict[str, Any]], None] | None = None  # is given each line of the log
         self.metric = self._checked_metric()
@@ -442,7 +443,8 @@ class Training:
         numbers = {name: v for name, v in metrics.items() if isinstance(v, float | int)}
         line = {f"validation_{name}": v if math.isfinite(v) else None for name, v in numbers.items()}
         self._write_line(log, {"step": self.state.step, "epoch": self.epoch, **line})
-        progress.set_postfix({self.metric: f"{value:.4f}"}, refresh=False)
+        self.shown[self.metric] = f"{value:.4f}"
+        progress.set_postfix(self.shown, refresh=False)
 
     def _log_step(self, log: IO[str], progress: tqdm[Any], norm: Tensor) -> None:
         """The only place that reads numbers back from the device."""
@@ -460,6 +462,8 @@ class Training:
         }
         self._write_line(log, line)
         progress.set_description(f"epoch {self.epoch:.1f} loss {loss:.4f}", refresh=False)
+        self.shown["tokens/s"] = f"{line['tokens_per_second']:.0f}"
+        progress.set_postfix(self.shown, refresh=False)
 
     def _write_line(self, log: IO[str], line: dict[str, Any]) -> None:
         with writing(Path(log.name)):
