@@ -225,7 +225,7 @@ def test_processes_drop_different_elements() -> None:
 
 
 def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> None:
-    arguments = [*flags("few", "dead"), "--max-steps", "150", "--save-steps", "1"]
+    arguments = [*flags("few", "dead"), "--max-steps", "400", "--save-steps", "1"]
     process = torchrun("-m", "minibert.finetune", *arguments)
     with ended(process):
         wait_for_step(folder / "dead", 3, process)
@@ -235,12 +235,12 @@ def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> Non
     said = re.findall(r"^error: .*", err, re.MULTILINE)
     assert len(said) == 1 and re.match(r"error: process 0 of 2: another process has died .*--resume$", said[0]), err
     alone(*arguments, "--resume")
-    alone(*flags("few", "whole"), "--max-steps", "150")
+    alone(*flags("few", "whole"), "--max-steps", "400")
     assert_same_result("whole", "dead")
 
 
 def test_an_interrupted_job_goes_on_in_more_processes(folder: Path) -> None:
-    arguments = [*flags("few", "stopped"), "--max-steps", "150", "--eval-steps", "25"]
+    arguments = [*flags("few", "stopped"), "--max-steps", "400", "--eval-steps", "25"]
     process = torchrun("-m", "minibert.finetune", *arguments)
     with ended(process):
         wait_for_step(folder / "stopped", 3, process)
@@ -250,5 +250,5 @@ def test_an_interrupted_job_goes_on_in_more_processes(folder: Path) -> None:
     assert len(re.findall(r"^checkpoint at step \d+; continue with --resume", out, re.MULTILINE)) == 1
     code, out, err = result(torchrun("-m", "minibert.finetune", *arguments, "--resume", processes=3))
     assert code == 0 and out.count("resumed at step") == 1, err
-    alone(*flags("few", "whole"), "--max-steps", "150", "--eval-steps", "25")
+    alone(*flags("few", "whole"), "--max-steps", "400", "--eval-steps", "25")
     assert_same_result("whole", "stopped")
