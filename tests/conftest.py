@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run in two processes, and start more
+
 import random
 from collections.abc import Callable
 from pathlib import Path
