@@ -52,7 +52,7 @@ def test_onnxruntime_gives_the_logits_of_transformers(
         with torch.no_grad():
             expected = theirs(**inputs).logits.numpy()
         logits = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})[0]
-        assert expected.std() > 1e-2 and np.abs(logits - expected).max() < 1e-4
+        assert expected.std() > 1e-3 and np.abs(logits - expected).max() < 1e-4
 
 
 def test_the_command_exports_an_mlp_head_and_says_what_int8_changes(
