@@ -1,7 +1,7 @@
 """pytest-benchmark: one training step of each trainer, and our operations beside torch's.
 
-`pytest benchmarks/bench_step.py -n 0 --benchmark-enable`. The side-by-side ratios of the README come from steps.py, which
-interleaves the trainers; this file is for looking at one of them while changing it.
+`pytest benchmarks/bench_step.py -n 0 --benchmark-enable`. The side-by-side ratios of the README come from steps.py,
+which interleaves the trainers; this file is for looking at one of them while changing it.
 """
 
 from __future__ import annotations
