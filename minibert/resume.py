@@ -70,6 +70,8 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
             f"{key[:40]} (was {_short(saved.get(key))}, is {_short(fingerprint.get(key))})" for key in named
         )
         raise UserError(f"--resume: this is not the run that was begun; changed: {what}")
+    if state.step > training.total_steps:
+        raise UserError(f"{path}: not a checkpoint of this run (step {state.step} of {training.total_steps})")
     _check_tensors(path, training, tensors)
     _restore(training, tensors)
     training.state = state
@@ -107,8 +109,8 @@ def _check_tensors(path: Path, training: Training, tensors: dict[str, Tensor]) -
     wrong = sorted(required - set(tensors))
     for name, tensor in tensors.items():
         right = tensor.ndim == 1 if name == "recent_losses" else shapes.get(name) == tuple(tensor.shape)
-        integers = name == "growth_tracker"
-        if not right or tensor.dtype != (torch.int32 if integers else torch.float32):
+        right = right and tensor.dtype == (torch.int32 if name == "growth_tracker" else torch.float32)
+        if not right or (name in ("skipped", "loss_scale") and not torch.isfinite(tensor)):
             wrong.append(name)
     if wrong:
         raise UserError(f"{path}: not a checkpoint of this run ({wrong[0]} is missing or does not fit)")

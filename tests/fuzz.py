@@ -288,6 +288,8 @@ def read_checkpoint(folder: Path) -> None:
 
     job = training()
     load_checkpoint(folder, job, {"version": "1", "seed": 42})
+    next(job._remaining_steps(), None)
+    int(job.optimizer.skipped)
     _tensors(job)
 
 
