@@ -244,7 +244,7 @@ import datetime, signal, sys, time
 from minibert import distributed, finetune, train
 from minibert.cli import run_command
 
-distributed.TIMEOUT = datetime.timedelta(seconds=15)
+distributed.TIMEOUT = datetime.timedelta(seconds=10)
 step = train.Training._step
 
 

@@ -120,6 +120,14 @@ def test_tokenizers_that_never_end_or_explode(model: Path, stage: str, part: dic
     refused(model, match)
 
 
+def test_a_model_that_gives_no_numbers(model: Path) -> None:
+    """Weights that are finite, each of them; argmax would have answered with the first label."""
+    tensors = load_file(model / "model.safetensors")
+    tensors["classifier.weight"].fill_(3e38)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    refused(model, "gives NaN or infinity")
+
+
 def test_a_vocabulary_without_unknown_token(model: Path) -> None:
     source = json.loads(fuzz.tokenizer())
     del source["model"]["vocab"]["[UNK]"]
