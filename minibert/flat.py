@@ -38,6 +38,7 @@ class FlatOptimizer:
             parameter.data = weight
             copy = twins[names[parameter]]
             copy.data, copy.grad = shadow, grad
+            copy.main_grad = grad  # type: ignore[attr-defined]  # where kernels add by themselves, without autograd
         self.factor = torch.zeros((), device=device)  # of the peak learning rates, by the schedule
         self.steps = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)

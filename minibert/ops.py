@@ -182,25 +182,43 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, masks: DropoutMasks | Non
     return torch.addcmul(residual, x, mask, value=scale)
 
 
-def dropout_add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, p: float, masks: DropoutMasks | None) -> Tensor:
-    """LayerNorm(dropout(x) + residual): what stands behind attention and behind the feed-forward network."""
+def linear(x: Tensor, layer: nn.Linear, masks: DropoutMasks | None, rows: slice | None = None) -> Tensor:
+    """layer(x), or some of its outputs; for the kernels in a form that adds weight gradients up in place."""
+    if masks is not None and masks.rng is not None:
+        from minibert_kernels.linear import linear as in_place
+
+        return in_place(x, layer.weight, layer.bias, rows)
+    return layer(x) if rows is None else F.linear(x, layer.weight[rows], layer.bias[rows])
+
+
+def linear_dropout_add_norm(
+    x: Tensor, layer: nn.Linear, residual: Tensor, norm: nn.LayerNorm, p: float, masks: DropoutMasks | None
+) -> Tensor:
+    """LayerNorm(dropout(layer(x)) + residual): what stands behind attention and behind the feed-forward network.
+
+    The kernel adds the layer's bias in its own pass, and its gradient to that of the norm.
+    """
     if masks is not None and masks.rng is not None:
         from minibert_kernels.layer_norm import dropout_add_layer_norm
+        from minibert_kernels.linear import linear as in_place
 
-        site = masks.next_site()
-        return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, p=p, rng=masks.rng, site=site)
-    return norm(dropout_add(x, residual, p, masks))
+        product, site = in_place(x, layer.weight), masks.next_site()
+        return dropout_add_layer_norm(
+            product, residual, norm.weight, norm.bias, norm.eps, linear_bias=layer.bias, p=p, rng=masks.rng, site=site
+        )
+    return norm(dropout_add(layer(x), residual, p, masks))
 
 
 def linear_activation(
-    x: Tensor, linear: nn.Linear, activation: Callable[[Tensor], Tensor], masks: DropoutMasks | None
+    x: Tensor, layer: nn.Linear, activation: Callable[[Tensor], Tensor], masks: DropoutMasks | None
 ) -> Tensor:
-    """activation(linear(x)); the kernel adds the bias to erf-GELU's own pass, and its gradient to the backward's."""
+    """activation(layer(x)); the kernel adds the bias to erf-GELU's own pass, and its gradient to the backward's."""
     if masks is not None and masks.rng is not None and activation is F.gelu:
         from minibert_kernels.gelu import bias_gelu
+        from minibert_kernels.linear import linear as in_place
 
-        return bias_gelu(F.linear(x, linear.weight), linear.bias)
-    return activation(linear(x))
+        return bias_gelu(in_place(x, layer.weight), layer.bias)
+    return activation(layer(x))
 
 
 def attention(qkv: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None) -> Tensor:

@@ -68,7 +68,15 @@ def configurations() -> list[Configuration]:
         Configuration("adamw fp32 grad", adamw.adamw_kernel, adam, types={"grad_ptr": "*fp32"}),
         Configuration("adamw norm", adamw.sum_of_squares_kernel, {"BLOCK_SIZE": 4096}, 8),
         Configuration("adamw control", adamw.control_kernel, {**logs, "BLOCK_SIZE": 1024}),
-        Configuration("sum_partials", backend.sum_partials_kernel, {"SIZE": 2304, "BLOCK_ROWS": 32, "BLOCK_COLS": 64}),
+    ]
+    sums = {"ROWS": 32, "COLS": 64}
+    found += [
+        Configuration("add_partials 3", backend.add_partials_kernel, {"SIZE": 768, "V": 3, **sums}),
+        Configuration(
+            "add_partials 1",
+            backend.add_partials_kernel,
+            {"SIZE": 3072, "V": 1, "second_ptr": None, "third_ptr": None, **sums},
+        ),
     ]
     tile: dict[str, Any]
     for size in (384, 768, 1024):
