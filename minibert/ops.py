@@ -67,20 +67,29 @@ class Packing:
     cu_seqlens: Tensor  # [B + 1] int32: text b is rows cu_seqlens[b] to cu_seqlens[b + 1]
     max_seqlen: int  # S
     first_rows: Tensor  # [B] the rows of [CLS]
-    chunks: list[Chunk]  # empty where a kernel works from cu_seqlens alone
     kernel: str = "sdpa"  # or flash, triton: what computes the attention
+    made_chunks: list[Chunk] | None = None  # empty where a kernel works from cu_seqlens alone
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int] | np.ndarray) -> Packing:
         """Build on the CPU from the token count of each text; no text may be empty. Best in order of length."""
         counts = np.asarray(lengths, dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(counts)])
-        return cls(
-            torch.from_numpy(offsets.astype(np.int32)),
-            int(counts.max()),
-            torch.from_numpy(offsets[:-1].copy()),
-            [Chunk.of(counts[a:b], int(offsets[a])) for a, b in chunk_bounds(counts)],
-        )
+        cu_seqlens, first_rows = torch.from_numpy(offsets.astype(np.int32)), torch.from_numpy(offsets[:-1].copy())
+        return cls(cu_seqlens, int(counts.max()), first_rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[B] tokens of each text; only where the batch still lies on the host."""
+        return np.diff(self.cu_seqlens.numpy()).astype(np.int64)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """For the padded path: on the host made when first asked for, as a GPU wants others or none."""
+        if self.made_chunks is None:
+            lengths, offsets = self.lengths, self.cu_seqlens.tolist()
+            self.made_chunks = [Chunk.of(lengths[a:b], offsets[a]) for a, b in chunk_bounds(lengths)]
+        return self.made_chunks
 
     @classmethod
     def fixed(cls, lengths: np.ndarray, longest: int, kernel: str) -> Packing:
@@ -89,22 +98,22 @@ class Packing:
         first_rows = np.minimum(offsets[:-1], offsets[-1] - 1)  # an empty text at the end has no row of its own
         chunks = [] if kernel == "flash" else [Chunk.of(lengths, 0, longest)]
         cu_seqlens = torch.from_numpy(offsets.astype(np.int32))
-        return cls(cu_seqlens, longest, torch.from_numpy(first_rows), chunks, kernel)
+        return cls(cu_seqlens, longest, torch.from_numpy(first_rows), kernel, chunks)
 
     def to(self, device: torch.device, kernel: str = "sdpa") -> Packing:
         if device.type == "cpu":
             return replace(self, kernel=kernel)
-        chunks = self.chunks
+        chunks = self.made_chunks
         if kernel == "flash":
             chunks = []
-        elif len(chunks) > 1:
-            chunks = [Chunk.of(self.cu_seqlens.diff().numpy().astype(np.int64), 0)]  # a GPU wants one large launch
+        elif chunks is None or len(chunks) > 1:
+            chunks = [Chunk.of(self.lengths, 0)]  # a GPU wants one large launch
         return Packing(
             self.cu_seqlens.to(device, non_blocking=True),
             self.max_seqlen,
             self.first_rows.to(device, non_blocking=True),
-            [chunk.to(device) for chunk in chunks],
             kernel,
+            [chunk.to(device) for chunk in chunks],
         )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from minibert.batching import collate
 from minibert.checkpoint import load_model
@@ -23,6 +25,7 @@ from minibert.ops import DropoutMasks
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.tokens import Tokens
 from minibert.train import Dataset, Training
+from minibert_kernels import gelu
 
 CPU = torch.device("cpu")
 SIZES = {SINGLE: 3, MULTI: 3, REGRESSION: 1}
@@ -52,6 +55,7 @@ def curve(
     )
     data = Dataset(made_tokens(41), made_targets(kind, 41))
     labels = [str(i) for i in range(SIZES[kind])]
+    flags = {"engine": "auto" if hardware.engine == "eager" else "graph", **flags}  # by name: a fault is an error
     config = RunConfig(**{"batch_size": 8, "learning_rate": 1e-3, "epochs": 2, "quiet": True, **flags})
     training = Training(model, Problem(kind, labels), {"train": data}, config, hardware, weights)
     numbers = [torch.stack(training._step(step)) for _ in range(2) for step in training._steps_of_epoch(0)]
@@ -190,11 +194,53 @@ def test_what_cannot_run_here_says_why(flags: dict[str, str], reason: str) -> No
 
 def test_a_kernel_that_does_not_fit_the_model_is_refused_or_replaced() -> None:
     hardware = Hardware(CPU, "bf16", "flash", "eager")
-    assert fit_attention(hardware, RunConfig(), 12, 512).attention == "sdpa"
+    assert fit_attention(hardware, RunConfig(), 12, 512, 60).attention == "sdpa"
     with pytest.raises(UserError, match="multiple of 8"):
-        fit_attention(hardware, RunConfig(attention="flash"), 12, 512)
+        fit_attention(hardware, RunConfig(attention="flash"), 12, 512, 60)
     with pytest.raises(UserError, match="heads of 32 or 64"):
-        fit_attention(replace(hardware, attention="triton"), RunConfig(attention="triton"), 16, 512)
+        fit_attention(replace(hardware, attention="triton"), RunConfig(attention="triton"), 16, 512, 60)
+
+
+def test_short_texts_take_our_attention_where_kernels_run() -> None:
+    graph = Hardware(CPU, "bf16", "flash", "graph", kernels=True)
+    chosen = {longest: fit_attention(graph, RunConfig(), 64, 512, longest).attention for longest in (60, 128, 129)}
+    assert chosen == {60: "triton", 128: "triton", 129: "flash"}
+    assert fit_attention(graph, RunConfig(attention="flash"), 64, 512, 60).attention == "flash"
+    assert fit_attention(replace(graph, kernels=False), RunConfig(), 64, 512, 60).attention == "flash"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_engine_that_works_is_kept(tiny: Callable[..., Path], precision: str) -> None:
+    hardware = Hardware(CPU, precision, "triton" if precision == "fp32" else "sdpa", "fixed", kernels=True)
+    training = curve(tiny("BertModel"), SINGLE, hardware, dropout=0.2)[2]
+    assert training.fixed is not None and training.hardware == hardware
+
+
+def test_a_wrong_kernel_is_found_before_the_first_step(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`auto` then trains without it, as if nothing had been; asked for by name it is an error."""
+    folder, tanh = tiny("BertModel"), partial(F.gelu, approximate="tanh")
+    expected = curve(folder, SINGLE, Hardware(CPU, "fp32", "sdpa", "eager"))
+    monkeypatch.setattr(gelu, "bias_gelu", lambda x, bias: 1.2 * tanh(x + bias))
+    hardware = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
+    result = curve(folder, SINGLE, hardware, quiet=False, engine="auto")
+    assert_same_training(result, expected)
+    assert (result[2].hardware.engine, result[2].hardware.attention) == ("eager", "sdpa")
+    assert "away from plain torch's. Training is eager" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"its gradient is .*% away from plain torch's; use eager"):
+        curve(folder, SINGLE, hardware)
+
+
+def test_an_engine_that_fails_is_a_fault_and_no_traceback(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such\ndriver")
+
+    monkeypatch.setattr(gelu, "bias_gelu", fails)
+    with pytest.raises(UserError, match="--engine fixed: RuntimeError: no such; use eager"):
+        curve(tiny("BertModel"), SINGLE, Hardware(CPU, "fp32", "triton", "fixed", kernels=True))
 
 
 @pytest.mark.gpu
