@@ -227,7 +227,7 @@ def test_a_wrong_kernel_is_found_before_the_first_step(
     result = curve(folder, SINGLE, hardware, quiet=False, engine="auto")
     assert_same_training(result, expected)
     assert (result[2].hardware.engine, result[2].hardware.attention) == ("eager", "sdpa")
-    assert "away from plain torch's. Training is eager" in capsys.readouterr().err
+    assert "away from plain torch's. Training is eager" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"its gradient is .*% away from plain torch's; use eager"):
         curve(folder, SINGLE, hardware)
 
