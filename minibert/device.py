@@ -21,6 +21,7 @@ from minibert.errors import UserError
 from minibert.model import PackedInput
 
 Result = TypeVar("Result")
+SHORT = 128  # tokens of the longest text up to which `auto` takes our attention for flash: two launches against five
 RESERVED_BLOCK, RESERVED_BLOCKS = 512 << 20, 8  # address space of the heap that is marked for huge pages
 
 
@@ -64,7 +65,8 @@ class Hardware:
 def choose(config: RunConfig) -> Hardware:
     """Resolve the `auto` flags; what was asked for by name and cannot run here is a UserError that says why.
 
-    `auto` takes the eager engine: the others wait for a measurement on a GPU (benchmarks/gpu.py).
+    `auto` takes the engine `graph` where a GPU and Triton are: it tries itself before the first step (see
+    `FixedSteps.fault`), and training is eager where it fails.
     """
     cuda = torch.cuda.is_available()
     if config.deterministic:
@@ -96,35 +98,52 @@ def _attention(config: RunConfig, device: torch.device, precision: str) -> str:
 
 def _engine(config: RunConfig, device: torch.device) -> str:
     if config.engine == "auto":
-        return "eager"
-    if config.engine == "graph" and device.type != "cuda":
-        raise UserError("--engine graph: CUDA graphs need an NVIDIA GPU; use eager")
-    if config.engine == "compile":
-        if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-            raise UserError("--engine compile: torch.compile needs a C++ compiler on the CPU; install g++ or use eager")
-        if device.type == "cuda" and find_spec("triton") is None:
-            raise UserError('--engine compile: needs Triton (pip install "minibert[gpu]"); use eager')
-    if config.freeze not in ("none", "embeddings", "0") and config.cache_frozen and config.engine != "eager":
-        raise UserError(f"--engine {config.engine}: frozen layers are computed once, outside a step; use eager")
-    if config.truncation == "window" and config.engine != "eager":
-        raise UserError(f"--engine {config.engine}: windows are pooled in steps of changing shape; use eager")
-    if distributed.world() > 1 and config.engine != "eager":
-        raise UserError(f"--engine {config.engine}: for one process; use eager under torchrun")
+        able = config.kernels and find_spec("triton") is not None and _cannot(config, device, "graph") is None
+        return "graph" if able else "eager"
+    reason = _cannot(config, device, config.engine)
+    if reason is not None:
+        raise UserError(f"--engine {config.engine}: {reason}; use eager")
     return config.engine
 
 
-def fit_attention(hardware: Hardware, config: RunConfig, head_size: int, max_length: int) -> Hardware:
-    """The same hardware for one model; UserError where a kernel asked for by name does not fit it."""
-    if hardware.attention == "triton" and (head_size not in (32, 64) or max_length > 512):
+def _cannot(config: RunConfig, device: torch.device, engine: str) -> str | None:
+    """Why an engine cannot run here, or None."""
+    if engine == "eager":
+        return None
+    if engine == "graph" and device.type != "cuda":
+        return "CUDA graphs need an NVIDIA GPU"
+    if engine == "compile" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "torch.compile needs a C++ compiler on the CPU; install g++"
+    if engine == "compile" and device.type == "cuda" and find_spec("triton") is None:
+        return 'needs Triton (pip install "minibert[gpu]")'
+    if config.freeze not in ("none", "embeddings", "0") and config.cache_frozen:
+        return "frozen layers are computed once, outside a step"
+    if config.truncation == "window":
+        return "windows are pooled in steps of changing shape"
+    return "for one process, not under torchrun" if distributed.world() > 1 else None
+
+
+def fit_attention(hardware: Hardware, config: RunConfig, head_size: int, max_length: int, longest: int) -> Hardware:
+    """The same hardware for one model and its texts; UserError where a kernel asked for by name does not fit."""
+    triton_fits = head_size in (32, 64) and max_length <= 512
+    if hardware.attention == "triton" and not triton_fits:
         raise UserError(
             f"--attention triton: made for heads of 32 or 64 and texts up to 512 tokens, not {head_size} and "
             f"{max_length}; use flash or sdpa"
         )
+    if config.attention == "auto" and hardware.kernels and triton_fits and longest <= SHORT:
+        return replace(hardware, attention="triton")
     if hardware.attention == "flash" and (head_size % 8 or head_size > 256):
         if config.attention == "flash":
             raise UserError(f"--attention flash: heads must be a multiple of 8 up to 256, not {head_size}; use sdpa")
         return replace(hardware, attention="sdpa")
     return hardware
+
+
+def eager(hardware: Hardware, config: RunConfig) -> Hardware:
+    """What is left where an engine of fixed shapes does not work: torch's own operations alone."""
+    attention = "sdpa" if config.attention == "auto" else hardware.attention
+    return replace(hardware, engine="eager", kernels=False, attention=attention)
 
 
 def out_of_memory(error: BaseException) -> bool:

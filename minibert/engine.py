@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 
 from minibert.config import RunConfig
 from minibert.device import Hardware
+from minibert.errors import UserError
 from minibert.flat import FlatOptimizer
 from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import DropoutMasks, Packing
@@ -30,6 +33,8 @@ from minibert.token_cache import folder as cache_folder
 
 SHORTEST = 32  # tokens of the smallest S; each next is twice as long
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+TOLERANCE = {"bf16": 0.05, "fp16": 0.02, "tf32": 0.02, "fp32": 1e-3}  # of a gradient; MiniLM: 0.015, 0.002, -, 1e-6
+RATES = ("dropout", "attention_dropout")  # attributes of modules
 WARM_UP = 2  # passes before a capture, in which kernels compile and cuBLAS takes its workspace
 
 
@@ -63,7 +68,7 @@ def _round_up(n: int, unit: int) -> int:
 
 def fill_up(x: PackedInput, targets: Tensor, bucket: Bucket, kernel: str) -> tuple[PackedInput, Tensor, Tensor]:
     """A batch on the host -> (input, targets, keep) of the bucket's shapes; `keep` [B] is 1 for the real texts."""
-    lengths = np.diff(x.packing.cu_seqlens.numpy()).astype(np.int64)
+    lengths = x.packing.lengths
     tail = bucket.tokens - int(lengths.sum())
     fillers = np.clip(tail - bucket.longest * np.arange(bucket.texts - len(lengths)), 0, bucket.longest)
 
@@ -148,27 +153,78 @@ class FixedSteps:
         assert place.norm is not None
         return torch.stack(losses).sum(), place.norm.clone()
 
+    def fault(self, x: PackedInput, targets: Tensor) -> str | None:
+        """Try everything on a few rows, before the first step: what is wrong, or None. Nothing is trained by it.
+
+        Kernels must give the gradient of plain torch, both without dropout, and a graph the loss and norm of what it
+        recorded. What raises is a fault too: a GPU too old, a driver that Triton does not know.
+        """
+        try:
+            fault = self._disagreement(x, targets)
+        except Exception as error:  # whatever torch, Triton or the driver may throw
+            fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        self.places.clear()
+        try:
+            self.optimizer.start_anew()
+        except RuntimeError:  # an illegal access, say, which ends this process's use of the GPU
+            raise UserError(f"the GPU gave up ({fault}); start again with --engine eager --attention sdpa") from None
+        return fault
+
+    def _disagreement(self, x: PackedInput, targets: Tensor) -> str | None:
+        difference = self._gradient_difference(x, targets)
+        if not difference <= TOLERANCE[self.hardware.precision]:  # nor is NaN
+            return f"its gradient is {difference:.0%} away from plain torch's"
+        if self.hardware.engine == "graph" and not self._graph_agrees(x, targets):
+            return "its graph gives another loss than the steps it recorded"
+        return None
+
+    def _gradient_difference(self, x: PackedInput, targets: Tensor) -> float:
+        """|ours - plain| / |plain| over all gradients."""
+        bucket, gradients = Bucket.of(x.packing.lengths), []
+        for kernels, attention in ((self.hardware.kernels, self.hardware.attention), (False, "sdpa")):
+            place = self._new_place(Place(*fill_up(x, targets, bucket, attention)), attention)
+            with without_dropout(self.twin):
+                self._loss(place.x, place.targets, place.keep, kernels).backward()
+            gradients.append(self.optimizer.grad.clone().float())
+            self.optimizer.drop_gradients()
+        ours, plain = gradients
+        return float((ours - plain).norm() / plain.norm())
+
+    def _graph_agrees(self, x: PackedInput, targets: Tensor) -> bool:
+        """Whether a replay gives the loss and norm of the same work done launch by launch, dropout included."""
+        place, found = self._place(x, targets, last=True), []
+        assert place.graph is not None
+        for work in (place.graph.replay, partial(self._work, place, True)):
+            torch.cuda.manual_seed(self.config.seed)
+            work()
+            assert place.loss is not None and place.norm is not None
+            found.append(torch.stack([place.loss, place.norm]).float())
+        replayed, launched = found
+        return torch.allclose(replayed, launched, rtol=TOLERANCE[self.hardware.precision])
+
     def passes(self, x: PackedInput, targets: Tensor) -> None:
         """Forward and backward of one batch without an update, to see whether it fits into memory."""
         self._gradients(self._place(x, targets, last=True))
 
     def _place(self, x: PackedInput, targets: Tensor, last: bool) -> Place:
         """The batch in its bucket's place; a bucket's first batch makes the place and captures its graph."""
-        bucket = Bucket.of(np.diff(x.packing.cu_seqlens.numpy()))
+        bucket = Bucket.of(x.packing.lengths)
         batch = Place(*fill_up(x, targets, bucket, self.hardware.attention))
         place = self.places.get((bucket, last))
         if place is not None:
             place.take(batch)
             return place
-        device, kernel = self.hardware.device, self.hardware.attention
-        place = Place(batch.x.to(device, kernel), batch.targets.to(device), batch.keep.to(device))
-        self.places[bucket, last] = place
+        place = self.places[bucket, last] = self._new_place(batch, self.hardware.attention)
         if self.hardware.engine == "graph":
             self._capture(place, last)
         return place
 
-    def _loss(self, x: PackedInput, targets: Tensor, keep: Tensor) -> Tensor:
-        kernels = self.hardware.kernels
+    def _new_place(self, batch: Place, attention: str) -> Place:
+        device = self.hardware.device
+        return Place(batch.x.to(device, attention), batch.targets.to(device), batch.keep.to(device))
+
+    def _loss(self, x: PackedInput, targets: Tensor, keep: Tensor, kernels: bool | None = None) -> Tensor:
+        kernels = self.hardware.kernels if kernels is None else kernels
         masks = DropoutMasks(self.config.seed, 0, self.rng if kernels else None, plain=not kernels)
         logits = self.twin.logits(x, masks)
         smoothing = self.config.label_smoothing
@@ -222,6 +278,19 @@ class FixedSteps:
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             text += f", {graphs} compilations"
         return text
+
+
+@contextmanager
+def without_dropout(model: BertForSequenceClassification) -> Iterator[None]:
+    """Every drop rate at 0, and afterwards as it was."""
+    rates = [(m, name, getattr(m, name)) for m in model.modules() for name in RATES if hasattr(m, name)]
+    try:
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, rate in rates:
+            setattr(module, name, rate)
 
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -9,6 +9,8 @@ from minibert.config import RunConfig
 from minibert.optim import learning_rate_factor, parameter_groups
 from minibert_kernels.adamw import FOUND_INF, NORM, FlatLayout, adamw_, prepare_update_
 
+FIRST_LOSS_SCALE = 65536.0
+
 
 class FlatOptimizer:
     """The same updates as `minibert.optim.Optimizer`, from two launches over all parameters.
@@ -38,10 +40,11 @@ class FlatOptimizer:
             parameter.data = weight
             copy = twins[names[parameter]]
             copy.data, copy.grad = shadow, grad
+            copy.main_grad = grad  # type: ignore[attr-defined]  # where kernels add by themselves, without autograd
         self.factor = torch.zeros((), device=device)  # of the peak learning rates, by the schedule
         self.steps = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
-        self.loss_scale = torch.full((), 65536.0, device=device) if dtype == torch.float16 else None
+        self.loss_scale = torch.full((), FIRST_LOSS_SCALE, device=device) if dtype == torch.float16 else None
         self.bad = torch.zeros((), device=device)  # 1 if the last step was skipped for another reason than fp16
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
         self.refresh()
@@ -72,6 +75,14 @@ class FlatOptimizer:
     def drop_gradients(self) -> None:
         """Forget what was computed of a step that will be tried again."""
         self.grad.zero_()
+
+    def start_anew(self) -> None:
+        """As before the first step."""
+        for tensor in (self.exp_avg, self.exp_avg_sq, self.grad, self.steps, self.skipped, self.bad):
+            tensor.zero_()
+        self.growth_tracker.zero_()
+        if self.loss_scale is not None:
+            self.loss_scale.fill_(FIRST_LOSS_SCALE)
 
     @property
     def learning_rate(self) -> float:

@@ -127,23 +127,23 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:
         """[T, H] -> [T, H]"""
-        context = ops.attention(self.qkv(hidden), packing, self.heads, self.attention_dropout, masks)
+        context = ops.attention(ops.linear(hidden, self.qkv, masks), packing, self.heads, self.attention_dropout, masks)
         return self._after_attention(context, hidden, masks)
 
     def forward_first_tokens(self, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:
         """[T, H] -> [B, H]: the [CLS] rows of `forward`. All tokens give keys and values; only [CLS] asks."""
         size = hidden.shape[1]
         first = hidden.index_select(0, packing.first_rows)  # [B, H]
-        query = F.linear(first, self.qkv.weight[:size], self.qkv.bias[:size])
-        key_value = F.linear(hidden, self.qkv.weight[size:], self.qkv.bias[size:])  # [T, 2H]
+        query = ops.linear(first, self.qkv, masks, slice(size))
+        key_value = ops.linear(hidden, self.qkv, masks, slice(size, None))  # [T, 2H]
         context = ops.first_token_attention(query, key_value, packing, self.heads, self.attention_dropout, masks)
         return self._after_attention(context, first, masks)
 
     def _after_attention(self, context: Tensor, residual: Tensor, masks: DropoutMasks | None) -> Tensor:
-        attended = self.attention_output(context)
-        attended = ops.dropout_add_norm(attended, residual, self.attention_norm, self.dropout, masks)
+        p, norms = self.dropout, (self.attention_norm, self.output_norm)
+        attended = ops.linear_dropout_add_norm(context, self.attention_output, residual, norms[0], p, masks)
         expanded = ops.linear_activation(attended, self.intermediate, self.activation, masks)  # [T, intermediate]
-        return ops.dropout_add_norm(self.output(expanded), attended, self.output_norm, self.dropout, masks)
+        return ops.linear_dropout_add_norm(expanded, self.output, attended, norms[1], p, masks)
 
 
 class Encoder(nn.Module):

@@ -67,44 +67,53 @@ class Packing:
     cu_seqlens: Tensor  # [B + 1] int32: text b is rows cu_seqlens[b] to cu_seqlens[b + 1]
     max_seqlen: int  # S
     first_rows: Tensor  # [B] the rows of [CLS]
-    chunks: list[Chunk]  # empty where a kernel works from cu_seqlens alone
     kernel: str = "sdpa"  # or flash, triton: what computes the attention
+    made_chunks: list[Chunk] | None = None  # empty where a kernel works from cu_seqlens alone
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int] | np.ndarray) -> Packing:
         """Build on the CPU from the token count of each text; no text may be empty. Best in order of length."""
         counts = np.asarray(lengths, dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(counts)])
-        return cls(
-            torch.from_numpy(offsets.astype(np.int32)),
-            int(counts.max()),
-            torch.from_numpy(offsets[:-1].copy()),
-            [Chunk.of(counts[a:b], int(offsets[a])) for a, b in chunk_bounds(counts)],
-        )
+        cu_seqlens, first_rows = torch.from_numpy(offsets.astype(np.int32)), torch.from_numpy(offsets[:-1].copy())
+        return cls(cu_seqlens, int(counts.max()), first_rows)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[B] tokens of each text; only where the batch still lies on the host."""
+        return np.diff(self.cu_seqlens.numpy()).astype(np.int64)
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """For the padded path: on the host made when first asked for, as a GPU wants others or none."""
+        if self.made_chunks is None:
+            lengths, offsets = self.lengths, self.cu_seqlens.tolist()
+            self.made_chunks = [Chunk.of(lengths[a:b], offsets[a]) for a, b in chunk_bounds(lengths)]
+        return self.made_chunks
 
     @classmethod
     def fixed(cls, lengths: np.ndarray, longest: int, kernel: str) -> Packing:
         """On the CPU, with shapes that depend on the sums alone: texts may be empty, none is over `longest`."""
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         first_rows = np.minimum(offsets[:-1], offsets[-1] - 1)  # an empty text at the end has no row of its own
-        chunks = [] if kernel == "flash" else [Chunk.of(lengths, 0, longest)]
+        chunks = [Chunk.of(lengths, 0, longest)] if kernel == "sdpa" else []
         cu_seqlens = torch.from_numpy(offsets.astype(np.int32))
-        return cls(cu_seqlens, longest, torch.from_numpy(first_rows), chunks, kernel)
+        return cls(cu_seqlens, longest, torch.from_numpy(first_rows), kernel, chunks)
 
     def to(self, device: torch.device, kernel: str = "sdpa") -> Packing:
         if device.type == "cpu":
             return replace(self, kernel=kernel)
-        chunks = self.chunks
-        if kernel == "flash":
+        chunks = self.made_chunks
+        if kernel != "sdpa":
             chunks = []
-        elif len(chunks) > 1:
-            chunks = [Chunk.of(self.cu_seqlens.diff().numpy().astype(np.int64), 0)]  # a GPU wants one large launch
+        elif chunks is None or len(chunks) > 1:
+            chunks = [Chunk.of(self.lengths, 0)]  # a GPU wants one large launch
         return Packing(
             self.cu_seqlens.to(device, non_blocking=True),
             self.max_seqlen,
             self.first_rows.to(device, non_blocking=True),
-            [chunk.to(device) for chunk in chunks],
             kernel,
+            [chunk.to(device) for chunk in chunks],
         )
 
 
@@ -182,25 +191,43 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, masks: DropoutMasks | Non
     return torch.addcmul(residual, x, mask, value=scale)
 
 
-def dropout_add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, p: float, masks: DropoutMasks | None) -> Tensor:
-    """LayerNorm(dropout(x) + residual): what stands behind attention and behind the feed-forward network."""
+def linear(x: Tensor, layer: nn.Linear, masks: DropoutMasks | None, rows: slice | None = None) -> Tensor:
+    """layer(x), or some of its outputs; for the kernels in a form that adds weight gradients up in place."""
+    if masks is not None and masks.rng is not None:
+        from minibert_kernels.linear import linear as in_place
+
+        return in_place(x, layer.weight, layer.bias, rows)
+    return layer(x) if rows is None else F.linear(x, layer.weight[rows], layer.bias[rows])
+
+
+def linear_dropout_add_norm(
+    x: Tensor, layer: nn.Linear, residual: Tensor, norm: nn.LayerNorm, p: float, masks: DropoutMasks | None
+) -> Tensor:
+    """LayerNorm(dropout(layer(x)) + residual): what stands behind attention and behind the feed-forward network.
+
+    The kernel adds the layer's bias in its own pass, and its gradient to that of the norm.
+    """
     if masks is not None and masks.rng is not None:
         from minibert_kernels.layer_norm import dropout_add_layer_norm
+        from minibert_kernels.linear import linear as in_place
 
-        site = masks.next_site()
-        return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, p=p, rng=masks.rng, site=site)
-    return norm(dropout_add(x, residual, p, masks))
+        product, site = in_place(x, layer.weight), masks.next_site()
+        return dropout_add_layer_norm(
+            product, residual, norm.weight, norm.bias, norm.eps, linear_bias=layer.bias, p=p, rng=masks.rng, site=site
+        )
+    return norm(dropout_add(layer(x), residual, p, masks))
 
 
 def linear_activation(
-    x: Tensor, linear: nn.Linear, activation: Callable[[Tensor], Tensor], masks: DropoutMasks | None
+    x: Tensor, layer: nn.Linear, activation: Callable[[Tensor], Tensor], masks: DropoutMasks | None
 ) -> Tensor:
-    """activation(linear(x)); the kernel adds the bias to erf-GELU's own pass, and its gradient to the backward's."""
+    """activation(layer(x)); the kernel adds the bias to erf-GELU's own pass, and its gradient to the backward's."""
     if masks is not None and masks.rng is not None and activation is F.gelu:
         from minibert_kernels.gelu import bias_gelu
+        from minibert_kernels.linear import linear as in_place
 
-        return bias_gelu(F.linear(x, linear.weight), linear.bias)
-    return activation(linear(x))
+        return bias_gelu(in_place(x, layer.weight), layer.bias)
+    return activation(layer(x))
 
 
 def attention(qkv: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None) -> Tensor:
@@ -238,9 +265,14 @@ def flash_attention(
 def _triton_attention(qkv: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None) -> Tensor:
     from minibert_kernels.attention import varlen_attention
 
-    rng, site = (None, 0) if masks is None else (masks.on(qkv.device), masks.next_site())
+    rng, site = _kernel_dropout(masks, qkv.device)
     split = qkv.view(len(qkv), 3, heads, -1)
     return varlen_attention(split, packing.cu_seqlens, packing.max_seqlen, p=p, rng=rng, site=site).flatten(1)
+
+
+def _kernel_dropout(masks: DropoutMasks | None, device: torch.device) -> tuple[Tensor | None, int]:
+    """([seed, step], number of the place) for a kernel; no dropout outside training."""
+    return (None, 0) if masks is None else (masks.on(device), masks.next_site())
 
 
 def _fused_attention(qkv: Tensor, chunk: Chunk, heads: int, p: float) -> Tensor:
@@ -262,6 +294,13 @@ def first_token_attention(
         asked = query.view(len(query), heads, -1)
         p = p if masks else 0.0
         return flash_attention(asked, key, value, each, packing.cu_seqlens, 1, packing.max_seqlen, p).flatten(1)
+    if packing.kernel == "triton":
+        from minibert_kernels import first_token
+
+        rng, site = _kernel_dropout(masks, query.device)
+        asked, keys_values = query.view(len(query), heads, -1), key_value.view(len(key_value), 2, heads, -1)
+        cu = packing.cu_seqlens
+        return first_token.first_token_attention(asked, keys_values, cu, p=p, rng=rng, site=site).flatten(1)
     contexts, start = [], 0
     for chunk in packing.chunks:
         of_chunk = query[start : start + chunk.num_texts].view(chunk.num_texts, heads, 1, -1)  # [n, N, 1, D]

@@ -112,6 +112,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
         distributed.same_weights(job.model)
     compact = prepare_sets(job)
     training = Training(job.model, data.problem, job.sets, job.config, job.hardware, weights)
+    job.hardware = training.hardware  # eager, where the engine that `auto` chose does not work
     moments.append(time.perf_counter())
     output = open_output(config, held)  # the last thing before training: an earlier run there is safe from mistakes
     record = run_record(job.config, data, command)
@@ -157,10 +158,12 @@ def get_ready(config: RunConfig, data: RunData) -> Job:
     config = replace(config, model=config.model or demo_weights())
     tokenizer, model, report = load_pretrained(config, data.problem)
     config = replace(config, max_length=length_limit(config, model.config))
-    head_size = model.config.hidden_size // model.config.num_attention_heads
-    hardware = fit_attention(choose(config), config, head_size, config.max_length or 0)
+    hardware = choose(config)
     frozen = freeze(model, config.freeze, report.new)
     sets = encode_parts(tokenizer, data, config)
+    head_size = model.config.hidden_size // model.config.num_attention_heads
+    longest = max(int(dataset.tokens.lengths.max()) for dataset in sets.values())
+    hardware = fit_attention(hardware, config, head_size, config.max_length or 0, longest)
     tokens = {part: dataset.tokens for part, dataset in sets.items()}
     inspection = inspect(data, tokens, config.max_length or 0, config.truncation)
     return Job(config, data, hardware, tokenizer, model, report, frozen, sets, inspection)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from minibert import distributed
 from minibert.batching import collate, cut, halving, plan_epoch, plan_evaluation, split
 from minibert.config import RunConfig
-from minibert.device import Hardware, attempt, out_of_memory
+from minibert.device import Hardware, attempt, eager, out_of_memory
 from minibert.errors import UserError
 from minibert.files import writing
 from minibert.frozen import FrozenActivations
@@ -43,6 +43,7 @@ SECONDS_BETWEEN_SAVES = 60  # at an evaluation
 LONGEST_WITHOUT_SAVE = 900  # seconds, evaluation or not
 BAD_STEPS = 10  # so many losses or gradients in a row that are not finite end the run
 ROWS_NAMED = 8
+ROWS_TRIED = 8  # of an engine, before the first step
 
 
 @dataclass
@@ -202,15 +203,32 @@ class Training:
         self.steps_per_epoch = len(self._steps_of_epoch(0))
         self.total_steps = min(math.ceil(self.steps_per_epoch * config.epochs), config.max_steps or sys.maxsize)
         model.encoder.recompute = config.activation_checkpointing
-        self.fixed: FixedSteps | None = None
+        self.fixed = self._fixed_steps()
         self.optimizer: Optimizer | FlatOptimizer
-        if hardware.engine == "eager":
+        if self.fixed is None:
             self.optimizer = Optimizer(model, config, self.total_steps, scale_loss=hardware.precision == "fp16")
         else:
-            from minibert.engine import FixedSteps  # imports Triton, where it is
-
-            self.fixed = FixedSteps(model, problem, config, hardware, self.total_steps, class_weights)
             self.optimizer = self.fixed.optimizer
+
+    def _fixed_steps(self) -> FixedSteps | None:
+        """The engine of fixed shapes, if it is wanted; None for eager steps, also where `auto` finds a fault in it."""
+        hardware, config = self.hardware, self.config
+        if hardware.engine == "eager":
+            return None
+        from minibert.engine import FixedSteps  # imports Triton, where it is
+
+        fixed = FixedSteps(self.model, self.problem, config, hardware, self.total_steps, self.weights)
+        rows = self._steps_of_epoch(0)[0].batches[0][:ROWS_TRIED]
+        train = self.data["train"]
+        fault = fixed.fault(train.batch(rows), train.targets_of(rows, torch.device("cpu")))
+        if fault is None:
+            return fixed
+        if config.engine != "auto":
+            raise UserError(f"--engine {hardware.engine}: {fault}; use eager")
+        self.hardware = eager(hardware, config)
+        if not config.quiet:
+            tqdm.write(f"engine {hardware.engine} does not work here: {fault}. Training is eager, with the same result")
+        return None
 
     def run(self, log_path: Path, save: Callable[[], None]) -> None:
         """Train to the end; the model then holds the best weights. `save` writes a checkpoint of this object."""
@@ -245,6 +263,8 @@ class Training:
                     last_save = time.monotonic()
                 if stop and not at_end:
                     raise Interrupted
+        if self.fixed is not None and not self.config.quiet:
+            tqdm.write(f"engine {self.hardware.engine}: {self.fixed.report()}")
         if self.state.step == int(self.optimizer.skipped) > 0 and self.optimizer.loss_scale is None:
             raise UserError("no step had a finite loss and gradient, so nothing was learned; lower --learning-rate")
         self.use_best_weights()
@@ -341,8 +361,9 @@ class Training:
 
     def _count_bad_steps(self) -> None:
         """Count steps skipped in a row; after BAD_STEPS the run ends, and its last checkpoint stays as it is."""
-        for step, bad in self.unchecked:
-            self.state.bad_in_row = self.state.bad_in_row + 1 if bool(bad) else 0
+        found = torch.stack([bad for _, bad in self.unchecked]).tolist() if self.unchecked else []  # waits once
+        for (step, _), bad in zip(self.unchecked, found, strict=True):
+            self.state.bad_in_row = self.state.bad_in_row + 1 if bad else 0
             if self.state.bad_in_row == BAD_STEPS:
                 raise UserError(
                     f"loss or gradient not finite for {BAD_STEPS} steps in a row, up to step {self.state.step}; "

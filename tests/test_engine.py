@@ -5,27 +5,37 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from minibert.batching import collate
 from minibert.checkpoint import load_model
 from minibert.config import RunConfig
 from minibert.device import Hardware, choose, fit_attention
-from minibert.engine import Bucket, fill_up
+from minibert.engine import Bucket, FixedSteps, fill_up
 from minibert.errors import UserError
 from minibert.model import BertForSequenceClassification
 from minibert.ops import DropoutMasks
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.tokens import Tokens
 from minibert.train import Dataset, Training
+from minibert_kernels import backend, gelu
 
 CPU = torch.device("cpu")
 SIZES = {SINGLE: 3, MULTI: 3, REGRESSION: 1}
+
+
+@pytest.fixture(autouse=True)
+def references(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' references stand in for them: Triton's interpreter takes a second where a GPU takes microseconds."""
+    if "interpreter" not in request.keywords:
+        monkeypatch.setattr(backend, "INTERPRET", False)
 
 
 def made_tokens(count: int, seed: int = 0) -> Tokens:
@@ -52,6 +62,7 @@ def curve(
     )
     data = Dataset(made_tokens(41), made_targets(kind, 41))
     labels = [str(i) for i in range(SIZES[kind])]
+    flags = {"engine": "auto" if hardware.engine == "eager" else "graph", **flags}  # by name: a fault is an error
     config = RunConfig(**{"batch_size": 8, "learning_rate": 1e-3, "epochs": 2, "quiet": True, **flags})
     training = Training(model, Problem(kind, labels), {"train": data}, config, hardware, weights)
     numbers = [torch.stack(training._step(step)) for _ in range(2) for step in training._steps_of_epoch(0)]
@@ -106,7 +117,6 @@ def test_fixed_shapes_train_as_plain_steps(tiny: Callable[..., Path], kind: str,
 
 
 def test_the_kernels_way_trains_the_same(tiny: Callable[..., Path]) -> None:
-    """Without a GPU the kernels' references stand in; what is tested is how they are called."""
     folder = tiny("BertModel")
     plain = Hardware(CPU, "fp32", "sdpa", "eager")
     kernels = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
@@ -119,6 +129,18 @@ def test_the_kernels_dropout_is_drawn_anew_each_step_and_again_from_the_seed(tin
     first = curve(folder, SINGLE, kernels, dropout=0.3)
     assert_same_training(curve(folder, SINGLE, kernels, dropout=0.3), first, tolerance=0)
     assert not np.allclose(curve(folder, SINGLE, kernels, dropout=0.3, seed=43)[0], first[0])
+
+
+@pytest.mark.interpreter
+def test_all_kernels_together_give_the_gradient_of_plain_torch(tiny: Callable[..., Path]) -> None:
+    folder = tiny("BertModel", hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
+    model, _ = load_model(folder, BertForSequenceClassification, num_labels=3, dropout=0.1)
+    hardware = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
+    steps = FixedSteps(model, Problem(SINGLE, ["a", "b", "c"]), RunConfig(), hardware, 10, None)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert backend.use_triton(steps.rng)
+    assert steps.fault(collate(made_tokens(2), np.arange(2)), torch.tensor([0, 2])) is None
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -190,11 +212,53 @@ def test_what_cannot_run_here_says_why(flags: dict[str, str], reason: str) -> No
 
 def test_a_kernel_that_does_not_fit_the_model_is_refused_or_replaced() -> None:
     hardware = Hardware(CPU, "bf16", "flash", "eager")
-    assert fit_attention(hardware, RunConfig(), 12, 512).attention == "sdpa"
+    assert fit_attention(hardware, RunConfig(), 12, 512, 60).attention == "sdpa"
     with pytest.raises(UserError, match="multiple of 8"):
-        fit_attention(hardware, RunConfig(attention="flash"), 12, 512)
+        fit_attention(hardware, RunConfig(attention="flash"), 12, 512, 60)
     with pytest.raises(UserError, match="heads of 32 or 64"):
-        fit_attention(replace(hardware, attention="triton"), RunConfig(attention="triton"), 16, 512)
+        fit_attention(replace(hardware, attention="triton"), RunConfig(attention="triton"), 16, 512, 60)
+
+
+def test_short_texts_take_our_attention_where_kernels_run() -> None:
+    graph = Hardware(CPU, "bf16", "flash", "graph", kernels=True)
+    chosen = {longest: fit_attention(graph, RunConfig(), 64, 512, longest).attention for longest in (60, 128, 129)}
+    assert chosen == {60: "triton", 128: "triton", 129: "flash"}
+    assert fit_attention(graph, RunConfig(attention="flash"), 64, 512, 60).attention == "flash"
+    assert fit_attention(replace(graph, kernels=False), RunConfig(), 64, 512, 60).attention == "flash"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_engine_that_works_is_kept(tiny: Callable[..., Path], precision: str) -> None:
+    hardware = Hardware(CPU, precision, "triton" if precision == "fp32" else "sdpa", "fixed", kernels=True)
+    training = curve(tiny("BertModel"), SINGLE, hardware, dropout=0.2)[2]
+    assert training.fixed is not None and training.hardware == hardware
+
+
+def test_a_wrong_kernel_is_found_before_the_first_step(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`auto` then trains without it, as if nothing had been; asked for by name it is an error."""
+    folder, tanh = tiny("BertModel"), partial(F.gelu, approximate="tanh")
+    expected = curve(folder, SINGLE, Hardware(CPU, "fp32", "sdpa", "eager"))
+    monkeypatch.setattr(gelu, "bias_gelu", lambda x, bias: 1.2 * tanh(x + bias))
+    hardware = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
+    result = curve(folder, SINGLE, hardware, quiet=False, engine="auto")
+    assert_same_training(result, expected)
+    assert (result[2].hardware.engine, result[2].hardware.attention) == ("eager", "sdpa")
+    assert "away from plain torch's. Training is eager" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"its gradient is .*% away from plain torch's; use eager"):
+        curve(folder, SINGLE, hardware)
+
+
+def test_an_engine_that_fails_is_a_fault_and_no_traceback(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("no such\ndriver")
+
+    monkeypatch.setattr(gelu, "bias_gelu", fails)
+    with pytest.raises(UserError, match="--engine fixed: RuntimeError: no such; use eager"):
+        curve(tiny("BertModel"), SINGLE, Hardware(CPU, "fp32", "triton", "fixed", kernels=True))
 
 
 @pytest.mark.gpu

@@ -53,29 +53,59 @@ def reduction_programs(tensor: Tensor, wanted: int) -> int:
 
 
 @jit()
-def sum_partials_kernel(
-    partials_ptr,  # [num_partials, SIZE] fp32
-    out_ptr,  # [SIZE]
+def _add_up(partials_ptr, out_ptr, num_partials, stride, SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """out += sum of num_partials rows, for one block of columns."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, num_partials, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < num_partials)[:, None] & (cols < SIZE)[None, :]
+        total += tl.load(partials_ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+    before = tl.load(out_ptr + cols, mask=cols < SIZE, other=0.0).to(tl.float32)
+    tl.store(out_ptr + cols, (before + tl.sum(total, axis=0)).to(out_ptr.dtype.element_ty), mask=cols < SIZE)
+
+
+@jit()
+def add_partials_kernel(
+    partials_ptr,  # [num_partials, V, SIZE] fp32
+    first_ptr,  # [SIZE], and so on for V vectors of at most three
+    second_ptr,
+    third_ptr,
     num_partials,
     SIZE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
+    V: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
-    for start in range(0, num_partials, BLOCK_ROWS):
-        rows = start + tl.arange(0, BLOCK_ROWS)
-        mask = (rows < num_partials)[:, None] & (cols < SIZE)[None, :]
-        total += tl.load(partials_ptr + rows[:, None] * SIZE + cols[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + cols, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=cols < SIZE)
+    """Program (i, v): column block i of vector v."""
+    vector = tl.program_id(1)
+    if vector == 0:
+        _add_up(partials_ptr, first_ptr, num_partials, V * SIZE, SIZE, ROWS, COLS)
+    if second_ptr is not None:  # noqa: SIM102 (known when compiled, unlike the vector)
+        if vector == 1:
+            _add_up(partials_ptr + SIZE, second_ptr, num_partials, V * SIZE, SIZE, ROWS, COLS)
+    if third_ptr is not None:  # noqa: SIM102
+        if vector == 2:
+            _add_up(partials_ptr + 2 * SIZE, third_ptr, num_partials, V * SIZE, SIZE, ROWS, COLS)
 
 
-def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """[programs, ...] fp32 -> [...] in `dtype`, always in the same order, so equal bits from run to run."""
-    out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
-    size = out.numel()
-    block = 64 if partials.is_cuda else next_power_of_2(size)
-    sum_partials_kernel[(cdiv(size, block),)](
-        partials, out, len(partials), SIZE=size, BLOCK_ROWS=32 if partials.is_cuda else 4, BLOCK_COLS=block, num_warps=4
+def add_partials(partials: Tensor, first: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> None:
+    """Add the sum of [programs, V, SIZE] to V vectors, always in the same order, so equal bits from run to run."""
+    programs, vectors, size = partials.shape
+    cols = 64 if partials.is_cuda else next_power_of_2(size)
+    add_partials_kernel[(cdiv(size, cols), vectors)](
+        *(partials, first, second, third, programs, size, vectors, 32 if partials.is_cuda else 4, cols), num_warps=4
     )
-    return out
+
+
+def grad_buffer(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Where a backward pass adds a parameter's gradient up, and what it then returns of it.
+
+    An optimizer that keeps all gradients in one buffer marks each parameter with its part as `main_grad`: a kernel adds
+    there by itself, and autograd has nothing left to add. Without one, it is a new tensor that autograd is given.
+    """
+    buffer = getattr(parameter, "main_grad", None)
+    if buffer is not None:
+        return buffer, None
+    fresh = torch.zeros_like(parameter)
+    return fresh, fresh

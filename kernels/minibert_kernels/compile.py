@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minibert_kernels import adamw, attention, backend, embedding, gelu, layer_norm
+from minibert_kernels import adamw, attention, backend, embedding, first_token, gelu, layer_norm
 from minibert_kernels.philox import drop_threshold
 
 ARCHITECTURES = (80, 90)
@@ -68,7 +68,15 @@ def configurations() -> list[Configuration]:
         Configuration("adamw fp32 grad", adamw.adamw_kernel, adam, types={"grad_ptr": "*fp32"}),
         Configuration("adamw norm", adamw.sum_of_squares_kernel, {"BLOCK_SIZE": 4096}, 8),
         Configuration("adamw control", adamw.control_kernel, {**logs, "BLOCK_SIZE": 1024}),
-        Configuration("sum_partials", backend.sum_partials_kernel, {"SIZE": 2304, "BLOCK_ROWS": 32, "BLOCK_COLS": 64}),
+    ]
+    sums = {"ROWS": 32, "COLS": 64}
+    found += [
+        Configuration("add_partials 3", backend.add_partials_kernel, {"SIZE": 768, "V": 3, **sums}),
+        Configuration(
+            "add_partials 1",
+            backend.add_partials_kernel,
+            {"SIZE": 3072, "V": 1, "second_ptr": None, "third_ptr": None, **sums},
+        ),
     ]
     tile: dict[str, Any]
     for size in (384, 768, 1024):
@@ -100,6 +108,11 @@ def configurations() -> list[Configuration]:
             rows, columns, warps = attention.short_backward_blocks(longest, head_size)
             tile, kernel = {"BLOCK_Q": rows, "BLOCK": columns, **head}, attention.short_backward_kernel
             found.append(Configuration(f"attention backward {name}", kernel, tile, warps, attention.STAGES))
+        tile = {"BLOCK_K": first_token.BLOCK, **{k: v for k, v in head.items() if k != "UPCAST"}}
+        found += [
+            Configuration(f"attention first token forward {head_size}", first_token.forward_kernel, tile, 2),
+            Configuration(f"attention first token backward {head_size}", first_token.backward_kernel, tile, 2),
+        ]
         rows, columns, warps = attention.LONG_BLOCKS
         tile = {"BLOCK_Q": rows, "BLOCK_K": columns, **head}
         found += [

@@ -1,7 +1,7 @@
 """dropout(LayerNorm(word + position + token type embedding)), gathered, normed and dropped in one pass.
 
 The backward pass gathers the rows and draws the mask again. It gives the gradient of the summed rows [T, H] and of the
-norm's weight and bias; `scatter_rows` adds the rows' gradients up by id, sorted first, without atomics.
+norm's weight and bias; `scatter_rows_` adds the rows' gradients up by id, sorted first, without atomics.
 
 Shapes: T tokens, H columns.
 """
@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minibert_kernels.backend import cdiv, jit, next_power_of_2, reduction_programs, sum_partials, tl, use_triton
+from minibert_kernels.backend import (
+    add_partials,
+    cdiv,
+    grad_buffer,
+    jit,
+    next_power_of_2,
+    reduction_programs,
+    tl,
+    use_triton,
+)
 from minibert_kernels.layer_norm import row_blocks
 from minibert_kernels.philox import drop_threshold, dropout_reference, keep_mask_kernel
 
@@ -165,7 +174,7 @@ def scatter_kernel(
     ids_ptr,  # [T] int64, sorted
     order_ptr,  # [T] int64, the row of `grad` of each sorted id
     ends_ptr,  # [T] int64, where the run of equal ids ends
-    out_ptr,  # [table rows, H]
+    out_ptr,  # [table rows, H], which the sums are added to
     SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
@@ -178,23 +187,24 @@ def scatter_kernel(
         end = tl.load(ends_ptr + first).to(tl.int32)
         total = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.float32)
         for start in range(first, end, BLOCK_ROWS):
-            places = start + tl.arange(0, BLOCK_ROWS)
-            rows = tl.load(order_ptr + places, mask=places < end, other=0)
-            mask = (places < end)[:, None] & (cols < SIZE)[None, :]
+            sorted_rows = start + tl.arange(0, BLOCK_ROWS)
+            rows = tl.load(order_ptr + sorted_rows, mask=sorted_rows < end, other=0)
+            mask = (sorted_rows < end)[:, None] & (cols < SIZE)[None, :]
             total += tl.load(grad_ptr + rows[:, None] * SIZE + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-        sums = tl.sum(total, axis=0).to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + row * SIZE + cols, sums, mask=cols < SIZE)
+        places = out_ptr + row * SIZE + cols
+        before = tl.load(places, mask=cols < SIZE, other=0.0).to(tl.float32)
+        tl.store(places, (before + tl.sum(total, axis=0)).to(out_ptr.dtype.element_ty), mask=cols < SIZE)
 
 
-def scatter_rows(grad: Tensor, ids: Tensor | None, table: Tensor) -> Tensor:
-    """The gradient of a table whose rows `ids` (None: all 0) were gathered: equal bits from run to run."""
-    out = torch.zeros_like(table)
+def scatter_rows_(out: Tensor, grad: Tensor, ids: Tensor | None) -> None:
+    """Add the gradient of a table whose rows `ids` (None: all 0) were gathered: equal bits from run to run."""
     if ids is None:
-        out[0] = grad.sum(0, dtype=torch.float32)
-        return out
-    if len(table) <= 16:  # few long runs: a matrix product adds up faster
-        chosen = ids[None, :] == torch.arange(len(table), device=ids.device)[:, None]
-        return chosen.to(grad.dtype) @ grad
+        out[0] += grad.sum(0, dtype=torch.float32)
+        return
+    if len(out) <= 16:  # few long runs: a matrix product adds up faster
+        chosen = ids[None, :] == torch.arange(len(out), device=ids.device)[:, None]
+        out.addmm_(chosen.to(grad.dtype), grad)
+        return
     ids, order = torch.sort(ids, stable=True)
     ends = torch.searchsorted(ids, ids, right=True)
     size = grad.shape[1]
@@ -202,7 +212,6 @@ def scatter_rows(grad: Tensor, ids: Tensor | None, table: Tensor) -> Tensor:
     scatter_kernel[(len(ids), cdiv(size, block_cols))](
         grad, ids, order, ends, out, size, block_rows, block_cols, num_warps=4
     )
-    return out
 
 
 class EmbeddingLayerNorm(torch.autograd.Function):
@@ -233,13 +242,15 @@ class EmbeddingLayerNorm(torch.autograd.Function):
             *(eps, size, dropped, block_rows, block_cols),
             num_warps=4,
         )
-        ctx.save_for_backward(*ids, *tables, weight, mean, rstd, rng)
+        ctx.save_for_backward(*ids, mean, rstd, rng)
+        ctx.parameters = (*tables, weight, bias)
         ctx.dropped, ctx.site = dropped, site
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        *ids, word, position, token_type, weight, mean, rstd, rng = ctx.saved_tensors
+        *ids, mean, rstd, rng = ctx.saved_tensors
+        word, position, token_type, weight, _ = ctx.parameters
         num_rows, size = grad_out.shape
         block_rows, block_cols = row_blocks(word, size)
         grad_sum = torch.empty(num_rows, size, dtype=word.dtype, device=word.device)
@@ -250,11 +261,11 @@ class EmbeddingLayerNorm(torch.autograd.Function):
             *(ctx.site, num_rows, size, ctx.dropped, block_rows, block_cols),
             num_warps=4,
         )
-        grad_weight, grad_bias = sum_partials(partials, weight.dtype)
-        needed = ctx.needs_input_grad[3:6]
-        tables = zip(ids, (word, position, token_type), needed, strict=True)
-        grads = [scatter_rows(grad_sum, i, table) if need else None for i, table, need in tables]
-        return None, None, None, *grads, grad_weight, grad_bias, None, None, None, None
+        buffers, grads = zip(*map(grad_buffer, ctx.parameters), strict=True)
+        for of_table, buffer in zip(ids, buffers[:3], strict=True):
+            scatter_rows_(buffer, grad_sum, of_table)
+        add_partials(partials, *buffers[3:])
+        return None, None, None, *grads, None, None, None, None
 
 
 def embedding_layer_norm(

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minibert_kernels.backend import cdiv, jit, next_power_of_2, reduction_programs, sum_partials, tl, use_triton
+from minibert_kernels.backend import (
+    add_partials,
+    cdiv,
+    grad_buffer,
+    jit,
+    next_power_of_2,
+    reduction_programs,
+    tl,
+    use_triton,
+)
 
 
 @jit(do_not_specialize=("num_rows",))
@@ -84,12 +93,13 @@ class BiasGelu(torch.autograd.Function):
         forward_kernel[(cdiv(num_rows, block_rows), cdiv(size, block_cols))](
             x, bias, out, num_rows, size, block_rows, block_cols, num_warps=4
         )
-        ctx.save_for_backward(x, bias)
+        ctx.save_for_backward(x)
+        ctx.bias = bias
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        x, bias = ctx.saved_tensors
+        (x,), bias = ctx.saved_tensors, ctx.bias
         num_rows, size = x.shape
         block_rows, block_cols = _tile(x)
         column_blocks = cdiv(size, block_cols)
@@ -98,11 +108,15 @@ class BiasGelu(torch.autograd.Function):
         if bias is not None:  # fewer programs, each with more rows: fewer partial sums
             programs = cdiv(4 * reduction_programs(x, programs), column_blocks)
             programs = min(programs, cdiv(num_rows, block_rows))
-            partials = torch.empty(programs, size, dtype=torch.float32, device=x.device)
+            partials = torch.empty(programs, 1, size, dtype=torch.float32, device=x.device)
         backward_kernel[(programs, column_blocks)](
             *(grad_out.contiguous(), x, bias, grad_x, partials, num_rows, size, block_rows, block_cols), num_warps=4
         )
-        return grad_x, None if partials is None else sum_partials(partials, bias.dtype)
+        if partials is None:
+            return grad_x, None
+        buffer, grad_bias = grad_buffer(bias)
+        add_partials(partials, buffer)
+        return grad_x, grad_bias
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minibert_kernels.backend import (
+    add_partials,
     cdiv,
+    grad_buffer,
     jit,
     next_power_of_2,
     reduction_programs,
-    sum_partials,
     tl,
     use_triton,
 )
@@ -109,7 +110,7 @@ def backward_kernel(
     rng_ptr,
     grad_x_ptr,  # [T, H], or None where it equals grad_residual
     grad_residual_ptr,  # [T, H]
-    partials_ptr,  # [programs, 3, H] fp32: of weight, bias, linear bias
+    partials_ptr,  # [programs, 2 or 3, H] fp32: of weight, bias and, where there is one, linear bias
     site,
     num_rows,
     SIZE: tl.constexpr,
@@ -147,10 +148,11 @@ def backward_kernel(
             grad_linear_bias += tl.where(mask, grad, 0.0)
         if grad_x_ptr is not None:
             tl.store(grad_x_ptr + places, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
-    partials_ptr += tl.program_id(0) * 3 * SIZE + cols
+    partials_ptr += tl.program_id(0) * (2 if linear_bias_ptr is None else 3) * SIZE + cols
     tl.store(partials_ptr, tl.sum(grad_weight, axis=0), mask=in_row)
     tl.store(partials_ptr + SIZE, tl.sum(grad_bias, axis=0), mask=in_row)
-    tl.store(partials_ptr + 2 * SIZE, tl.sum(grad_linear_bias, axis=0), mask=in_row)
+    if linear_bias_ptr is not None:
+        tl.store(partials_ptr + 2 * SIZE, tl.sum(grad_linear_bias, axis=0), mask=in_row)
 
 
 class DropoutAddLayerNorm(torch.autograd.Function):
@@ -167,27 +169,30 @@ class DropoutAddLayerNorm(torch.autograd.Function):
             *(eps, size, dropped, block_rows, block_cols),
             num_warps=4,
         )
-        ctx.save_for_backward(x, residual, linear_bias, weight, mean, rstd, rng)
+        ctx.save_for_backward(x, residual, mean, rstd, rng)
+        ctx.parameters = (weight, bias, linear_bias)
         ctx.dropped, ctx.site = dropped, site
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        x, residual, linear_bias, weight, mean, rstd, rng = ctx.saved_tensors
+        x, residual, mean, rstd, rng = ctx.saved_tensors
+        weight, bias, linear_bias = ctx.parameters
         num_rows, size = x.shape
         block_rows, block_cols = row_blocks(x, size)
         grad_residual = torch.empty_like(residual)
         grad_x = torch.empty_like(x) if ctx.dropped else None
         programs = reduction_programs(x, cdiv(num_rows, block_rows))
-        partials = torch.empty(programs, 3, size, dtype=torch.float32, device=x.device)
+        vectors = [weight, bias] if linear_bias is None else [weight, bias, linear_bias]
+        partials = torch.empty(programs, len(vectors), size, dtype=torch.float32, device=x.device)
         backward_kernel[(programs,)](
             *(grad_out.contiguous(), x, residual, linear_bias, weight, mean, rstd, rng, grad_x, grad_residual),
             *(partials, ctx.site, num_rows, size, ctx.dropped, block_rows, block_cols),
             num_warps=4,
         )
-        grad_weight, grad_bias, grad_linear_bias = sum_partials(partials, weight.dtype)
-        if linear_bias is None:
-            grad_linear_bias = None
+        buffers, grads = zip(*map(grad_buffer, vectors), strict=True)
+        add_partials(partials, *buffers)
+        grad_weight, grad_bias, grad_linear_bias = (*grads, None)[:3]
         grad_x = grad_residual if grad_x is None else grad_x
         return grad_x, grad_residual, grad_linear_bias, grad_weight, grad_bias, None, None, None, None
 
