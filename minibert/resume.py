@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ def save_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
 
 
 def code_digest() -> str:
-    """A hash of minibert's own source: two versions may compute differently under one number."""
+    """A hash of minibert's own source, kernels included: two versions may compute differently under one number."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    kernels = find_spec("minibert_kernels")
+    for folder in (Path(__file__).parent, *map(Path, (kernels and kernels.submodule_search_locations) or ())):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

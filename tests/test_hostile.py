@@ -65,6 +65,8 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path: Path, monkeypatch: pytest.M
     fails(lambda folder: 1 // 0, "by zero")
     fails(lambda folder: [None for _ in iter(int, 1)], "more than 1 s")
     fails(lambda folder: (folder.parent / "out").write_text("x"), "open for writing")
+    fails(lambda folder: (folder / ".." / "out").write_text("x"), "open for writing")
+    fails(lambda folder: (folder.parent / "out").unlink(), "os.remove")
     fails(lambda folder: os.system("true"), "os.system")
     fails(lambda folder: (folder / "more").write_text("x"), "files appeared")
 
