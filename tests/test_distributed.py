@@ -241,11 +241,17 @@ def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> Non
 
 STALLING = """
 import datetime, signal, sys, time
+import torch.distributed as dist
 from minibert import distributed, finetune, train
 from minibert.cli import run_command
 
-distributed.TIMEOUT = datetime.timedelta(seconds=10)
-step = train.Training._step
+step, group = train.Training._step, dist.init_process_group
+
+
+def meet(*arguments, store, rank, timeout, **options):
+    store.set(f"came {rank}", "")
+    store.wait(["came 0", "came 1"])  # a busy machine may take its time to start; only what comes later may not
+    group(*arguments, store=store, rank=rank, timeout=datetime.timedelta(seconds=10), **options)
 
 
 def stalling(self, chosen):
@@ -255,7 +261,7 @@ def stalling(self, chosen):
     return step(self, chosen)
 
 
-train.Training._step = stalling
+train.Training._step, dist.init_process_group = stalling, meet
 sys.exit(run_command(finetune.main, sys.argv[1:]))
 """
 
