@@ -20,12 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-from minibert import checkpoint, files, run, train
+from minibert import checkpoint, files, predictions, run, train
 from minibert.batching import halving
 from minibert.cli import run_command
+from minibert.data import Examples
 from minibert.errors import UserError
 from minibert.finetune import main
 from minibert.optim import Optimizer
+from minibert.problem import SINGLE, Problem
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = Path("checkpoints", "last", "state.safetensors")
@@ -480,3 +482,15 @@ def test_nothing_is_unpickled() -> None:
         assert not imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}, path
         called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         assert not called & {"torch.load", "np.load", "numpy.load", "eval", "exec"}, path
+
+
+def test_a_file_of_predictions_is_the_same_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"text {i}" for i in range(25)]
+    examples = Examples("f", texts, None, ["ab"[i % 2] for i in range(25)], list(range(2, 27)))
+    logits, targets = np.random.default_rng(0).normal(size=(25, 2)).astype(np.float32), np.arange(25) % 2
+    for size in (1000, 10, 25):
+        monkeypatch.setattr(predictions, "CHUNK", size)
+        predictions.write_file(tmp_path / f"{size}.csv", examples, Problem(SINGLE, ["a", "b"]), logits, targets)
+    whole = (tmp_path / "1000.csv").read_text()
+    assert whole.count("\n") == 26
+    assert whole == (tmp_path / "10.csv").read_text() == (tmp_path / "25.csv").read_text()
