@@ -172,7 +172,7 @@ def read_chunks(arguments: argparse.Namespace) -> Iterator[Examples]:
 def stream_lines(read: Callable[[], bytes], encoding: str) -> Iterator[Examples]:
     """The lines that are there, as soon as they are; blank ones too, so that line n is answered by row n."""
     from minibert.data import Examples
-    from minibert.tables import LONGEST_LINE
+    from minibert.sources import LONGEST_LINE
 
     source, rest, count = "standard input", "", 0
     try:

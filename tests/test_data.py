@@ -195,7 +195,7 @@ def test_bad_rows_are_an_error_that_counts_them_all(tmp_path: Path) -> None:
         load_data(RunConfig(train=write(tmp_path / "a.csv", BAD)))
     for phrase in (
         "line 42, 46: 2 rows have no text",
-        "line 43: 1 cells",
+        "line 43: 1 cell",
         "line 44: 1 row has no label",
         "line 45: 3 c",
     ):

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minibert import tables
+from minibert import sources
 from minibert.errors import UserError
 from minibert.tables import read_table, stream_table
 
@@ -220,12 +220,12 @@ def test_random_damage_never_gives_another_error(tmp_path: Path) -> None:
 
 
 def test_longest_line_is_a_limit_not_a_crash() -> None:
-    assert tables.LONGEST_LINE < 1 << 30
+    assert sources.LONGEST_LINE < 1 << 30
 
 
 def test_bad_rows_are_counted_by_reason_and_left_out_when_asked(tmp_path: Path) -> None:
     path = write(tmp_path, "text,label\none,x\na,b,c\ntwo,y\nd,e,f\nalone\n")
-    with pytest.raises(UserError, match=r"line 3, 5: 2 rows: 3 cells where the header has 2; line 6: 1 cells where"):
+    with pytest.raises(UserError, match=r"line 3, 5: 2 rows: 3 cells where the header has 2; line 6: 1 cell where"):
         read_table(path)
     table = read_table(path, on_bad_rows="skip")
     assert table.columns == {"text": ["one", "two"], "label": ["x", "y"]} and table.lines == [2, 4]
@@ -245,7 +245,7 @@ def test_bad_rows_of_json_lines(tmp_path: Path) -> None:
 
 def test_a_quote_never_closed_says_how_many_lines_it_took(tmp_path: Path) -> None:
     path = write(tmp_path, 'text,label\none,x\n"two,y\nthree,x\nfour,y\n')
-    with pytest.raises(UserError, match="line 3: 1 cells where the header has 2 and 2 more lines; is a quote not clos"):
+    with pytest.raises(UserError, match="line 3: 1 cell where the header has 2 and 2 more lines; is a quote not clos"):
         read_table(path)
 
 
