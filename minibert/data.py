@@ -21,8 +21,8 @@ from minibert.tokens import valid_unicode
 HEADER_ROWS = 200  # looked at to tell whether there is a header
 
 # What people call their columns, in the order of trust, as `_plain_name` writes them.
-TEXT_NAMES = """text sentence review question_text message sms tweet comment comment_text content question body
-description document resume utterance title v2 texts review_text reviewtext headline statement""".split()
+TEXT_NAMES = """text sentence review review_text reviewtext question_text message sms tweet comment comment_text content
+question body description document resume utterance statement headline title v2 texts""".split()
 LABEL_NAMES = """label labels target category class sentiment intent topic quality score rating stars y is_duplicate
 spam v1 gold_label emotion output polarity overall class_index coarse_label fine_label""".split()
 PAIR_NAMES = (
@@ -242,8 +242,10 @@ def stream_labelled(path: str, problem: Problem, config: RunConfig) -> Iterator[
     """`stream_examples` with labels that a trained model knows, for `evaluate`."""
     first = _first_rows(path, config)
     header = _has_header(first, config)
-    names = [cells[0] for cells in first.columns.values() if cells] if header and first.delimited else first.columns
-    if problem.kind == MULTI and not config.label_column and set(problem.labels) <= set(names):
+    names = set(first.columns)
+    if header and first.delimited:
+        names = {str(cells[0]).strip() for cells in first.columns.values() if cells}
+    if problem.kind == MULTI and not config.label_column and len(problem.labels) > 1 and set(problem.labels) <= names:
         config = replace(config, label_column=tuple(problem.labels))
 
     def named(examples: Examples, columns: Columns) -> Examples:
