@@ -120,7 +120,7 @@ def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Co
 
 
 def _plain_name(name: str) -> str:
-    """ "Review Text" is review_text."""
+    """One spelling: `Review Text` is review_text."""
     return re.sub(r"[\s_-]+", "_", name.strip().lower())
 
 
@@ -192,7 +192,8 @@ def _texts(table: Table, name: str) -> list[str]:
         if isinstance(value, dict | list):
             kind = "an object" if isinstance(value, dict) else "a list"
             raise UserError(f"{table.path}, line {line}, column {name}: {kind}, not a text")
-        texts.append("" if is_missing(value) else valid_unicode(str(value)))
+        is_nothing = not isinstance(value, str) and is_missing(value)  # a text of blanks stays as it is
+        texts.append("" if is_nothing else valid_unicode(str(value)))
     return texts
 
 

@@ -35,16 +35,19 @@ def guess_kind(values: Sequence[Any], columns: int, delimiter: str | None) -> tu
     if any(isinstance(value, list | tuple) for value in values) or _are_written_lists(values):
         return MULTI, "as the labels are lists"
     texts = [label_text(value) for value in values]
-    fraction = next((text for text in texts if _is_fraction(text)), None)
-    if fraction is not None and len(set(texts)) > 2 and _are_numbers(texts):
+    names = dict.fromkeys(texts)
+    fraction = next((name for name in names if _is_fraction(name)), None)
+    if fraction is not None and len(names) > 2 and _are_numbers(texts):
         return REGRESSION, f"as the labels are numbers with fractions, such as {fraction}"
     return SINGLE, "as each row has one label"
 
 
 def indicator_length(values: Sequence[Any]) -> int:
     """The length of rows of 0 and 1, a place for each label; 0 if they are none, or lists of the labels 0 and 1."""
+    if not values or not isinstance(_as_list(values[0]), list | tuple):
+        return 0
     rows = [_as_list(value) for value in values]
-    if not rows or not all(isinstance(row, list | tuple) for row in rows) or len({len(row) for row in rows}) > 1:
+    if not all(isinstance(row, list | tuple) for row in rows) or len({len(row) for row in rows}) > 1:
         return 0
     are_flags = all(item in (0, 1) for row in rows for item in row)
     return len(rows[0]) if are_flags and any(len(set(row)) < len(row) for row in rows) else 0
