@@ -162,13 +162,8 @@ def _shared(parts: Mapping[str, Examples], keys: Mapping[str, list[str]]) -> lis
     return found
 
 
-def head_lines(inspection: Inspection) -> list[str]:
-    """What the head of every run says: sizes, decisions, lengths, and what is doubtful."""
-    return fit([*_size_lines(inspection), _length_line(inspection), *_doubt_lines(inspection)])
-
-
-def check_lines(inspection: Inspection) -> list[str]:
-    """What --check says, one screen with the lines about model and cost: the same with classes and a histogram."""
+def screen(inspection: Inspection) -> list[str]:
+    """What --check and the head of every run say, one screen together with the lines about model and cost."""
     lines = [*_size_lines(inspection), *_class_lines(inspection), _length_line(inspection)]
     return fit([*lines, *_histogram_lines(inspection), *_doubt_lines(inspection)])
 

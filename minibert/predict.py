@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.errors import UserError
+from minibert.files import atomic, refuse_no_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,8 +81,7 @@ def output_format(arguments: argparse.Namespace) -> str:
         raise UserError(f"--output {path}: end the name in .csv, .jsonl or .parquet")
     if arguments.format not in (None, kind):
         raise UserError(f"--format {arguments.format}: --output {path} says {kind}; leave one of the two out")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder; make it, or give another --output")
+    refuse_no_folder(path)
     if arguments.file and path.exists() and Path(arguments.file).exists() and path.samefile(arguments.file):
         raise UserError(f"--output {path}: is the file to read; give another name")
     if kind == "parquet" and find_spec("pyarrow") is None:
@@ -120,8 +120,6 @@ def print_predictions(classifier: Classifier, arguments: argparse.Namespace) -> 
 
 def write_predictions(classifier: Classifier, arguments: argparse.Namespace, kind: str) -> None:
     """All columns, to --output (whole or not at all) or to standard output, chunk by chunk."""
-    from minibert.files import atomic
-
     chunks = predicted_chunks(classifier, arguments)
     if not arguments.output:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
@@ -172,7 +170,7 @@ def read_chunks(arguments: argparse.Namespace) -> Iterator[Examples]:
 def stream_lines(read: Callable[[], bytes], encoding: str) -> Iterator[Examples]:
     """The lines that are there, as soon as they are; blank ones too, so that line n is answered by row n."""
     from minibert.data import Examples
-    from minibert.tables import LONGEST_LINE
+    from minibert.sources import LONGEST_LINE
 
     source, rest, count = "standard input", "", 0
     try:

@@ -96,9 +96,7 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
         seconds=round(setup_seconds + train_seconds + _evaluation_rate(training) * read_again, 2),
         train_seconds=round(train_seconds, 2),
         seconds_per_step=round(train_seconds / steps, 4),
-        peak_memory_bytes=peak
-        + setup_bytes
-        + 2 * trained,  # the best weights are kept too, and the saved ones reloaded
+        peak_memory_bytes=peak + setup_bytes + 2 * trained,  # and the best weights, old and new for a moment
         memory_of="GPU" if training.hardware.device.type == "cuda" else "process",
         measured_steps=len(timed) + 2,
     )

@@ -28,7 +28,7 @@ from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
 from minibert.files import write_json, write_text, writing
 from minibert.frozen import compute
-from minibert.inspection import Inspection, check_lines, fit, head_lines, inspect
+from minibert.inspection import Inspection, fit, inspect, screen
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
 from minibert.output import CHECK, CHECKPOINTS, clear, open_output, output_folder, refuse_at_once
@@ -101,7 +101,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     say = silence if config.quiet else partial(print, flush=True)
     job = get_ready(config, data)
     describe(say, job.config, job.report, job.hardware, job.frozen)
-    for line in head_lines(job.inspection):
+    for line in screen(job.inspection):
         say(line)
 
     weights = class_weights(data.problem, config.class_weights, job.sets["train"].targets)
@@ -249,7 +249,7 @@ def check(config: RunConfig, data: RunData) -> None:
     """--check: print what data and model are like and what the run would cost; check.json in --output, if given."""
     job = get_ready(config, data)
     describe(print, job.config, job.report, job.hardware, job.frozen)
-    print("\n".join(check_lines(job.inspection)), flush=True)
+    print("\n".join(screen(job.inspection)), flush=True)
     cost = expected_cost(job)
     print(fit([cost.line()])[0])
     if config.output is not None:
