@@ -61,8 +61,8 @@ class Series:
     """One curve (or cloud of dots) of a chart; `tone` numbers the page's colours, 0 is grey."""
 
     name: str
-    x: np.ndarray
-    y: np.ndarray
+    x: np.ndarray  # [n]
+    y: np.ndarray  # [n]
     tone: int = 1
     curve: bool = True
     dots: bool = False
@@ -301,7 +301,11 @@ def meter(value: float) -> Html:
 def heat_map(names: Sequence[str], counts: np.ndarray) -> Html:
     """A confusion matrix [n, n]: counts, coloured by their share of the row."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    head = "".join(f'<th class="column"><bdi>{esc(cut(name, 40))}</bdi></th>' for name in names)
+    many = len(names) > 6
+    head = "".join(
+        f'<th class="column" title="{esc(cut(name, 80))}"><bdi>{esc(cut(name, 18 if many else 40))}</bdi></th>'
+        for name in names
+    )
     lines = []
     for name, row, share in zip(names, counts, shares, strict=True):
         cells = "".join(
@@ -309,7 +313,7 @@ def heat_map(names: Sequence[str], counts: np.ndarray) -> Html:
             for c, s in zip(row.tolist(), share.tolist(), strict=True)
         )
         lines.append(f'<tr><th class="row"><bdi>{esc(cut(name, 40))}</bdi></th>{cells}</tr>')
-    kind = "heat many" if len(names) > 6 else "heat"
+    kind = "heat many" if many else "heat"
     return Html(f'<div class="scroll"><table class="{kind}"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>')
 
 

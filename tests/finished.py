@@ -47,9 +47,7 @@ def finished(
     return run
 
 
-def targets_of(
-    kind: str, rng: np.random.Generator, rows: int, labels: int, classes: list[int] | None
-) -> np.ndarray:
+def targets_of(kind: str, rng: np.random.Generator, rows: int, labels: int, classes: list[int] | None) -> np.ndarray:
     if kind == REGRESSION:
         return (rng.random(rows) * 5).astype(np.float32)
     if kind == MULTI:
