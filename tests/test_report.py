@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, browser
+from browser import CHROMIUM, Page, browser
 from conftest import save_tiny
 from finished import add_predictions, finished, log_of
 from huggingface_hub import ModelCard
@@ -86,11 +86,14 @@ FIGURES = {
 }
 
 
-# What stands out to the left or the right of the window; what scrolls in a box of its own may be wider.
-SPILLED = """[...document.querySelectorAll('html, main *')].filter(e => {
-    const box = e.getBoundingClientRect(), inside = e.parentElement && e.parentElement.closest('.scroll')
-    return !inside && (box.right > innerWidth + 1 || box.left < -1 || e.scrollWidth > innerWidth)
-}).map(e => e.outerHTML.slice(0, 80))"""
+def spilled(page: Page, width: int) -> list[str]:
+    """What stands out of the window; what scrolls in, or is cut by, a box of its own may be wider."""
+    return page.evaluate(
+        """[...document.querySelectorAll('html, body *')].filter(e => {
+            const box = e.getBoundingClientRect(), own = e.closest('.scroll, .key')
+            return !own && (box.right > WIDTH + 1 || box.left < -1 || e.scrollWidth > WIDTH)
+        }).map(e => e.outerHTML.slice(0, 80))""".replace("WIDTH", str(width))
+    )
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to look at the report with")
@@ -101,7 +104,7 @@ def test_odd_reports_fit_into_the_window(tmp_path: Path) -> None:
             path.write_text(report.page(run, log_of(run), name), encoding="utf-8", errors="replace")
             for width in (1200, 390):
                 page.open(path, width, 800, width == 390)
-                assert (page.evaluate(SPILLED), page.complaints()) == ([], []), (name, width)
+                assert (spilled(page, width), page.complaints()) == ([], []), (name, width)
                 heights = page.evaluate("[...document.querySelectorAll('.heat tr')].map(e => e.offsetHeight)")
                 assert max(heights, default=0) < 260, name  # names of classes stand in lines, not letter by letter
 
@@ -117,7 +120,7 @@ def test_a_browser_shows_the_report(runs: dict[str, Path], kind: str, tmp_path: 
             page.screenshot(ARTEFACTS / f"report-{kind}-{width}-{'dark' if dark else 'light'}.png")
             assert page.complaints() == []
             assert page.requests() == [path.as_uri()]  # nothing else was asked for
-            assert page.evaluate(SPILLED) == []
+            assert spilled(page, width) == []
             assert page.evaluate("document.querySelectorAll('script, img, iframe, b, link, a').length") == 0
             assert EVIL in page.evaluate("document.body.textContent")
             background = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -140,7 +143,7 @@ def test_the_browser_tests_would_notice(tmp_path: Path) -> None:
     with browser(tmp_path / "profile") as page:
         page.open(bad, 390, 800, False)
         assert len(page.complaints()) >= 2 and len(page.requests()) == 2
-        assert len(page.evaluate(SPILLED.replace("main *", "body *"))) == 2
+        assert len(spilled(page, 390)) == 2
 
 
 def test_report_holds_the_figures_of_the_metrics(runs: dict[str, Path]) -> None:
