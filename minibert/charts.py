@@ -303,7 +303,7 @@ def heat_map(names: Sequence[str], counts: np.ndarray) -> Html:
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     many = len(names) > 6
     head = "".join(
-        f'<th class="column" title="{esc(cut(name, 80))}"><bdi>{esc(cut(name, 18 if many else 40))}</bdi></th>'
+        f'<th class="column" title="{esc(cut(name, 80))}"><bdi>{esc(cut(name, 18 if many else 28))}</bdi></th>'
         for name in names
     )
     lines = []
