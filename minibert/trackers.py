@@ -121,7 +121,7 @@ def curve_values(line: dict[str, Any]) -> dict[str, float]:
 
 def final_values(metrics: dict[str, Any]) -> dict[str, float]:
     """metrics.json as final/PART/NAME, with each class's F1; lists and words left out."""
-    values = {}
+    values: dict[str, float] = {}
     for part, found in metrics.items():
         if isinstance(found, dict):
             numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
