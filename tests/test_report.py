@@ -105,9 +105,7 @@ def test_odd_reports_fit_into_the_window(tmp_path: Path) -> None:
             for width in (1200, 390):
                 page.open(path, width, 800, width == 390)
                 assert (spilled(page, width), page.complaints()) == ([], []), (name, width)
-                heights = page.evaluate(
-                    "[...document.querySelectorAll('.heat tr:not(:first-child)')].map(e => e.offsetHeight)"
-                )
+                rows = "[...document.querySelectorAll('.heat tr:not(:first-child)')].map(e => e.offsetHeight)"
                 assert max(page.evaluate(rows), default=0) < 150, (name, width)  # names in lines, not letter by letter
 
 
