@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from minibert.config import RunConfig
 from minibert.device import Hardware
 
 Say = Callable[[str], None]
+# The metrics worth a place on the terminal, where a problem has them; metrics.json has all.
+MAIN_METRICS = """accuracy micro_f1 macro_f1 weighted_f1 subset_accuracy mcc roc_auc pearson spearman mse mae
+loss""".split()
+CLASSES, NAME_LENGTH = 30, 40  # of the table of classes
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def silence(line: str) -> None:
@@ -32,17 +38,13 @@ def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int) ->
     say("")
     for part in ("validation", "test"):
         if part in metrics:
-            numbers = [f"{k} {v:.4f}" for k, v in metrics[part].items() if isinstance(v, float)]
-            say(f"{part:<11}" + " · ".join(numbers[:5]))
+            numbers = [f"{name} {shown(metrics[part][name])}" for name in MAIN_METRICS if name in metrics[part]]
+            say(f"{part:<11}" + " · ".join(numbers))
     if "at_threshold_0.5" in metrics.get("validation", {}):
         say("           thresholds: the best F1 of each label on validation, kept in config.json for predict")
     part = "test" if "test" in metrics else "validation"
-    per_class = metrics.get(part, {}).get("per_class", {})
-    if per_class:
-        width = max(len(name) for name in per_class) + 2
-        say(f"\n{part + ' rows':<{width}} precision  recall      f1  support")
-        for name, row in list(per_class.items())[:30]:
-            say(f"{name:<{width}} {row['precision']:>9.4f} {row['recall']:>7.4f} {row['f1']:>7.4f} {row['support']:>8}")
+    for line in class_lines(part, metrics.get(part, {}).get("per_class", {})):
+        say(line)
     timing = metrics["speed"]
     say(
         f"\ntrained in {timing['train_seconds']:.1f} s, {timing['examples_per_second']:.0f} examples/s, "
@@ -51,5 +53,29 @@ def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int) ->
     say(f"saved to {output} · reloaded logits differ by {metrics['reload_max_difference']:.1g}")
     if mlp_size:
         say("the mlp head is minibert's own: transformers cannot load this folder as a classifier")
-    example = "A text to classify"
-    say(f'\npredict: python -m minibert.predict {output} --text "{example}"')
+    say(f'\npredict: python -m minibert.predict {output} --text "A text to classify"')
+
+
+def class_lines(part: str, per_class: dict[str, dict[str, Any]]) -> list[str]:
+    """The final table: a row for each class, of very many for the first ones."""
+    if not per_class:
+        return []
+    names = [terminal_name(name) for name in list(per_class)[:CLASSES]]
+    width = max(map(len, [*names, f"{part} rows"])) + 2
+    lines = [f"\n{part + ' rows':<{width}} precision  recall      f1  support"]
+    for name, row in zip(names, per_class.values(), strict=False):
+        numbers = " ".join(f"{row[key]:>{space}.4f}" for key, space in (("precision", 9), ("recall", 7), ("f1", 7)))
+        lines.append(f"{name:<{width}} {numbers} {row['support']:>8}")
+    rest = len(per_class) - CLASSES
+    return [*lines, f"... and {rest} more in metrics.json"] if rest > 0 else lines
+
+
+def terminal_name(label: str) -> str:
+    """A label on one line, without what a terminal would obey, and not longer than a column."""
+    name = " ".join(CONTROL.sub(" ", label).split())
+    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
+
+
+def shown(value: float | None) -> str:
+    """A metric as the terminal has it: a dash where it is undefined."""
+    return "-" if value is None else f"{value:.4f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,17 +123,19 @@ class Problem:
         self.thresholds = np.where(targets.sum(0) < ROWS_FOR_OWN_THRESHOLD, common, tuned).tolist()
 
     def metrics(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-        """All metrics of the contract for [n, L] logits, and the mean plain loss."""
-        if self.kind == REGRESSION:
-            return metrics.regression_metrics(targets, logits[:, 0])
+        """All metrics of the contract for [n, L] logits, and the mean plain loss; None where one is no number."""
         probabilities = self.probabilities(logits)
-        if self.kind == SINGLE:
+        if self.kind == REGRESSION:
+            result = metrics.regression_metrics(targets, logits[:, 0])
+        elif self.kind == SINGLE:
             result = metrics.classification_metrics(targets, probabilities, self.labels)
         else:
             result = metrics.multi_label_metrics(targets, probabilities, self.labels, self.threshold_array())
-        losses = self.example_losses(logits, targets)
-        result["loss"] = float(losses.mean()) if len(losses) else None
-        return result
+        if self.kind != REGRESSION:
+            losses = self.example_losses(logits, targets)
+            result["loss"] = float(losses.mean()) if len(losses) else None
+        broken = {name for name, value in result.items() if isinstance(value, float) and not math.isfinite(value)}
+        return {name: None if name in broken else value for name, value in result.items()}
 
 
 def label_text(value: Any) -> str:

@@ -215,6 +215,9 @@ def train(
         say(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
         distributed.wait_for_all()
         raise KeyboardInterrupt from None
+    except UserError:
+        tracker.stop()  # or its run would seem to go on
+        raise
     return tracker
 
 

@@ -107,6 +107,11 @@ def test_an_effect_is_what_leaving_the_word_out_changes(planted: Path) -> None:
     assert explain(classifier, [], None, classifier.logits([])) == []
     classifier.max_length = 16
     assert len(explain(classifier, ["word " * 500], None, classifier.logits(["word " * 500]))[0]) == 16
+    classifier.truncation = "head_tail"  # in a text little longer than that, no word comes twice
+    for count, kept in ((20, 20), (30, 24)):
+        text = "word " * count
+        starts = [word.start for word in explain(classifier, [text], None, classifier.logits([text]))[0]]
+        assert len(starts) == kept and starts == sorted({*starts})
 
 
 def test_words_of_a_text_with_special_tokens_and_broken_unicode(planted: Path) -> None:
