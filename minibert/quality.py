@@ -310,8 +310,8 @@ def multi_finds(judged: Judged) -> tuple[list[Found], list[Found]]:
     def found(row: int, values: np.ndarray) -> Found:
         label = int(values[row].argmax())
         name = cut(judged.problem.labels[label], 50)
-        shown = [name if has else f"not {name}" for has in (truth[row, label], given[row, label])]
-        return Found(judged, row, values[row, label], *shown, f"{p[row, label]:.3f}")
+        stated, predicted = (name if has else f"not {name}" for has in (truth[row, label], given[row, label]))
+        return Found(judged, row, values[row, label], stated, predicted, f"{p[row, label]:.3f}")
 
     wrong = [found(i, mistakes) for i in top(mistakes.max(1))]
     return wrong, [found(i, nearness) for i in top(nearness.max(1))]
