@@ -16,6 +16,7 @@ from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, label_text, sor
 from minibert.tables import BadRow, Table, bad_rows_error, describe_bad, read_table, stream_table
 from minibert.tokens import valid_unicode
 
+ROOM_FOR_LABELS = 30  # characters
 HEADER_ROWS = 200  # looked at to tell whether there is a header
 
 # What people call their columns, in the order of trust; compared in lower case.
@@ -90,7 +91,8 @@ def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Co
     lower = {name.lower(): name for name in reversed(names)}
     for wanted in (*config.text_column, *config.label_column, *filter(None, [config.text_pair_column])):
         if wanted not in names:
-            raise UserError(f"{table.path}: no column {wanted!r}; its columns are {', '.join(names)}")
+            meant = f" (did you mean {lower[wanted.lower()]!r}?)" if wanted.lower() in lower else ""
+            raise UserError(f"{table.path}: no column {wanted!r}; its columns are {', '.join(names)}{meant}")
     text, pair, label = config.text_column, config.text_pair_column, config.label_column
     if not text and not pair:
         first, second = next(((a, b) for a, b in PAIR_NAMES if a in lower and b in lower), ("", ""))
@@ -103,8 +105,18 @@ def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Co
         text, label = _two_columns(table, text, label)
     if not text or (need_label and not label):
         what = "--text-column" if not text else "--label-column"
-        raise UserError(f"{table.path}: give {what}; the columns are {', '.join(names) or 'none'}")
+        raise UserError(f"{table.path}: give {what}; {_described(table)}")
     return Columns(text, pair, label)
+
+
+def _described(table: Table) -> str:
+    """The columns for an error line; those that have only numbers for names with what the first row holds."""
+    names = list(table.columns)
+    if names != [str(i) for i in range(len(names))]:
+        return f"the columns are {', '.join(names) or 'none'}"
+    first = {name: " ".join(str(values[0]).split()) if values else "" for name, values in table.columns.items()}
+    shown = ", ".join(f"{name} ({value[:24]}{'...' if len(value) > 24 else ''})" for name, value in first.items())
+    return f"there is no header; the columns are {shown}"
 
 
 def _two_columns(
@@ -189,14 +201,19 @@ def stream_labelled(path: str, problem: Problem, config: RunConfig) -> Iterator[
             names = {value} if problem.kind == SINGLE else set(value) if problem.kind == MULTI else set()
             if names - known:
                 unknown, some = min(names - known), ", ".join(problem.labels[:8])
-                raise UserError(f"{path}, line {line}: label {unknown!r} is unknown to the model; it knows {some}")
+                more = f" and {len(known) - 8} more" if len(known) > 8 else ""
+                several = problem.kind == MULTI and config.label_delimiter is None
+                hint = "; --label-delimiter takes several labels apart" if several else ""
+                raise UserError(
+                    f"{path}, line {line}: label {unknown!r} is unknown to the model; it knows {some}{more}{hint}"
+                )
         yield examples
 
 
 def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
     header = _has_header(path, config)
     if not header and not config.no_header:
-        notes.append(f"{path} has no header, as its first row looks like the others: columns 0, 1, ...")
+        notes.append(f"{path} has no header: its first row looks like the others")
     table = read_table(path, header=header, encoding=config.encoding, on_bad_rows="skip")
     if not table.lines and not table.bad:
         raise UserError(f"{path}: no rows; expected a header and at least one row of data")
@@ -235,10 +252,11 @@ def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, not
             notes.append(f"skipped {_rows(bad)} of {parts[name].source}, {describe_bad(bad)}")
     problem = detect_problem(parts, columns, config, notes)
     if config.max_train_samples and config.max_train_samples < len(parts["train"]):
-        share = config.max_train_samples / len(parts["train"])
+        rows = len(parts["train"])
+        share = config.max_train_samples / rows
         kept, _ = split(parts["train"], problem, 1 - share, config.split_seed)
         parts["train"] = parts["train"].take(kept)
-        notes.append(f"{len(kept)} training rows of those in the file (--max-train-samples)")
+        notes.append(f"{len(kept)} of {rows} training rows are used (--max-train-samples {config.max_train_samples})")
     _split_parts(parts, problem, config)
     return RunData(parts, problem, columns, notes, skipped)
 
@@ -292,10 +310,18 @@ def detect_problem(parts: dict[str, Examples], columns: Columns, config: RunConf
     labels = list(columns.label) if kind == MULTI and len(columns.label) > 1 else sorted_labels(names)
     if not labels:
         raise UserError(f"{train.source}: no row has a label; a classifier needs some")
-    notes.append(f"{kind}, {why}: {len(labels)} labels ({', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''})")
+    notes.append(f"{kind}, {why}: {len(labels)} labels ({_some_names(labels)})")
     if kind == SINGLE and config.problem_type == "auto":
         notes += _second_thoughts(train.labels or [])
     return Problem(kind, labels)
+
+
+def _some_names(labels: list[str]) -> str:
+    """As many labels as a line has room for."""
+    shown = labels[:6]
+    while len(shown) > 1 and len(", ".join(shown)) > ROOM_FOR_LABELS:
+        shown.pop()
+    return ", ".join(shown) + (", ..." if len(shown) < len(labels) else "")
 
 
 def _guess_kind(train: Examples, columns: Columns, config: RunConfig) -> tuple[str, str]:
@@ -334,8 +360,8 @@ def _second_thoughts(labels: list[str]) -> list[str]:
             ]
     if len(labels) >= 50 and len(names) > len(labels) / 2:
         return [f"{len(names)} different labels in {len(labels)} rows: is --label-column right?"]
-    if len(names) > 10 and all(map(_is_number, names)):
-        return ["numbers without fractions are classes; --problem-type regression takes them as values"]
+    if len(names) > 2 and all(map(_is_number, names)):
+        return ["whole numbers are taken as classes; --problem-type regression takes them as amounts"]
     return []
 
 
