@@ -82,9 +82,9 @@ def model_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=DOWNLOADS))
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        why = one_line(error).partition(" An error happened")[0]
+        why = one_line(error).partition(" An error happened")[0][:120]
         raise UserError(
-            f"{name}: neither a folder here nor to be had from the hub ({why if len(why) < 120 else why[:117] + '...'}); "
+            f"{name}: neither a folder here nor to be had from the hub ({why}); "
             "give a folder with config.json and model.safetensors, or check the name and the network"
         ) from None
 

@@ -361,7 +361,7 @@ def _second_thoughts(labels: list[str]) -> list[str]:
     if len(labels) >= 50 and len(names) > len(labels) / 2:
         return [f"{len(names)} different labels in {len(labels)} rows: is --label-column right?"]
     if len(names) > 2 and all(map(_is_number, names)):
-        return ["whole numbers are taken as classes; --problem-type regression takes them as amounts"]
+        return ["numbers without fractions are classes; --problem-type regression takes them as values"]
     return []
 
 
