@@ -462,7 +462,8 @@ def minibert(run: Run, size: str, work: Work, **flags: Any) -> Trainer:
     config = RunConfig(**(options | flags))
     model_config = config_of(run, size)
     head_size = model_config.hidden_size // model_config.num_attention_heads
-    hardware = fit_attention(choose(config), config, head_size, int(work.tokens.lengths.max()))
+    longest = int(work.tokens.lengths.max())
+    hardware = fit_attention(choose(config), config, head_size, longest, longest)
     dropouts = {"dropout": config.dropout, "head_dropout": config.head_dropout}
     model, _ = load_model(model_of(run, size), BertForSequenceClassification, num_labels=2, **dropouts)
     model.cls_only = config.cls_only

@@ -96,7 +96,7 @@ class Packing:
         """On the CPU, with shapes that depend on the sums alone: texts may be empty, none is over `longest`."""
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         first_rows = np.minimum(offsets[:-1], offsets[-1] - 1)  # an empty text at the end has no row of its own
-        chunks = [] if kernel == "flash" else [Chunk.of(lengths, 0, longest)]
+        chunks = [Chunk.of(lengths, 0, longest)] if kernel == "sdpa" else []
         cu_seqlens = torch.from_numpy(offsets.astype(np.int32))
         return cls(cu_seqlens, longest, torch.from_numpy(first_rows), kernel, chunks)
 
@@ -104,7 +104,7 @@ class Packing:
         if device.type == "cpu":
             return replace(self, kernel=kernel)
         chunks = self.made_chunks
-        if kernel == "flash":
+        if kernel != "sdpa":
             chunks = []
         elif chunks is None or len(chunks) > 1:
             chunks = [Chunk.of(self.lengths, 0)]  # a GPU wants one large launch
@@ -265,9 +265,14 @@ def flash_attention(
 def _triton_attention(qkv: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None) -> Tensor:
     from minibert_kernels.attention import varlen_attention
 
-    rng, site = (None, 0) if masks is None else (masks.on(qkv.device), masks.next_site())
+    rng, site = _kernel_dropout(masks, qkv.device)
     split = qkv.view(len(qkv), 3, heads, -1)
     return varlen_attention(split, packing.cu_seqlens, packing.max_seqlen, p=p, rng=rng, site=site).flatten(1)
+
+
+def _kernel_dropout(masks: DropoutMasks | None, device: torch.device) -> tuple[Tensor | None, int]:
+    """([seed, step], number of the place) for a kernel; no dropout outside training."""
+    return (None, 0) if masks is None else (masks.on(device), masks.next_site())
 
 
 def _fused_attention(qkv: Tensor, chunk: Chunk, heads: int, p: float) -> Tensor:
@@ -289,6 +294,13 @@ def first_token_attention(
         asked = query.view(len(query), heads, -1)
         p = p if masks else 0.0
         return flash_attention(asked, key, value, each, packing.cu_seqlens, 1, packing.max_seqlen, p).flatten(1)
+    if packing.kernel == "triton":
+        from minibert_kernels import first_token
+
+        rng, site = _kernel_dropout(masks, query.device)
+        asked, keys_values = query.view(len(query), heads, -1), key_value.view(len(key_value), 2, heads, -1)
+        cu = packing.cu_seqlens
+        return first_token.first_token_attention(asked, keys_values, cu, p=p, rng=rng, site=site).flatten(1)
     contexts, start = [], 0
     for chunk in packing.chunks:
         of_chunk = query[start : start + chunk.num_texts].view(chunk.num_texts, heads, 1, -1)  # [n, N, 1, D]

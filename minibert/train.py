@@ -263,6 +263,8 @@ class Training:
                     last_save = time.monotonic()
                 if stop and not at_end:
                     raise Interrupted
+        if self.fixed is not None and not self.config.quiet:
+            tqdm.write(f"engine {self.hardware.engine}: {self.fixed.report()}")
         if self.state.step == int(self.optimizer.skipped) > 0 and self.optimizer.loss_scale is None:
             raise UserError("no step had a finite loss and gradient, so nothing was learned; lower --learning-rate")
         self.use_best_weights()

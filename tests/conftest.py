@@ -13,6 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # read when Triton is first imported: kernels run on the CPU, as in no user's run
+    )
+
 import transformers
 
 from minibert.errors import UserError

@@ -18,17 +18,24 @@ from minibert.batching import collate
 from minibert.checkpoint import load_model
 from minibert.config import RunConfig
 from minibert.device import Hardware, choose, fit_attention
-from minibert.engine import Bucket, fill_up
+from minibert.engine import Bucket, FixedSteps, fill_up
 from minibert.errors import UserError
 from minibert.model import BertForSequenceClassification
 from minibert.ops import DropoutMasks
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.tokens import Tokens
 from minibert.train import Dataset, Training
-from minibert_kernels import gelu
+from minibert_kernels import backend, gelu
 
 CPU = torch.device("cpu")
 SIZES = {SINGLE: 3, MULTI: 3, REGRESSION: 1}
+
+
+@pytest.fixture(autouse=True)
+def references(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' references stand in for them: Triton's interpreter takes a second where a GPU takes microseconds."""
+    if "interpreter" not in request.keywords:
+        monkeypatch.setattr(backend, "INTERPRET", False)
 
 
 def made_tokens(count: int, seed: int = 0) -> Tokens:
@@ -110,7 +117,6 @@ def test_fixed_shapes_train_as_plain_steps(tiny: Callable[..., Path], kind: str,
 
 
 def test_the_kernels_way_trains_the_same(tiny: Callable[..., Path]) -> None:
-    """Without a GPU the kernels' references stand in; what is tested is how they are called."""
     folder = tiny("BertModel")
     plain = Hardware(CPU, "fp32", "sdpa", "eager")
     kernels = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
@@ -123,6 +129,18 @@ def test_the_kernels_dropout_is_drawn_anew_each_step_and_again_from_the_seed(tin
     first = curve(folder, SINGLE, kernels, dropout=0.3)
     assert_same_training(curve(folder, SINGLE, kernels, dropout=0.3), first, tolerance=0)
     assert not np.allclose(curve(folder, SINGLE, kernels, dropout=0.3, seed=43)[0], first[0])
+
+
+@pytest.mark.interpreter
+def test_all_kernels_together_give_the_gradient_of_plain_torch(tiny: Callable[..., Path]) -> None:
+    folder = tiny("BertModel", hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
+    model, _ = load_model(folder, BertForSequenceClassification, num_labels=3, dropout=0.1)
+    hardware = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
+    steps = FixedSteps(model, Problem(SINGLE, ["a", "b", "c"]), RunConfig(), hardware, 10, None)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert backend.use_triton(steps.rng)
+    assert steps.fault(collate(made_tokens(2), np.arange(2)), torch.tensor([0, 2])) is None
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -227,7 +245,7 @@ def test_a_wrong_kernel_is_found_before_the_first_step(
     result = curve(folder, SINGLE, hardware, quiet=False, engine="auto")
     assert_same_training(result, expected)
     assert (result[2].hardware.engine, result[2].hardware.attention) == ("eager", "sdpa")
-    assert "away from plain torch's. Training is eager" in capsys.readouterr().err
+    assert "away from plain torch's. Training is eager" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"its gradient is .*% away from plain torch's; use eager"):
         curve(folder, SINGLE, hardware)
 

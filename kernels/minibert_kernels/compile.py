@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minibert_kernels import adamw, attention, backend, embedding, gelu, layer_norm
+from minibert_kernels import adamw, attention, backend, embedding, first_token, gelu, layer_norm
 from minibert_kernels.philox import drop_threshold
 
 ARCHITECTURES = (80, 90)
@@ -108,6 +108,11 @@ def configurations() -> list[Configuration]:
             rows, columns, warps = attention.short_backward_blocks(longest, head_size)
             tile, kernel = {"BLOCK_Q": rows, "BLOCK": columns, **head}, attention.short_backward_kernel
             found.append(Configuration(f"attention backward {name}", kernel, tile, warps, attention.STAGES))
+        tile = {"BLOCK_K": first_token.BLOCK, **{k: v for k, v in head.items() if k != "UPCAST"}}
+        found += [
+            Configuration(f"attention first token forward {head_size}", first_token.forward_kernel, tile, 2),
+            Configuration(f"attention first token backward {head_size}", first_token.backward_kernel, tile, 2),
+        ]
         rows, columns, warps = attention.LONG_BLOCKS
         tile = {"BLOCK_Q": rows, "BLOCK_K": columns, **head}
         found += [
