@@ -249,7 +249,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
         (["--freze", "all"], "--freze all (did you mean --freeze?)"),
         (["--epoch=3"], "did you mean --epochs?"),
         (["reviews.csv"], "reviews.csv (did you mean --train in front of it?)"),
-        (["--do_train"], "unrecognized arguments: --do_train; see"),
+        (["--fancy"], "unrecognized arguments: --fancy; see"),
         (["--epochs", "ten"], "--epochs: 'ten' is no number; see"),
         (["--batch_size", "1.5"], "--batch-size: '1.5' is no whole number; see"),
     ],
