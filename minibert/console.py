@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from minibert import __version__
 from minibert.checkpoint import LoadReport
 from minibert.config import RunConfig
 from minibert.device import Hardware
+from minibert.train import Training
 
 Say = Callable[[str], None]
 # The metrics worth a place on the terminal, where a problem has them; metrics.json has all.
@@ -24,18 +28,48 @@ def silence(line: str) -> None:
     """Say nothing, as --quiet asks."""
 
 
-def describe(say: Say, config: RunConfig, report: LoadReport, hardware: Hardware, frozen: int) -> None:
+def describe(say: Say, config: RunConfig, report: LoadReport, hardware: Hardware, frozen: int, given: bool) -> None:
     """The head of a run: what computes, and which model; `inspection` says the rest."""
     say(f"minibert {__version__} · {hardware}")
-    say(f"model   {config.model}")
+    say(f"model   {config.model}{'' if given else ', as no --model is given'}")
     say(f"        {report}")
     if frozen >= 0:
         say(f"frozen  embeddings and {frozen} layers")
 
 
-def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int) -> None:
+class Progress:
+    """A line for each evaluation, so that a run shows that it moves where there is no terminal for a bar."""
+
+    def __init__(self, say: Say, training: Training) -> None:
+        self.say, self.training = say, training
+        self.started, self.first = time.monotonic(), training.state.step
+        self.loss = ""
+
+    def log(self, line: dict[str, Any]) -> None:
+        """A line of train_log.jsonl."""
+        if line.get("loss") is not None:
+            self.loss = f"loss {line['loss']:.4f} · "
+        name = f"validation_{self.training.metric}"
+        if name not in line:
+            return
+        value = "-" if line[name] is None else f"{line[name]:.4f}"
+        best = " (best so far)" if self.training.state.best_step == line["step"] else ""
+        taken, total = time.monotonic() - self.started, self.training.total_steps
+        left = taken / max(line["step"] - self.first, 1) * (total - line["step"])
+        times = f"{duration(taken)}, {duration(left)} left" if line["step"] < total else duration(taken)
+        where = f"epoch {line['epoch']:<4.3g}step {line['step']} of {total}"
+        with tqdm.external_write_mode():
+            self.say(f"{where} · {self.loss}{name.replace('_', ' ', 1)} {value}{best} · {times}")
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, verdict: str) -> None:
     """The end of a run: metrics, a row for each class, speed, and what to do next."""
     say("")
+    say(verdict)
     for part in ("validation", "test"):
         if part in metrics:
             numbers = [f"{name} {shown(metrics[part][name])}" for name in MAIN_METRICS if name in metrics[part]]
@@ -50,10 +84,11 @@ def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int) ->
         f"\ntrained in {timing['train_seconds']:.1f} s, {timing['examples_per_second']:.0f} examples/s, "
         f"{timing['tokens_per_second']:.0f} tokens/s · whole run {timing['total_seconds']:.1f} s"
     )
-    say(f"saved to {output} · reloaded logits differ by {metrics['reload_max_difference']:.1g}")
+    say(f"saved to {output} · loaded again, its logits differ by {metrics['reload_max_difference']:.1g}")
     if mlp_size:
         say("the mlp head is minibert's own: transformers cannot load this folder as a classifier")
-    say(f'\npredict: python -m minibert.predict {output} --text "A text to classify"')
+    say(f"\nreport:  {output / 'report.html'}")
+    say(f'predict: python -m minibert.predict {output} --text "A text to classify"')
 
 
 def class_lines(part: str, per_class: dict[str, dict[str, Any]]) -> list[str]:

@@ -18,6 +18,7 @@ from minibert.splits import split
 from minibert.tables import BadRow, Table, bad_rows_error, describe_bad, read_table, stream_table
 from minibert.tokens import valid_unicode
 
+ROOM_FOR_LABELS = 30  # characters
 HEADER_ROWS = 200  # looked at to tell whether there is a header
 
 # What people call their columns, in the order of trust, as `_plain_name` writes them.
@@ -137,6 +138,16 @@ def _first_of(known: Sequence[str], found: dict[str, str], taken: set[str | None
     return tuple(found[name] for name in known if name in found and found[name] not in taken)[:1]
 
 
+def _described(table: Table) -> str:
+    """The columns for an error line; those that have only numbers for names with what the first row holds."""
+    names = list(table.columns)
+    if names != [str(i) for i in range(len(names))]:
+        return f"the columns are {', '.join(names) or 'none'}"
+    first = {name: " ".join(str(values[0]).split()) if values else "" for name, values in table.columns.items()}
+    shown = ", ".join(f"{name} ({value[:24]}{'...' if len(value) > 24 else ''})" for name, value in first.items())
+    return f"there is no header; the columns are {shown}"
+
+
 def _two_columns(
     table: Table, text: tuple[str, ...], label: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -161,10 +172,14 @@ def _columns_of_flags(table: Table, taken: set[str | None]) -> tuple[str, ...]:
 
 
 def _not_found(table: Table, flag: str) -> UserError:
-    hint = ""
-    if list(table.columns) == ["text"] and table.path.lower().endswith(".txt"):
+    names, hint = list(table.columns), ""
+    if names == ["text"] and table.path.lower().endswith(".txt"):
         hint = "; name a file of `label text` lines .label"
-    return UserError(f"{table.path}: give {flag}; the columns are {', '.join(table.columns) or 'none'}{hint}")
+    if names != [str(i) for i in range(len(names))]:
+        return UserError(f"{table.path}: give {flag}; the columns are {', '.join(names) or 'none'}{hint}")
+    first = {name: " ".join(str(cells[0]).split()) if cells else "" for name, cells in table.columns.items()}
+    shown = ", ".join(f"{name} ({cell[:24]}{'...' if len(cell) > 24 else ''})" for name, cell in first.items())
+    return UserError(f"{table.path}: give {flag}; there is no header; the columns are {shown}")
 
 
 def examples_from_table(table: Table, columns: Columns, with_labels: bool = True) -> Examples:
@@ -285,15 +300,16 @@ def _refuse_unknown(examples: Examples, problem: Problem) -> None:
         names = {value} if problem.kind == SINGLE else set(value) if problem.kind == MULTI else set()
         if names - known:
             unknown, some = min(names - known), ", ".join(problem.labels[:8])
-            raise UserError(
-                f"{examples.source}, line {line}: label {unknown!r} is unknown to the model; it knows {some}"
-            )
+            more = f" and {len(known) - 8} more" if len(known) > 8 else ""
+            hint = "; --label-delimiter takes several labels apart" if problem.kind == MULTI else ""
+            where = f"{examples.source}, line {line}"
+            raise UserError(f"{where}: label {unknown!r} is unknown to the model; it knows {some}{more}{hint}")
 
 
 def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
     header = _has_header(_first_rows(path, config), config)
     if not header and not config.no_header:
-        notes.append(f"{path} has no header, as its first row looks like the others: columns 0, 1, ...")
+        notes.append(f"{path} has no header: its first row looks like the others")
     table = read_table(path, header=header, encoding=config.encoding, on_bad_rows="skip")
     if not table.lines and not table.bad:
         raise UserError(f"{path}: no rows; expected a header and at least one row of data")
@@ -342,9 +358,10 @@ def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, not
     problem = Problem(kind, _label_names(parts, kind, places, columns))
     notes += _decision_notes(problem, why, parts["train"], config)
     if config.max_train_samples and config.max_train_samples < len(parts["train"]):
-        rest = 1 - config.max_train_samples / len(parts["train"])
-        parts["train"], _ = _divided(parts["train"], kind, rest, config)
-        notes.append(f"{len(parts['train'])} training rows of those in the file (--max-train-samples)")
+        rows = len(parts["train"])
+        parts["train"], _ = _divided(parts["train"], kind, 1 - config.max_train_samples / rows, config)
+        kept, flag = len(parts["train"]), f"--max-train-samples {config.max_train_samples}"
+        notes.append(f"{kept} of {rows} training rows are used ({flag})")
     _split_parts(parts, problem, config)
     return RunData(parts, problem, columns, notes, skipped)
 
@@ -429,10 +446,17 @@ def _decision_notes(problem: Problem, why: str, train: Examples, config: RunConf
     names = problem.labels
     if problem.kind == REGRESSION:
         return [f"{problem.kind}, {why}"]
-    shown = f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
-    notes = [f"{problem.kind}, {why}: {len(names)} labels ({shown})"]
+    notes = [f"{problem.kind}, {why}: {len(names)} labels ({_some_names(names)})"]
     is_guess = problem.kind == SINGLE and config.problem_type == "auto"
     return notes + (second_thoughts(train.labels or []) if is_guess else [])
+
+
+def _some_names(labels: list[str]) -> str:
+    """As many labels as a line has room for."""
+    shown = labels[:6]
+    while len(shown) > 1 and len(", ".join(shown)) > ROOM_FOR_LABELS:
+        shown.pop()
+    return ", ".join(shown) + (", ..." if len(shown) < len(labels) else "")
 
 
 def _split_parts(parts: dict[str, Examples], problem: Problem, config: RunConfig) -> None:

@@ -85,7 +85,7 @@ def second_thoughts(labels: list[str]) -> list[str]:
         return [f"label {blank[0]!r} is taken for a name; empty these cells if they mean that there is none"]
     if len(labels) >= 50 and len(names) > len(labels) / 2:
         return [f"{len(names)} different labels in {len(labels)} rows: is --label-column right?"]
-    if len(names) > 10 and all(map(is_number, names)):
+    if len(names) > 2 and all(map(is_number, names)):
         return ["numbers without fractions are classes; --problem-type regression takes them as values"]
     return []
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from minibert.classifier import Classifier
     from minibert.data import Examples
     from minibert.explain import Word
+    from minibert.problem import Problem
 
 FORMATS = ("csv", "jsonl", "parquet")
 STANDARD_INPUT = "-"
@@ -108,14 +109,23 @@ def print_predictions(classifier: Classifier, arguments: argparse.Namespace) -> 
     words = explain(classifier, texts, None, logits) if arguments.explain else None
     probabilities = problem.probabilities(logits)
     for i, decision in enumerate(problem.decisions(probabilities)):
-        label = ", ".join(decision) or "(none)" if isinstance(decision, list) else decision
         text = texts[i] if words is None else marked(texts[i], words[i])
-        print(f"{label}\t{probabilities[i].max():.4f}\t{text}")
+        print(f"{described(decision, probabilities[i], problem)}\t{text}")
         for k in most_probable(probabilities[i : i + 1], arguments.top_k)[0] if arguments.top_k else ():
             print(f"\t{probabilities[i, k]:.4f}\t{problem.labels[k]}")
         if words is not None:
             explained = problem.labels[int(probabilities[i].argmax())]
             print(f"\tfor {explained}: " + (", ".join(map(str, strongest(words[i]))) or "no word matters"))
+
+
+def described(decision: Any, probabilities: np.ndarray, problem: Problem) -> str:
+    """A decision in a line: label and probability, each label with its own, or the number of a regression."""
+    if isinstance(decision, float):
+        return f"{decision:.4f}"
+    if not isinstance(decision, list):
+        return f"{decision}\t{probabilities.max():.4f}"
+    by_name = dict(zip(problem.labels, probabilities, strict=True))
+    return ", ".join(f"{name} {by_name[name]:.4f}" for name in decision) or "(none)"
 
 
 def write_predictions(classifier: Classifier, arguments: argparse.Namespace, kind: str) -> None:

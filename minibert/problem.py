@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -166,12 +167,12 @@ def class_weights(problem: Problem, choice: str, targets: np.ndarray) -> np.ndar
             return metrics.balanced_class_weights(targets, len(problem.labels)).astype(np.float32)
         positive = targets.sum(0)
         return np.where(positive > 0, (len(targets) - positive) / np.maximum(positive, 1), 1).astype(np.float32)
+    if not choice.endswith(".json") and not Path(choice).exists():
+        raise UserError(f"--class-weights {choice}: give none, balanced, or a JSON file {{label: weight}}")
     return _weights_from_file(choice, problem.labels)
 
 
 def _weights_from_file(path: str, labels: list[str]) -> np.ndarray:
-    from pathlib import Path
-
     from minibert.files import read_json
 
     given = read_json(Path(path))

@@ -268,7 +268,7 @@ def test_a_file_without_header_is_found_out(shared_data: Path) -> None:
     sst2 = load_data(RunConfig(train=str(shared_data / "sst2" / "dev.tsv")))
     assert sum(map(len, sst2.parts.values())) == 872 and sst2.columns == Columns(("0",), None, ("1",))
     assert any("has no header" in note for note in sst2.notes)
-    with pytest.raises(UserError, match="columns are 0, 1, 2"):
+    with pytest.raises(UserError, match=r"no header; the columns are 0 \(.*\.\.\.\), 1 \(27\), 2 \("):
         load_data(RunConfig(train=str(shared_data / "multilabel" / "goemotions" / "dev.tsv")))
 
 
