@@ -45,14 +45,19 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def reduction_programs(tensor: Tensor, wanted: int) -> int:
-    """How many programs add up rows on their own before their sums are added: enough to fill the device."""
+def reduction_programs(tensor: Tensor, tiles: int) -> int:
+    """How many programs add up tiles on their own before their sums are added.
+
+    Two for each multiprocessor fill the device and leave few sums. With many tiles it is up to eight: while one waits
+    for memory, the others compute.
+    """
     if not tensor.is_cuda:
-        return min(wanted, 3)
-    return min(wanted, 2 * torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+        return min(tiles, 3)
+    processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return min(tiles, max(2 * processors, min(8 * processors, tiles // 16)))
 
 
-@jit()
+@jit(do_not_specialize=("num_partials",))
 def sum_partials_kernel(
     partials_ptr,  # [num_partials, SIZE] fp32
     out_ptr,  # [SIZE]
@@ -74,8 +79,8 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """[programs, ...] fp32 -> [...] in `dtype`, always in the same order, so equal bits from run to run."""
     out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
     size = out.numel()
-    block = 64 if partials.is_cuda else next_power_of_2(size)
-    sum_partials_kernel[(cdiv(size, block),)](
-        partials, out, len(partials), SIZE=size, BLOCK_ROWS=32 if partials.is_cuda else 4, BLOCK_COLS=block, num_warps=4
+    rows, columns = (128, 32) if partials.is_cuda else (4, next_power_of_2(size))  # many rows at once: few waits
+    sum_partials_kernel[(cdiv(size, columns),)](
+        partials, out, len(partials), SIZE=size, BLOCK_ROWS=rows, BLOCK_COLS=columns, num_warps=8
     )
     return out

@@ -61,14 +61,16 @@ def configurations() -> list[Configuration]:
     """What training BERT base and large and MiniLM in bf16 with dropout 0.1 launches, and attention of each kind."""
     dropped = drop_threshold(0.1)
     block = adamw.BLOCK
-    adam = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "BLOCK_SIZE": block, "ZERO_GRAD": False}
+    adam = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "BLOCK_SIZE": block, "ZERO_GRAD": True}
     logs = {"log2_beta1": math.log2(0.9), "log2_beta2": math.log2(0.999), "MAX_NORM": 1.0, "loss_scale_ptr": None}
     found = [
         Configuration("adamw", adamw.adamw_kernel, adam),
         Configuration("adamw fp32 grad", adamw.adamw_kernel, adam, types={"grad_ptr": "*fp32"}),
         Configuration("adamw norm", adamw.sum_of_squares_kernel, {"BLOCK_SIZE": 4096}, 8),
-        Configuration("adamw control", adamw.control_kernel, {**logs, "BLOCK_SIZE": 1024}),
-        Configuration("sum_partials", backend.sum_partials_kernel, {"SIZE": 2304, "BLOCK_ROWS": 32, "BLOCK_COLS": 64}),
+        Configuration("adamw control", adamw.control_kernel, {**logs, "BLOCK_SIZE": adamw.MOST_PARTIALS}),
+        Configuration(
+            "sum_partials", backend.sum_partials_kernel, {"SIZE": 2304, "BLOCK_ROWS": 128, "BLOCK_COLS": 32}, 8
+        ),
     ]
     tile: dict[str, Any]
     for size in (384, 768, 1024):

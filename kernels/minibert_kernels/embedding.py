@@ -228,6 +228,7 @@ class EmbeddingLayerNorm(torch.autograd.Function):
         out = torch.empty(num_rows, size, dtype=word.dtype, device=word.device)
         mean, rstd = torch.empty(2, num_rows, dtype=torch.float32, device=word.device)
         ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type)
+        assert all(tensor is None or tensor.is_contiguous() for tensor in (*ids, *tables))
         forward_kernel[(cdiv(num_rows, block_rows),)](
             *(*ids, *tables, weight, bias, out, mean, rstd, rng, site, num_rows),
             *(eps, size, dropped, block_rows, block_cols),
