@@ -76,6 +76,8 @@ def choose(config: RunConfig) -> Hardware:
     if config.device == "cuda" and not cuda:
         raise UserError("--device cuda: torch finds no usable GPU here; use --device cpu, or mend the driver")
     device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+    if device.type == "cuda":  # with a mask, its gradients may be NaN since torch 2.11 (pytorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     precision = _precision(config, device)
     engine = _engine(config, device)
     kernels = engine == "graph" and config.kernels and find_spec("triton") is not None

@@ -23,7 +23,7 @@ from minibert.checkpoint import LoadReport, load_model, model_folder
 from minibert.classifier import Classifier, as_texts, fitting_tokenizer, load, saved_labels
 from minibert.cli import checked_values
 from minibert.config import BertConfig, RunConfig
-from minibert.console import Progress, describe, silence, summarise
+from minibert.console import Progress, describe, silence, summarise, terminal_name
 from minibert.data import Columns, Examples, RunData, load_data, prepare
 from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError

@@ -326,7 +326,7 @@ class Training:
                 self.fixed.passes(train.batch(rows), train.targets_of(rows, torch.device("cpu")))
                 continue
             with self.hardware.autocast():
-                logits = self.model.logits(self.hardware.place(train.batch(rows)), DropoutMasks(self.config.seed, 0))
+                logits = self.model.logits(self.hardware.place(train.batch(rows)), self._masks())
             self.problem.loss_sum(logits, train.targets_of(rows, device), None, 0.0).backward()
         return True
 
@@ -366,11 +366,18 @@ class Training:
             [(hardware.place(train.batch(rows)), train.targets_of(rows, hardware.device)) for rows in pieces],
             step=self.state.step,
             denominator=step.denominator,
-            masks=DropoutMasks(self.config.seed + (distributed.rank() << 40), self.state.step),  # each process its own
+            masks=self._masks(),
             hardware=hardware,
             class_weights=None if self.weights is None else torch.from_numpy(self.weights).to(hardware.device),
             label_smoothing=self.config.label_smoothing,
         )
+
+    def _masks(self) -> DropoutMasks:
+        """Of the step that comes, each process its own."""
+        seed, rng = self.config.seed + (distributed.rank() << 40), None
+        if self.hardware.attention == "triton":
+            rng = torch.tensor([seed, self.state.step], pin_memory=True).to(self.hardware.device, non_blocking=True)
+        return DropoutMasks(seed, self.state.step, rng, plain=rng is not None)
 
     def _count_bad_steps(self) -> None:
         """Count steps skipped in a row; after BAD_STEPS the run ends, and its last checkpoint stays as it is."""
