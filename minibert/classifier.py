@@ -86,7 +86,7 @@ class Classifier(TextEncoder):
     def logits(self, texts: Iterable[Any], pairs: Sequence[str] | None = None) -> np.ndarray:
         """[n, num_labels] float32, in the order of `texts`; a text may be a (first, second) tuple."""
         tokens = self.encode(*as_texts(texts, pairs))
-        return evaluate(self.model, Dataset(tokens, np.zeros(tokens.texts)), self.hardware)
+        return finite(evaluate(self.model, Dataset(tokens, np.zeros(tokens.texts)), self.hardware))
 
     def predict(
         self, texts: Iterable[Any], pairs: Sequence[str] | None = None, temperature: bool = True
@@ -115,6 +115,13 @@ class Classifier(TextEncoder):
             temperature=self.problem.temperature,
         )
         self.tokenizer.save(Path(folder), self.max_length)
+
+
+def finite(logits: np.ndarray) -> np.ndarray:
+    """The logits themselves; UserError where they say nothing, though argmax would make a label of them."""
+    if not np.isfinite(logits).all():
+        raise UserError("the model gives NaN or infinity; its training has diverged (lower --learning-rate)")
+    return logits
 
 
 def load(folder: str | Path, device: str = "auto", temperature: bool = True) -> Classifier:

@@ -98,7 +98,12 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         )
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - it may be the one that is full, and Python flushes it again
         return 2
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError):
+            from minibert.device import out_of_memory  # imports torch, which then is there already
+
+            if not out_of_memory(error):
+                raise
         print("error: not enough memory; use a smaller file, model or --batch-size", file=sys.stderr)
         return 2
     return 0

@@ -17,6 +17,7 @@ from minibert.problem import REGRESSION, SINGLE, Problem
 
 # What a spreadsheet takes for the start of a formula (OWASP, "CSV Injection"), behind any number of apostrophes.
 FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+CHUNK = 10_000  # rows that are text at a time
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
@@ -87,7 +88,10 @@ def write_file(path: Path, examples: Examples, problem: Problem, logits: np.ndar
     """predictions-*.csv of a run."""
     options: dict[str, Any] = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
     with atomic(path) as temporary, open(temporary, "w", **options) as file:
-        write_csv(file, columns(examples, problem, logits, targets))
+        for start in range(0, len(examples), CHUNK) or [0]:  # as text all cells at once would be larger than the data
+            rows = np.arange(start, min(start + CHUNK, len(examples)))
+            table = columns(examples.take(rows), problem, logits[rows], targets[rows])
+            write_csv(file, table, header=start == 0)
 
 
 def write_csv(file: IO[str], table: dict[str, list[Any]], header: bool = True) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ def save_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
 
 
 def code_digest() -> str:
-    """A hash of minibert's own source: two versions may compute differently under one number."""
+    """A hash of minibert's own source, kernels included: two versions may compute differently under one number."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    kernels = find_spec("minibert_kernels")
+    for folder in (Path(__file__).parent, *map(Path, (kernels and kernels.submodule_search_locations) or ())):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -73,6 +76,8 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
             f"--resume: this is not the run that was begun; changed: {what}. "
             "With --resume and --output alone it goes on with its own flags"
         )
+    if state.step > training.total_steps:
+        raise UserError(f"{path}: not a checkpoint of this run (step {state.step} of {training.total_steps})")
     _check_tensors(path, training, tensors)
     _restore(training, tensors)
     training.state = state
@@ -110,8 +115,8 @@ def _check_tensors(path: Path, training: Training, tensors: dict[str, Tensor]) -
     wrong = sorted(required - set(tensors))
     for name, tensor in tensors.items():
         right = tensor.ndim == 1 if name == "recent_losses" else shapes.get(name) == tuple(tensor.shape)
-        integers = name == "growth_tracker"
-        if not right or tensor.dtype != (torch.int32 if integers else torch.float32):
+        right = right and tensor.dtype == (torch.int32 if name == "growth_tracker" else torch.float32)
+        if not right or (name in ("skipped", "loss_scale") and not torch.isfinite(tensor)):
             wrong.append(name)
     if wrong:
         raise UserError(f"{path}: not a checkpoint of this run ({wrong[0]} is missing or does not fit)")

@@ -20,7 +20,7 @@ from minibert import __version__, distributed, predictions, token_cache
 from minibert.calibration import calibration_metrics, fit_temperature
 from minibert.card import write_card
 from minibert.checkpoint import LoadReport, load_model, model_folder
-from minibert.classifier import Classifier, as_texts, fitting_tokenizer, load, saved_labels
+from minibert.classifier import Classifier, as_texts, finite, fitting_tokenizer, load, saved_labels
 from minibert.cli import checked_values
 from minibert.config import BertConfig, RunConfig
 from minibert.console import Progress, describe, silence, summarise, terminal_name
@@ -397,7 +397,7 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
             known = training.best_logits if part == "validation" else None
             if known is None:
                 known = evaluate(training.model, data, training.hardware, together=True)
-            logits[part] = known
+            logits[part] = known = finite(known)
             if part == "validation":
                 if training.config.temperature:
                     problem.temperature = fit_temperature(problem, known, data.targets)

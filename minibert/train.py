@@ -471,7 +471,8 @@ class Training:
         logits = evaluate(self.model, data, self.hardware, together=True)
         self.problem.tune(logits, data.targets)
         metrics = self.problem.metrics(logits, data.targets)
-        value = distributed.from_first(metrics[self.metric])  # machines may round differently, but must agree
+        sound = bool(np.isfinite(logits).all())  # argmax makes something of NaN, but no diverged weights are the best
+        value = distributed.from_first(metrics[self.metric] if sound else None)  # machines may round, but must agree
         sign = -1 if self.metric in LOWER_IS_BETTER else 1
         if value is None or not math.isfinite(value):  # undefined, as Pearson's of equal predictions is
             value = -sign * math.inf

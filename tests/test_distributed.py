@@ -239,6 +239,43 @@ def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> Non
     assert_same_result("whole", "dead")
 
 
+STALLING = """
+import datetime, signal, sys, time
+import torch.distributed as dist
+from minibert import distributed, finetune, train
+from minibert.cli import run_command
+
+step, group = train.Training._step, dist.init_process_group
+
+
+def meet(*arguments, store, rank, timeout, **options):
+    store.set(f"came {rank}", "")
+    store.wait(["came 0", "came 1"])  # a busy machine may take its time to start; only what comes later may not
+    group(*arguments, store=store, rank=rank, timeout=datetime.timedelta(seconds=10), **options)
+
+
+def stalling(self, chosen):
+    if distributed.rank() == 1 and self.state.step == 2:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # so that torchrun need not wait before it kills
+        time.sleep(1000)
+    return step(self, chosen)
+
+
+train.Training._step, dist.init_process_group = stalling, meet
+sys.exit(run_command(finetune.main, sys.argv[1:]))
+"""
+
+
+def test_a_worker_that_stalls_ends_the_job(folder: Path) -> None:
+    """It is alive and says nothing: the others wait for it as long as a slow one may take, and no longer."""
+    (folder / "stalling.py").write_text(STALLING)
+    code, _, err = result(torchrun("stalling.py", *flags("few", "stalled"), "--save-steps", "1"))
+    said = re.findall(r"^error: .*", err, re.MULTILINE)
+    assert code != 0 and "minibert/" not in err
+    assert len(said) == 1 and re.match(r"error: process 0 of 2: .* does not answer .*--resume$", said[0]), err
+    alone(*flags("few", "stalled"), "--save-steps", "1", "--resume")
+
+
 def test_an_interrupted_job_goes_on_in_more_processes(folder: Path) -> None:
     arguments = [*flags("few", "stopped"), "--max-steps", "400", "--eval-steps", "25"]
     process = torchrun("-m", "minibert.finetune", *arguments)

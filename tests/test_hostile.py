@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minibert import sources
@@ -23,6 +25,7 @@ from minibert.classifier import load
 from minibert.cli import parse_run_config
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.problem import SINGLE, Problem, class_weights
 from minibert.tables import read_table, stream_table
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -62,6 +65,8 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path: Path, monkeypatch: pytest.M
     fails(lambda folder: 1 // 0, "by zero")
     fails(lambda folder: [None for _ in iter(int, 1)], "more than 1 s")
     fails(lambda folder: (folder.parent / "out").write_text("x"), "open for writing")
+    fails(lambda folder: (folder / ".." / "out").write_text("x"), "open for writing")
+    fails(lambda folder: (folder.parent / "out").unlink(), "os.remove")
     fails(lambda folder: os.system("true"), "os.system")
     fails(lambda folder: (folder / "more").write_text("x"), "files appeared")
 
@@ -115,6 +120,14 @@ def test_tokenizers_that_never_end_or_explode(model: Path, stage: str, part: dic
     source[stage] = source[stage] | part if stage == "model" else part
     (model / "tokenizer.json").write_text(json.dumps(source))
     refused(model, match)
+
+
+def test_a_model_that_gives_no_numbers(model: Path) -> None:
+    """Weights that are finite, each of them; argmax would have answered with the first label."""
+    tensors = load_file(model / "model.safetensors")
+    tensors["classifier.weight"].fill_(3e38)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    refused(model, "gives NaN or infinity")
 
 
 def test_a_vocabulary_without_unknown_token(model: Path) -> None:
@@ -184,6 +197,25 @@ def test_pipes_and_devices_are_not_waited_for(model: Path, name: str) -> None:
     (model / name).symlink_to("/dev/zero")
     with fuzz.time_limit(10):
         refused(model, "regular file|no such|lacks|no tokenizer|no model")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "rows.csv.gz", "rows.zip", "rows.txt"])
+def test_data_from_a_pipe_that_never_delivers(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with fuzz.time_limit(10), pytest.raises(UserError, match="not a regular file"):
+        read_table(tmp_path / name)
+
+
+def test_settings_from_a_pipe_that_never_delivers(tmp_path: Path, checkpointed: Path) -> None:
+    os.mkfifo(tmp_path / "run.toml")
+    with fuzz.time_limit(10), pytest.raises(UserError, match="not a regular file"):
+        parse_run_config(["--config", str(tmp_path / "run.toml")])
+    with fuzz.time_limit(10), pytest.raises(UserError, match="not a regular file"):
+        class_weights(Problem(SINGLE, ["a", "b"]), str(tmp_path / "run.toml"), np.zeros(2))
+    (checkpointed / "state.safetensors").unlink()
+    os.mkfifo(checkpointed / "state.safetensors")
+    with fuzz.time_limit(10), pytest.raises(UserError, match="no checkpoint to resume"):
+        fuzz.read_checkpoint(checkpointed)
 
 
 def zeros(path: Path, size: int) -> None:
@@ -271,15 +303,33 @@ def checkpointed() -> Iterator[Path]:
         yield Path(folder)
 
 
+def contents(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    with safe_open(folder / "state.safetensors", framework="pt") as file:
+        return load_file(folder / "state.safetensors"), file.metadata()
+
+
+def test_a_checkpoint_beyond_the_end_of_its_run(checkpointed: Path) -> None:
+    """To find the epoch of step 10**18, its epochs would be counted one by one."""
+    tensors, metadata = contents(checkpointed)
+    state = json.loads(metadata["state"]) | {"step": 10**18}
+    save_file(tensors, checkpointed / "state.safetensors", metadata | {"state": json.dumps(state)})
+    with fuzz.time_limit(10), pytest.raises(UserError, match=r"step 1000000000000000000 of 2"):
+        fuzz.read_checkpoint(checkpointed)
+
+
+@pytest.mark.parametrize("count", [float("nan"), float("inf")])
+def test_a_checkpoint_whose_counts_are_no_numbers(checkpointed: Path, count: float) -> None:
+    tensors, metadata = contents(checkpointed)
+    tensors["skipped"].fill_(count)
+    save_file(tensors, checkpointed / "state.safetensors", metadata)
+    with pytest.raises(UserError, match="skipped is missing or does not fit"):
+        fuzz.read_checkpoint(checkpointed)
+
+
 def test_a_checkpoint_whose_tensors_would_be_stretched(checkpointed: Path) -> None:
     """`copy_` broadcasts: one number would have become a whole matrix."""
-    from safetensors import safe_open
-
-    path = checkpointed / "state.safetensors"
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
+    tensors, metadata = contents(checkpointed)
     tensors["model.pooler.dense.weight"] = tensors["model.pooler.dense.weight"][:1]
-    save_file(tensors, path, metadata)
+    save_file(tensors, checkpointed / "state.safetensors", metadata)
     with pytest.raises(UserError, match=r"model\.pooler\.dense\.weight is missing or does not fit"):
         fuzz.read_checkpoint(checkpointed)

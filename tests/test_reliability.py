@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from minibert import checkpoint, files, train
+from minibert import checkpoint, files, run, train
 from minibert.batching import halving
 from minibert.cli import run_command
 from minibert.errors import UserError
@@ -195,6 +195,25 @@ def test_a_full_terminal_log_is_one_line(arguments: Callable[..., list[str]], tm
     assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_long_run_keeps_one_checkpoint(
+    arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Last and best are one file that is replaced: the folder does not grow with the number of checkpoints."""
+    output = tmp_path / "run"
+    sizes: list[int] = []
+    save = run.save_checkpoint
+
+    def measured(*given: Any) -> None:
+        save(*given)
+        assert [path.name for path in (output / "checkpoints").rglob("*")] == ["last", "state.safetensors"]
+        sizes.append((output / STATE).stat().st_size)
+
+    monkeypatch.setattr(run, "save_checkpoint", measured)
+    flags = ["--save-steps", "1", "--eval-steps", "2", "--epochs", "6"]
+    assert run_command(main, arguments(output, *flags)) == 0
+    assert len(sizes) == 30 and max(sizes[10:]) - min(sizes[10:]) < 1000  # numbers of other lengths, no more
+
+
 def test_writing_to_a_device_or_through_a_link_replaces_neither(tmp_path: Path) -> None:
     files.write_text(Path("/dev/null"), "x")
     assert Path("/dev/null").is_char_device()
@@ -255,6 +274,34 @@ def files_of(path: Path) -> Iterator[Any]:
 
     with safe_open(path, framework="pt") as file:
         yield file
+
+
+@pytest.mark.parametrize("flags", ["--metric accuracy", "--validation-split 0", "--problem-type regression"])
+def test_training_that_diverges_is_one_line(
+    arguments: Callable[..., list[str]], rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str
+) -> None:
+    """Too few steps for ten bad ones in a row, and weights that are finite, but nothing that comes out of them is."""
+    if "regression" in flags:
+        rows.write_text("text,label\n" + "\n".join(f"good film {i},{i / 3}" for i in range(40)))
+    wild = ["--learning-rate", "1e30", "--max-grad-norm", "0", "--max-steps", "5", *flags.split()]
+    assert "training has diverged (lower --learning-rate)" in one_line_error(capsys, arguments(tmp_path / "run", *wild))
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_diverged_weights_are_not_the_best(
+    arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Argmax of NaN is the first class, which may well be right more often than the model that was."""
+    evaluate, seen = train.evaluate, [0]
+
+    def later_nan(*given: Any, **options: Any) -> np.ndarray:
+        seen[0] += 1
+        found = evaluate(*given, **options)
+        return found if seen[0] == 1 else np.full_like(found, np.nan)
+
+    monkeypatch.setattr(train, "evaluate", later_nan)
+    assert run_command(main, arguments(tmp_path / "run", "--eval-steps", "2", "--metric", "accuracy")) == 0
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["best_step"] == 2 and seen[0] > 2
 
 
 def test_fp16_overflow_is_no_error_until_the_scale_is_used_up() -> None:
@@ -369,6 +416,23 @@ def test_one_example_that_does_not_fit_is_one_line(
 ) -> None:
     scarce(monkeypatch, 3, MemoryError())
     assert "not enough memory to train on one example" in one_line_error(capsys, arguments(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["MemoryError", "cuda", "cpu"])
+def test_out_of_memory_where_nothing_can_be_halved_is_one_line(
+    arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    def fails(*given: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(train.Training, "use_best_weights", fails)
+    assert "not enough memory" in one_line_error(capsys, arguments(tmp_path / "run"))
+    monkeypatch.undo()
+    resumes(arguments(tmp_path / "run"))
 
 
 def test_other_runtime_errors_stay_what_they_are(

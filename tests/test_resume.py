@@ -8,11 +8,18 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from minibert import resume
+from minibert.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fuzz
 
 SERVER = multiprocessing.get_context("forkserver")  # its children have all modules loaded, so a start costs little
 SERVER.set_forkserver_preload(["minibert.run", "minibert.finetune", "torch._dynamo", "pytest"])  # AdamW loads dynamo
@@ -168,6 +175,20 @@ def test_what_changed_is_refused_by_name(tiny: Callable[..., Path], rows: Path, 
     (model / "model.safetensors").write_bytes(weights)
     rows.write_text(rows.read_text().replace("film", "Film", 1))
     assert "rows (was" in refused()
+
+
+def test_changed_code_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint of one version of the source, and a run of another."""
+    monkeypatch.setattr(resume, "__file__", str(tmp_path / "resume.py"))
+    digests = []
+    for source in ("x = 1", "x = 2"):
+        (tmp_path / "module.py").write_text(source)
+        digests.append(resume.code_digest())
+    job = fuzz.training()
+    resume.save_checkpoint(tmp_path / "last", job, {"code": digests[0]})
+    with pytest.raises(UserError, match=rf"changed: code \(was {digests[0]}, is {digests[1]}\)"):
+        resume.load_checkpoint(tmp_path / "last", job, {"code": digests[1]})
+    resume.load_checkpoint(tmp_path / "last", job, {"code": digests[0]})
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

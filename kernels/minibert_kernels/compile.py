@@ -25,7 +25,7 @@ from minibert_kernels.philox import drop_threshold
 
 ARCHITECTURES = (80, 90)
 TYPES = {  # of kernel arguments by name; every other pointer is to the data type
-    **dict.fromkeys(["mean_ptr", "rstd_ptr", "partials_ptr", "lse_ptr", "delta_ptr", "lr_ptr"], "*fp32"),
+    **dict.fromkeys(["mean_ptr", "rstd_ptr", "partials_ptr", "lse_ptr", "softmax_ptr", "delta_ptr", "lr_ptr"], "*fp32"),
     **dict.fromkeys(["param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "group_table_ptr", "control_ptr"], "*fp32"),
     **dict.fromkeys(["loss_scale_ptr"], "*fp32"),
     **dict.fromkeys(["rng_ptr", "step_ptr", "input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr"], "*i64"),
