@@ -138,16 +138,6 @@ def _first_of(known: Sequence[str], found: dict[str, str], taken: set[str | None
     return tuple(found[name] for name in known if name in found and found[name] not in taken)[:1]
 
 
-def _described(table: Table) -> str:
-    """The columns for an error line; those that have only numbers for names with what the first row holds."""
-    names = list(table.columns)
-    if names != [str(i) for i in range(len(names))]:
-        return f"the columns are {', '.join(names) or 'none'}"
-    first = {name: " ".join(str(values[0]).split()) if values else "" for name, values in table.columns.items()}
-    shown = ", ".join(f"{name} ({value[:24]}{'...' if len(value) > 24 else ''})" for name, value in first.items())
-    return f"there is no header; the columns are {shown}"
-
-
 def _two_columns(
     table: Table, text: tuple[str, ...], label: tuple[str, ...]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
