@@ -2,18 +2,19 @@
 
 | part | what |
 |---|---|
-| 0 | the machine's ceilings: matrix products, copies, launches |
+| 0 | each kernel beside the plain torch that defines it: error, then time; the machine's ceilings |
 | 1 | steps of BERT base and large, 32 texts of 25 tokens, with each engine; the best one's kernels |
 | 2 | steps of 32 k tokens at several text lengths: real tokens a second, share of the matmul rate |
 | 3 | the same work in transformers: its Trainer as it comes, and its best |
 | 4 | each technique switched off in turn |
 | 5 | whole runs, from CSV to model folder |
-| 6 | whether engines, kernels and precisions learn alike; with `--minilm FOLDER`, accuracy on SMS spam |
+| 6 | whether engines, kernels and precisions learn alike; with `--packed`, on real weights and messages |
 
 The weights are random and the words are made: a GPU's speed does not depend on them. A row that fails is recorded with
-its error, one that kills the process or hangs likewise, and the others go on; what no longer fits in `--budget` is
-skipped. The file is rewritten after every row. `--smoke` runs everything at tiny sizes, also without a GPU. A row's
-line is printed when it is there; last line: JSON.
+its error, one that kills the process or hangs likewise, and the others go on in a new process; what no longer fits in
+`--budget` is skipped. The file is rewritten after every row. `--pack FOLDER` writes what part 6 needs, to be carried to
+a machine that has neither. `--smoke` runs everything at tiny sizes, also without a GPU. A row's line is printed when it
+is there; last line: JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import gc
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +35,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ from typing import Any
 import numpy as np
 import torch
 from steps import environment, useful_flop
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -53,14 +56,19 @@ from minibert.config import BertConfig, RunConfig
 from minibert.device import choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
 from minibert.model import BertForSequenceClassification
+from minibert.ops import flash_attention
 from minibert.problem import SINGLE, Problem
-from minibert.tokens import Tokens, offsets_of
+from minibert.run import demo_weights
+from minibert.tokens import Tokenizer, Tokens, offsets_of
 from minibert.train import Dataset, Training
 from minibert.vocabulary import CompactVocabulary
+from minibert_kernels import adamw, attention, embedding, gelu, layer_norm
+from minibert_kernels.backend import use_triton
 
 ROOT = Path(__file__).resolve().parents[1]
-SHARES = {"0": 1, "1": 9, "2": 3, "3": 7, "4": 5, "5": 10, "6": 2}  # of the time; what a part leaves goes to the next
+SHARES = {"0": 5, "1": 9, "2": 3, "3": 7, "4": 6, "5": 10, "6": 2}  # of the time; what a part leaves goes to the next
 ENGINES, ATTENTIONS, PRECISIONS = ("eager", "graph", "compile"), ("sdpa", "flash", "triton"), ("fp32", "tf32", "bf16")
+COMPILE_MODES = ("default", "reduce-overhead")  # the second replays CUDA graphs
 # Compiling takes longer than the measurement, so an engine that needs this much is used where it is the subject only.
 LONG_WARM_UP = 20.0
 MOST_PROCESSES, STACKS = 15, "stacks.txt"
@@ -81,17 +89,33 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=500, help="seconds; what does not fit is skipped")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu-h200.json")
-    parser.add_argument("--minilm", help="folder of all-MiniLM-L6-v2, for part 6")
-    parser.add_argument("--sms", default=str(SHARED / "sms_spam" / "spamdata_v2.csv"), help="SMS spam, for part 6")
+    parser.add_argument("--pack", type=Path, help="write MiniLM in half precision and SMS spam to this folder, and end")
+    parser.add_argument("--packed", type=Path, help="such a folder, for part 6")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)  # of a measuring process: where models lie
     parser.add_argument("--ends", type=float, help=argparse.SUPPRESS)  # and when it must be done
     arguments = parser.parse_args()
     if unknown := set(arguments.parts.split(",")) - set(SHARES):
         parser.error(f"--parts: there is no part {', '.join(sorted(unknown))}; give some of {','.join(SHARES)}")
-    if arguments.folder:
+    if arguments.pack:
+        pack(arguments.pack)
+    elif arguments.folder:
         measure_parts(arguments)
     else:
         supervise(arguments)
+
+
+def pack(folder: Path) -> None:
+    """48 MB: the demo extra's weights in half precision, its tokenizer, and the messages."""
+    from safetensors.torch import load_file, save_file
+
+    source, target = Path(demo_weights()), folder / "minilm"
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        shutil.copyfile(source / name, target / name)
+    tensors = load_file(source / "model.safetensors")
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    save_file(halves, target / "model.safetensors", metadata={"format": "pt"})
+    shutil.copyfile(SHARED / "sms_spam" / "spamdata_v2.csv", folder / "sms_spam.csv")
 
 
 # --- Running: a process that measures, one that starts it again, and the file between them
@@ -141,7 +165,7 @@ def version(package: str) -> str:
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """The last line: the figures that one looks for first, and what has none."""
     rows = {f"{part}: {name}": value for part, of_part in result["parts"].items() for name, value in of_part.items()}
-    figures = ("steps_per_second", "share_of_matmul_rate", "minibert_is_faster_by", "wall_seconds", "tflops")
+    figures = ("steps_per_second", "share_of_matmul_rate", "minibert_is_faster_by", "wall_seconds", "tflops", "right")
     return {
         **{key: result[key] for key in ("gpu", "commit", "seconds")},
         "figures": {
@@ -163,8 +187,10 @@ def write(path: Path, result: dict[str, Any]) -> None:
 class Run:
     """What the parts share: the rows recorded so far, the clock, sizes and the folder of models."""
 
-    def __init__(self, output: Path, folder: Path, ends: float, smoke: bool = False) -> None:
-        self.output, self.folder, self.smoke = output, folder, smoke
+    def __init__(
+        self, output: Path, folder: Path, ends: float, smoke: bool = False, packed: Path | None = None
+    ) -> None:
+        self.output, self.folder, self.smoke, self.packed = output, folder, smoke, packed
         self.ends = self.part_ends = ends
         self.result: dict[str, Any] = json.loads(output.read_text())
         self.rows: dict[str, Any] = {}
@@ -239,15 +265,15 @@ def measure_parts(arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     torch.manual_seed(0)
     torch._dynamo.config.disable = arguments.smoke  # compiling takes longer than all the rest
-    run = Run(arguments.output, arguments.folder, arguments.ends, arguments.smoke)
+    run = Run(arguments.output, arguments.folder, arguments.ends, arguments.smoke, arguments.packed)
     parts: dict[str, Callable[[Run], None]] = {
-        "0": ceilings,
+        "0": kernels_and_ceilings,
         "1": engines,
         "2": token_rich,
         "3": beside_transformers,
         "4": switched_off,
         "5": whole_runs,
-        "6": lambda run: learning(run, arguments.minilm, arguments.sms),
+        "6": learning,
     }
     chosen = arguments.parts.split(",")
     for i, part in enumerate(chosen):
@@ -265,6 +291,8 @@ def measure_parts(arguments: argparse.Namespace) -> None:
 
 
 def config_of(run: Run, size: str) -> BertConfig:
+    if size == "minilm":
+        return BertConfig.from_dict(json.loads((model_of(run, size) / "config.json").read_text()))
     hidden, layers = (SMOKE_SIZES if run.smoke else SIZES)[size]
     source = {
         "model_type": "bert",
@@ -279,6 +307,8 @@ def config_of(run: Run, size: str) -> BertConfig:
 
 def model_of(run: Run, size: str) -> Path:
     """The folder of a model with random weights and a tokenizer of made words, written when first asked for."""
+    if size == "minilm" and run.packed:
+        return run.packed / size
     folder = run.folder / size
     if not (folder / "vocab.txt").exists():
         with run.device:
@@ -477,8 +507,11 @@ def minibert(run: Run, size: str, work: Work, **flags: Any) -> Trainer:
     return Trainer(training._step, training._steps_of_epoch(0), work.tokens.lengths)
 
 
-def transformers_best(run: Run, size: str, work: Work, attention: str = "sdpa", compiled: bool = False) -> Trainer:
-    """transformers at its best: autocast to bf16, batches of like length padded beforehand, fused AdamW."""
+def transformers_best(run: Run, size: str, work: Work, attention: str = "sdpa", mode: str = "") -> Trainer:
+    """transformers at its best: autocast to bf16, batches of like length padded beforehand, fused AdamW.
+
+    `mode`: of torch.compile, which is left out without one.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -493,9 +526,9 @@ def transformers_best(run: Run, size: str, work: Work, attention: str = "sdpa", 
     labels = work.labels
     batches = [padded(run, work.tokens, labels, batch) for batch in rows]
     forward = model
-    if compiled:
+    if mode:
         varied = len({batch["input_ids"].shape for batch in batches}) > 1
-        forward = torch.compile(model, dynamic=varied)
+        forward = torch.compile(model, dynamic=varied, mode=mode)
 
     def step(batch: dict[str, torch.Tensor]) -> None:
         batch = {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
@@ -564,6 +597,195 @@ def transformers_default(run: Run, size: str, work: Work) -> dict[str, Any]:
 
 
 # --- Part 0
+
+
+def kernels_and_ceilings(run: Run) -> None:
+    """Errors first: where one is wrong, no time means anything."""
+    for name, make in kernels_of(run).items():
+        run.row(f"kernel {name}, error", 4, lambda m=make: worst_errors(m()))  # type: ignore[misc]
+    run.row("kernel adamw, error", 4, lambda: adamw_error(run))
+    ceilings(run)
+    for name, make in kernels_of(run).items():
+        run.row(f"kernel {name}, time", 3, lambda m=make: times_of(m()))  # type: ignore[misc]
+    run.row("kernel adamw, time", 4, lambda: adamw_time(run))
+
+
+@dataclass
+class Kernel:
+    """One of ours, the plain torch that defines it, what is usual in its place, and the inputs."""
+
+    ours: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    usual: Callable[..., Tensor]
+    tensors: dict[str, Tensor]
+
+
+def kernels_of(run: Run) -> dict[str, Callable[[], Kernel]]:
+    """At BERT base's sizes: for a small batch and for one that fills the device."""
+    found: dict[str, Callable[[], Kernel]] = {}
+    for rows in (36,) if run.smoke else (800, 1 << 15):
+        for make in (norm_kernel, gelu_kernel, embedding_kernel):
+            found[f"{make.__name__.removesuffix('_kernel')}, {rows} tokens"] = partial(make, run, rows)
+    for texts, length in ((4, 9),) if run.smoke else ((32, 25), (256, 128), (64, 512)):
+        found[f"attention, {texts} x {length} tokens"] = partial(attention_kernel, run, texts, length)
+    return found
+
+
+def made(run: Run, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    return {name: torch.randn(shape, device=run.device).bfloat16() for name, shape in shapes.items()}
+
+
+def with_dropout(run: Run) -> dict[str, Any]:
+    return {"p": 0.1, "rng": torch.tensor([42, 7], device=run.device), "site": 3}
+
+
+def norm_kernel(run: Run, rows: int) -> Kernel:
+    hidden, options = config_of(run, "base").hidden_size, {"eps": 1e-12, **with_dropout(run)}
+    return Kernel(
+        partial(layer_norm.dropout_add_layer_norm, **options),
+        partial(layer_norm.dropout_add_layer_norm_reference, **options),
+        lambda x, residual, weight, bias: F.layer_norm(F.dropout(x, 0.1) + residual, weight.shape, weight, bias, 1e-12),
+        made(run, x=(rows, hidden), residual=(rows, hidden), weight=(hidden,), bias=(hidden,)),
+    )
+
+
+def gelu_kernel(run: Run, rows: int) -> Kernel:
+    inner = 4 * config_of(run, "base").hidden_size
+    tensors = made(run, x=(rows, inner), bias=(inner,))
+    return Kernel(gelu.bias_gelu, gelu.bias_gelu_reference, lambda x, bias: F.gelu(x + bias), tensors)
+
+
+def embedding_kernel(run: Run, rows: int) -> Kernel:
+    hidden, options = config_of(run, "base").hidden_size, {"eps": 1e-12, **with_dropout(run)}
+    ids = torch.from_numpy(draw(np.random.default_rng(0), rows)).to(run.device)
+    places = torch.arange(rows, device=run.device) % 25
+    options |= {"input_ids": ids, "position_ids": places, "token_type_ids": None}
+
+    def usual(word: Tensor, position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        total = F.embedding(ids, word) + F.embedding(places, position) + token_type[0]
+        return F.dropout(F.layer_norm(total, weight.shape, weight, bias, 1e-12), 0.1)
+
+    tables = made(run, word=(WHOLE_WORDS, hidden), position=(512, hidden), token_type=(2, hidden))
+    return Kernel(
+        partial(embedding.embedding_layer_norm, **options),
+        partial(embedding.embedding_layer_norm_reference, **options),
+        usual,
+        tables | made(run, weight=(hidden,), bias=(hidden,)),
+    )
+
+
+def attention_kernel(run: Run, texts: int, length: int) -> Kernel:
+    bounds = length * torch.arange(texts + 1, dtype=torch.int32, device=run.device)
+    options = {"cu_seqlens": bounds, "max_seqlen": length, **with_dropout(run)}
+    reference = partial(attention.varlen_attention_reference, **options)
+
+    def flash(qkv: Tensor) -> Tensor:
+        return flash_attention(*qkv.unbind(1), bounds, bounds, length, length, 0.1)
+
+    return Kernel(
+        partial(attention.varlen_attention, **options),
+        reference,
+        flash if run.device.type == "cuda" else reference,
+        made(run, qkv=(texts * length, 3, config_of(run, "base").num_attention_heads, 64)),
+    )
+
+
+def outputs_of(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The output and the gradients of all inputs."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    out = function(**leaves)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).bfloat16().to(out)
+    grads = torch.autograd.grad(out, list(leaves.values()), upstream)
+    return {"out": out.detach()} | dict(zip(leaves, grads, strict=True))
+
+
+def worst_errors(kernel: Kernel) -> dict[str, Any]:
+    """The largest errors beside fp64, in units of what is allowed: twice plain torch's in bf16, and one rounding."""
+    if torch.cuda.is_available() and not use_triton(next(iter(kernel.tensors.values()))):
+        raise UserError("Triton is missing")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what nobody wrote is NaN then
+    try:
+        ours = outputs_of(kernel.ours, kernel.tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    plain = outputs_of(kernel.reference, kernel.tensors)
+    exact = outputs_of(kernel.reference, {name: tensor.double() for name, tensor in kernel.tensors.items()})
+    errors = {}
+    for name, value in exact.items():
+        error, usual = (float((other[name].double() - value).abs().max()) for other in (ours, plain))
+        errors[name] = error / (2 * usual + torch.finfo(torch.bfloat16).eps * float(value.abs().max()))
+    # A NaN is not below anything.
+    return {"right": all(error <= 1 for error in errors.values())} | {k: round(v, 3) for k, v in errors.items()}
+
+
+def times_of(kernel: Kernel) -> dict[str, float]:
+    return {
+        "microseconds": pass_time(kernel.ours, kernel.tensors),
+        "microseconds_of_torch": pass_time(kernel.usual, kernel.tensors),
+    }
+
+
+def pass_time(function: Callable[..., Tensor], tensors: dict[str, Tensor]) -> float:
+    """Microseconds of a forward and a backward pass on the device, several in a row in one graph."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    upstream = torch.randn_like(function(**leaves))
+    repeats = 16 if upstream.is_cuda else 1
+
+    def passes() -> None:
+        for _ in range(repeats):
+            torch.autograd.grad(function(**leaves), list(leaves.values()), upstream)
+
+    return round(1000 * milliseconds(as_graph(passes)) / repeats, 2)
+
+
+def flat_buffers(run: Run, count: int) -> tuple[list[Tensor], Any, Tensor]:
+    """Parameters, both moments, bf16 gradients and shadow of one parameter; the layout; the learning rate."""
+    layout = adamw.FlatLayout.of([torch.Size([count])], [0], [(1.0, 0.01)], run.device)
+    buffers = [layout.buffer(), layout.buffer(), layout.buffer(), *(layout.buffer(torch.bfloat16) for _ in range(2))]
+    for buffer in buffers[:4]:
+        buffer[:count] = torch.randn(count, device=run.device).abs()
+    return buffers, layout, torch.tensor(1e-3, device=run.device)
+
+
+def adamw_error(run: Run) -> dict[str, Any]:
+    """Of the change of the parameters, beside plain torch."""
+    buffers, layout, lr = flat_buffers(run, 1_000_003)
+    changes = []
+    for prepare, update in (
+        (adamw.prepare_update_, adamw.adamw_),
+        (adamw.prepare_update_reference_, adamw.adamw_reference_),
+    ):
+        own = [buffer.clone() for buffer in buffers]
+        update(*own, layout, lr, prepare(own[3], torch.full((), 3.0, device=run.device), max_norm=1.0))
+        changes.append(own[0].double() - buffers[0].double())
+    error = float((changes[0] - changes[1]).abs().max() / changes[1].abs().max())
+    return {"right": error < 1e-3, "param": error}
+
+
+def adamw_time(run: Run) -> dict[str, float]:
+    """Clipping, update, shadow and cleared gradients of all parameters of BERT base, beside torch's fused AdamW."""
+    count = 1 << 16 if run.smoke else 109_482_240
+    buffers, layout, lr = flat_buffers(run, count)
+    step = torch.zeros((), device=run.device)
+
+    def ours() -> None:
+        control = adamw.prepare_update_(buffers[3], step, max_norm=1.0)
+        adamw.adamw_(*buffers, layout, lr, control, zero_grad=True)
+
+    parameter = torch.nn.Parameter(buffers[0].clone())
+    parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW([parameter], fused=True, capturable=run.device.type == "cuda")
+
+    def usual() -> None:
+        torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+        optimizer.step()
+
+    took = milliseconds(as_graph(ours))
+    return {
+        "microseconds": round(1000 * took, 1),
+        "microseconds_of_torch": round(1000 * milliseconds(as_graph(usual)), 1),
+        "gigabytes_per_second": round(32 * count / took / 1e6, 1),  # 3 fp32 both ways, bf16: gradient thrice, shadow
+    }
 
 
 def ceilings(run: Run) -> None:
@@ -749,25 +971,27 @@ def beside_transformers(run: Run) -> None:
     for size, name in (("base", "32 x 25 tokens"), ("base", "32 phrases"), ("large", "32 x 25 tokens")):
         run.row(f"{size}, {name}, Trainer", 10, lambda s=size, n=name: transformers_default(run, s, works[n]()))  # type: ignore[misc]
     for size, name in product(SIZES, works):
-        # Compiling for transformers takes a minute, more for texts of all lengths; only where it is most telling.
-        compiled = (size, name) == ("base", "32 x 25 tokens") or run.left > 100
+        run.row(f"{size}, {name}, side by side", 15, lambda s=size, n=name: contest(run, s, works[n]()))  # type: ignore[misc]
+    # Compiling for transformers takes a minute, so it comes last, and only where it is most telling.
+    for (size, name), mode in product((("base", "32 x 25 tokens"), ("large", "256 x 128 tokens")), COMPILE_MODES):
         run.row(
-            f"{size}, {name}, side by side",
-            60 if compiled else 15,
-            lambda s=size, n=name, c=compiled: contest(run, s, works[n](), c),  # type: ignore[misc]
+            f"{size}, {name}, side by side, compiled, {mode}",
+            60,
+            lambda s=size, n=name, m=mode: contest(run, s, works[n](), m),  # type: ignore[misc]
             limit=180,
         )
 
 
-def contest(run: Run, size: str, work: Work, compiled: bool) -> dict[str, Any]:
-    """minibert and every kind of transformers that there is, in turns."""
+def contest(run: Run, size: str, work: Work, mode: str = "") -> dict[str, Any]:
+    """minibert and every kind of transformers that there is, in turns; with a `mode` of torch.compile, that one."""
     kinds: dict[str, Callable[[], Trainer]] = {
-        "minibert": lambda: minibert(run, size, work, engine=best_engine(run, size)),
-        "transformers, sdpa": lambda: transformers_best(run, size, work),
-        "transformers, flash": lambda: transformers_best(run, size, work, "flash_attention_2"),
+        "minibert": lambda: minibert(run, size, work, engine=best_engine(run, size))
     }
-    if compiled:
-        kinds["transformers, sdpa, compiled"] = lambda: transformers_best(run, size, work, compiled=True)
+    if mode:
+        kinds[f"transformers, sdpa, {mode}"] = lambda: transformers_best(run, size, work, mode=mode)
+    else:
+        kinds["transformers, sdpa"] = lambda: transformers_best(run, size, work)
+        kinds["transformers, flash"] = lambda: transformers_best(run, size, work, "flash_attention_2")
     trainers: dict[str, Trainer] = {}
     failed: dict[str, str] = {}
     for name, make in kinds.items():
@@ -807,6 +1031,21 @@ def switched_off(run: Run) -> None:
                     40 if flags.get("engine") == "compile" else 4,
                     lambda w=work, f=flags, r=reference: beside_reference(run, r(), w, {"engine": engine} | f),  # type: ignore[misc]
                 )
+    compiled_kernels(run)
+
+
+def compiled_kernels(run: Run) -> None:
+    """What torch.compile makes of what our kernels do: one that is no faster than this has no place."""
+    for name, make in kernels_of(run).items():
+        if "attention" not in name:
+            run.row(f"kernel {name}, torch.compile's", 12, lambda m=make: compiled_time(m()))  # type: ignore[misc]
+
+
+def compiled_time(kernel: Kernel) -> dict[str, float]:
+    return {
+        "microseconds": pass_time(kernel.ours, kernel.tensors),
+        "microseconds_compiled": pass_time(torch.compile(kernel.usual, dynamic=False), kernel.tensors),
+    }
 
 
 def variants() -> dict[str, dict[str, Any]]:
@@ -908,24 +1147,32 @@ def write_texts(path: Path, kind: str, rows: int, at_once: int = 100_000) -> Pat
 # --- Part 6
 
 
-def learning(run: Run, minilm: str | None, sms: str) -> None:
-    """Losses of the first steps without dropout, beside those of the eager engine in fp32."""
-    work = equal(run, 32, 25, batches=16)
-    plain = {"engine": "eager", "attention": "sdpa", "precision": "fp32"}
-    reference = cache(lambda: losses(run, work, plain))
+def learning(run: Run) -> None:
+    """Losses of the first steps without dropout, beside the eager engine's in fp32 (of real weights: on the CPU)."""
+    size = "minilm" if run.packed else "base"
+    work = messages(run, run.packed) if run.packed else equal(run, 32, 25, batches=16)
+    plain = {"engine": "eager", "attention": "sdpa", "precision": "fp32", "device": "cpu" if run.packed else "auto"}
+    reference = cache(lambda: losses(run, size, work, plain))
     fastest = {"engine": best_engine(run, "base")}
     ways = [{"engine": engine} for engine in ENGINES if engine != "compile"]
     ways += [fastest | {"attention": attention} for attention in ATTENTIONS]
     ways += [fastest | {"precision": precision} for precision in PRECISIONS]
     ways += [fastest | {name: False} for name in ("kernels", "cls_only", "compact_vocabulary")]
     for way in ways:
-        name = "base, losses, " + ", ".join(f"{key} {value}" for key, value in way.items())
-        run.row(name, 5, lambda w=way: compared(losses(run, work, w), reference()))  # type: ignore[misc]
-    run.row("MiniLM on SMS spam", 20, lambda: sms_spam(run, minilm, Path(sms)), limit=120)
+        name = f"{size}, losses, " + ", ".join(f"{key} {value}" for key, value in way.items())
+        run.row(name, 5, lambda w=way: compared(losses(run, size, work, w), reference()))  # type: ignore[misc]
+    run.row("MiniLM on SMS spam", 20, lambda: sms_spam(run), limit=120)
 
 
-def losses(run: Run, work: Work, flags: dict[str, Any], rounds: int = 2) -> list[float]:
-    trainer = minibert(run, "base", work, dropout=0.0, head_dropout=0.0, warmup_ratio=0.0, **flags)
+def messages(run: Run, packed: Path) -> Work:
+    """The first messages of SMS spam."""
+    with open(packed / "sms_spam.csv", encoding="utf-8", newline="") as file:
+        texts = [row["text"] for row in csv.DictReader(file)][: 8 if run.smoke else 512]
+    return Work(Tokenizer.from_folder(packed / "minilm").encode(texts, None, 512), 32)
+
+
+def losses(run: Run, size: str, work: Work, flags: dict[str, Any], rounds: int = 2) -> list[float]:
+    trainer = minibert(run, size, work, dropout=0.0, head_dropout=0.0, warmup_ratio=0.0, **flags)
     return [float(trainer.step(batch)[0]) for _ in range(rounds) for batch in trainer.batches]
 
 
@@ -937,9 +1184,10 @@ def compared(ours: list[float], reference: list[float]) -> dict[str, Any]:
     }
 
 
-def sms_spam(run: Run, minilm: str | None, sms: Path) -> dict[str, Any]:
-    if minilm is None or not sms.is_file():
-        raise UserError("give --minilm, a folder with the weights, and --sms, the data's CSV")
+def sms_spam(run: Run) -> dict[str, Any]:
+    if run.packed is None:
+        raise UserError("give --packed, a folder that --pack has written")
+    sms, minilm = run.packed / "sms_spam.csv", str(run.packed / "minilm")
     with open(sms, encoding="utf-8", newline="") as file:
         rows = len(list(csv.DictReader(file)))
     flags = ["--train", str(sms), "--model", minilm, "--test-split", "0.15", "--epochs", "1", "--lr", "1e-4"]

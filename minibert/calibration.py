@@ -74,8 +74,11 @@ def confidences(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What reliability compares: stated probabilities, and whether (0 or 1) what they speak of was so.
 
-    Single-label: of the predicted class of each row. Multi-label: of every label of every row.
+    Single-label: [n] of the predicted class of each row. Multi-label: [n * L] of every label of every row. Rows whose
+    logits are no numbers are left out.
     """
+    known = np.isfinite(logits).all(1)
+    logits, targets = logits[known], targets[known]
     scaled = logits / np.float32(temperature)
     if problem.kind == MULTI:
         return (0.5 + 0.5 * np.tanh(0.5 * scaled)).ravel(), targets.ravel()
@@ -95,5 +98,5 @@ def calibration_metrics(
             error = calibration_gap(*confidences(problem, values, targets[part], used.temperature))
             losses = used.example_losses(values, targets[part])
             result[part]["expected_calibration_error"][name] = error
-            result[part]["loss"][name] = float(losses.mean()) if len(losses) else None
+            result[part]["loss"][name] = float(losses.mean()) if np.isfinite(losses).all() and len(losses) else None
     return result

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
-from minibert.charts import cut
+from minibert.charts import cut, fixed
 from minibert.files import write_text
+from minibert.optim import peak_learning_rate
 from minibert.problem import MULTI, REGRESSION, SINGLE
 from minibert.report import TITLES, Finished, command, model_name, verdict
 
@@ -31,22 +33,20 @@ def metadata(run: Finished, name: str) -> str:
     """The YAML block: how to load the model, what it was made from and what it reached."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    results = []
-    if run.part is not None:
-        for ours, theirs in HUB_NAMES[run.problem.kind].items():
-            value = run.metrics[run.part].get(ours)
-            if value is not None:
-                results.append(
-                    EvalResult(
-                        task_type="text-classification",
-                        dataset_type="text",
-                        dataset_name=source_name(run),
-                        dataset_split=run.part,
-                        metric_type=theirs,
-                        metric_name=TITLES.get(ours, ours),
-                        metric_value=round(value, 6),
-                    )
-                )
+    metrics = {} if run.part is None else run.metrics[run.part]
+    results = [
+        EvalResult(
+            task_type="text-classification",
+            dataset_type="text",
+            dataset_name=source_name(run),
+            dataset_split=run.part,
+            metric_type=theirs,
+            metric_name=TITLES.get(ours, ours),
+            metric_value=round(metrics[ours], 6),
+        )
+        for ours, theirs in HUB_NAMES[run.problem.kind].items()
+        if metrics.get(ours) is not None and math.isfinite(metrics[ours])
+    ]
     card = ModelCardData(
         library_name="minibert" if run.config.mlp_size() else "transformers",
         pipeline_tag="text-classification",
@@ -92,34 +92,35 @@ def introduction(run: Finished) -> str:
     model = base_model(run) or model_name(run)
     return (
         f"A BERT classifier, fine-tuned from {markdown(model)} with minibert: it gives {subject} {kind} "
-        f"({names}{more}). {markdown_sentence(verdict(run))}"
+        f"({names}{more}). {verdict(run, lambda label: f'“{markdown(label)}”')}"
     )
-
-
-def markdown_sentence(text: str) -> str:
-    """A sentence of ours with a name from data in it."""
-    return re.sub(r"“(.*)”", lambda match: f"“{markdown(match[1])}”", plain(text))
 
 
 def data(run: Finished) -> str:
     rows = [
         [part, f"{len(examples):,}", markdown(Path(examples.source).name)] for part, examples in run.data.parts.items()
     ]
-    lengths, lost = run.sets["train"].lengths, run.sets["train"].tokens.cut
-    text = (
-        f"A text has {lengths.mean():.0f} tokens on average. Texts are cut to {run.config.max_length} tokens "
-        f"({run.config.truncation}), which shortens {(lost > 0).mean():.1%} of the training rows."
-    )
+    lengths, lost = run.sets["train"].tokens.full_lengths, run.sets["train"].tokens.cut
+    limit, truncation = run.config.max_length, run.config.truncation
+    text = f"A text has {lengths.mean():.0f} tokens on average. "
+    if truncation == "window":
+        text += f"Texts of more than {limit} tokens are read in overlapping windows."
+    else:
+        share = f"{(lost > 0).mean():.1%} of the training rows"
+        text += f"Texts are cut to {limit} tokens ({truncation}), which shortens {share}."
     return f"## Data\n\n{rows_of(['part', 'rows', 'file'], rows)}\n\n{text}"
 
 
 def recipe(run: Finished) -> str:
     config, speed = run.config, run.metrics["speed"]
     size = f"{config.batch_tokens} tokens" if config.batch_tokens else f"{config.batch_size} texts"
+    head = peak_learning_rate("classifier.weight", 0, config)
+    rates = f"{head:g}" if config.freeze == "all" else f"{config.learning_rate:g}"
+    rates += f" (head {head:g})" if f"{head:g}" != rates else ""
     rows: list[tuple[str, Any]] = [
         ("epochs", f"{config.epochs:g} (at most; {run.metrics['train']['steps']:,} steps were taken)"),
         ("batch", f"{size}, times {config.gradient_accumulation_steps}"),
-        ("learning rate", f"{config.learning_rate:g}, {config.schedule}, warm-up {config.warmup_ratio:.0%}"),
+        ("learning rate", f"{rates}, {config.schedule}, warm-up {config.warmup_ratio:.0%}"),
         ("optimiser", f"AdamW, weight decay {config.weight_decay:g}, gradients clipped at {config.max_grad_norm:g}"),
         ("frozen", config.freeze),
         ("class weights", markdown(Path(config.class_weights).name)),
@@ -136,30 +137,32 @@ def results(run: Finished) -> str:
         return "## Metrics\n\nNone: no rows were kept for validation or test."
     parts = [part for part in ("validation", "test") if part in run.metrics]
     names = [name for name, value in run.metrics[run.part].items() if isinstance(value, float)]
-    rows = [[name.replace("_", " "), *(number(run.metrics[part].get(name)) for part in parts)] for name in names]
-    text = "## Metrics\n\n" + rows_of(["metric", *parts], rows)
-    if "calibration" in run.metrics:
-        error = run.metrics["calibration"][run.part]["expected_calibration_error"]
-        text += (
-            f"\n\nThe temperature of the probabilities is {run.problem.temperature:.4g}: expected calibration error on "
-            f"{run.part} {number(error['after'])}, without it {number(error['before'])}. minibert applies it; "
-            "transformers does not know of it and gives the same labels with unscaled probabilities."
-        )
-    per_class = run.metrics[run.part].get("per_class", {})
-    if per_class:
-        items = list(per_class.items())[:CLASSES]
-        header = ["class", "precision", "recall", "F1", "rows"]
-        lines = [
-            [markdown(name), *(number(row[key]) for key in ("precision", "recall", "f1")), f"{row['support']:,}"]
-            for name, row in items
-        ]
-        rest = f"\n\nThe first {CLASSES} of {len(per_class)} classes." if len(per_class) > CLASSES else ""
-        text += f"\n\n{rows_of(header, lines)}{rest}"
-    return text
+    rows = [[name.replace("_", " "), *(fixed(run.metrics[part].get(name), 4) for part in parts)] for name in names]
+    pieces = ["## Metrics", rows_of(["metric", *parts], rows), calibration(run, run.part), classes(run, run.part)]
+    return "\n\n".join(piece for piece in pieces if piece)
 
 
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+def calibration(run: Finished, part: str) -> str:
+    if "calibration" not in run.metrics:
+        return ""
+    error = run.metrics["calibration"][part]["expected_calibration_error"]
+    return (
+        f"The temperature of the probabilities is {run.problem.temperature:.4g}: expected calibration error on "
+        f"{part} {fixed(error['after'], 4)}, without it {fixed(error['before'], 4)}. minibert applies it; "
+        "transformers does not know of it and gives the same labels with unscaled probabilities."
+    )
+
+
+def classes(run: Finished, part: str) -> str:
+    per_class = run.metrics[part].get("per_class", {})
+    if not per_class:
+        return ""
+    rows = [
+        [markdown(name), *(fixed(row[key], 4) for key in ("precision", "recall", "f1")), f"{row['support']:,}"]
+        for name, row in list(per_class.items())[:CLASSES]
+    ]
+    rest = f"\n\nThe first {CLASSES} of {len(per_class)} classes." if len(per_class) > CLASSES else ""
+    return rows_of(["class", "precision", "recall", "F1", "rows"], rows) + rest
 
 
 def use(run: Finished) -> str:
@@ -190,8 +193,8 @@ def limits(run: Finished) -> str:
     seen = {name: row for name, row in per_class.items() if row["support"]}
     if seen:
         worst = min(seen, key=lambda name: seen[name]["f1"])
-        f1 = number(seen[worst]["f1"])
-        lines.append(f"Weakest class: {markdown(worst)}, F1 {f1} on {seen[worst]['support']:,} rows.")
+        f1, rows = fixed(seen[worst]["f1"], 4), seen[worst]["support"]
+        lines.append(f"Weakest class: {markdown(worst)}, F1 {f1} on {rows:,} rows.")
     lost = run.sets["train"].tokens.cut
     if (lost > 0).any():
         lines.append(

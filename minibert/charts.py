@@ -29,6 +29,7 @@ def esc(value: Any) -> Html:
     if isinstance(value, Html):
         return value
     text = str(value).encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be written
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     return Html(html.escape(INVISIBLE.sub("\ufffd", text)))
 
 
@@ -36,18 +37,42 @@ def join(pieces: Iterable[str]) -> Html:
     return Html("".join(esc(piece) for piece in pieces))
 
 
+def section(title: str, pieces: Sequence[Html], grid: bool = True) -> Html:
+    """A headline and its pieces; nothing where there are none."""
+    if not pieces:
+        return Html("")
+    body = join(pieces)
+    body = Html(f'<div class="grid">{body}</div>') if grid else body
+    return Html(f"<section><h2>{esc(title)}</h2>{body}</section>\n")
+
+
+def soft(text: str) -> Html:
+    """A sentence that stands back."""
+    return Html(f'<p class="soft">{esc(text)}</p>')
+
+
+def fixed(value: float | None, digits: int = 3) -> str:
+    """A metric with so many decimals; a dash where it is undefined."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
 @dataclass(frozen=True)
 class Series:
     """One curve (or cloud of dots) of a chart; `tone` numbers the page's colours, 0 is grey."""
 
     name: str
-    x: np.ndarray
-    y: np.ndarray
+    x: np.ndarray  # [n]
+    y: np.ndarray  # [n]
     tone: int = 1
     curve: bool = True
     dots: bool = False
     dashed: bool = False
     sizes: np.ndarray | None = None  # [n] share of each dot, which its area shows
+
+
+def keys(series: Sequence[Series]) -> list[tuple[str, int]]:
+    """The legend of a figure: each curve's name and tone."""
+    return [(s.name, s.tone) for s in series]
 
 
 @dataclass(frozen=True)
@@ -72,7 +97,7 @@ def chart(
     """Curves or a histogram with axes; `marks` are vertical lines with a text."""
     series = [finite(s) for s in series]
     xs = [s.x for s in series] + ([bars.edges] if bars else []) + [np.array([x for x, _ in marks])]
-    ys = [s.y for s in series] + ([np.append(bars.counts, 0)] if bars else [])
+    ys = [s.y for s in series] + ([np.append(bars.counts, [0, 1])] if bars else [])
     x_low, x_high = x_range or spread(xs)
     y_low, y_high = y_range or rounded(spread(ys))
 
@@ -113,11 +138,13 @@ def evenly_along(x: np.ndarray, y: np.ndarray, count: int) -> np.ndarray:
 
 
 def spread(values: Sequence[np.ndarray]) -> tuple[float, float]:
-    """Lowest and highest of several arrays, never equal."""
+    """Lowest and highest of several arrays, never equal nor apart by mere rounding."""
     joined = np.concatenate([np.asarray(v, dtype=np.float64) for v in values]) if values else np.zeros(0)
     joined = joined[np.isfinite(joined)]
     low, high = (float(joined.min()), float(joined.max())) if len(joined) else (0.0, 1.0)
-    return (low, high) if high > low else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+    if high - low > 1e-9 * max(abs(low), abs(high)):
+        return low, high
+    return low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
 
 
 def rounded(limits: tuple[float, float]) -> tuple[float, float]:
@@ -145,6 +172,8 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def short(value: float) -> str:
     """A number for an axis: 1.5k, 0.05, 5e-5."""
+    if abs(value) >= 1e10:
+        return f"{value:.3g}".replace("e+", "e")
     if abs(value) >= 1e6:
         return f"{value / 1e6:.4g}M"
     if abs(value) >= 1e4:
@@ -272,7 +301,11 @@ def meter(value: float) -> Html:
 def heat_map(names: Sequence[str], counts: np.ndarray) -> Html:
     """A confusion matrix [n, n]: counts, coloured by their share of the row."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    head = "".join(f'<th class="column"><bdi>{esc(cut(name, 40))}</bdi></th>' for name in names)
+    many = len(names) > 6
+    head = "".join(
+        f'<th class="column" title="{esc(cut(name, 80))}"><bdi>{esc(cut(name, 18 if many else 28))}</bdi></th>'
+        for name in names
+    )
     lines = []
     for name, row, share in zip(names, counts, shares, strict=True):
         cells = "".join(
@@ -280,7 +313,7 @@ def heat_map(names: Sequence[str], counts: np.ndarray) -> Html:
             for c, s in zip(row.tolist(), share.tolist(), strict=True)
         )
         lines.append(f'<tr><th class="row"><bdi>{esc(cut(name, 40))}</bdi></th>{cells}</tr>')
-    kind = "heat many" if len(names) > 6 else "heat"
+    kind = "heat many" if many else "heat"
     return Html(f'<div class="scroll"><table class="{kind}"><tr><th></th>{head}</tr>{"".join(lines)}</table></div>')
 
 

@@ -73,16 +73,18 @@ def model_folder(name: str | Path) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or folder.exists():
-        raise UserError(f"{name}: no such model folder")
+    is_path = str(name).startswith(".") or (len(folder.parts) == 2 and folder.parent.is_dir())
+    if is_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or folder.exists():
+        raise UserError(f"{name}: no such model folder; give one with config.json and model.safetensors")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(snapshot_download(str(name), allow_patterns=DOWNLOADS))
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        why = one_line(error).partition(" An error happened")[0][:120]
         raise UserError(
-            f"{name}: neither a folder here nor to be had from the hub ({one_line(error)[:120]}); "
+            f"{name}: neither a folder here nor to be had from the hub ({why}); "
             "give a folder with config.json and model.safetensors, or check the name and the network"
         ) from None
 

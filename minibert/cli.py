@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import io
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,11 +30,49 @@ LARGEST_CONFIG = 1 << 18  # bytes of a --config file
 GROUPS = ("model", "data", "tokens", "recipe", "speed", "stopping", "watching", "other")
 
 
+# What stands for a flag's value in --help; elsewhere N is a whole number and X any number.
+PLACEHOLDERS = {
+    **dict.fromkeys(("train", "validation", "test"), "FILE"),
+    **dict.fromkeys(("model", "tokenizer", "output"), "FOLDER"),
+    **dict.fromkeys(("text_column", "text_pair_column", "label_column"), "NAME"),
+    "seeds": "1,2,3",
+}
+
+
+class ShortHelp(argparse.HelpFormatter):
+    """Each flag under its first name: the other spellings are understood, and listed they would hide the rest."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or isinstance(action, argparse._HelpAction):
+            return super()._format_action_invocation(action)
+        name = action.option_strings[0]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return name.replace("--", "--[no-]", 1)
+        return f"{name} {self._format_args(action, str(action.metavar))}" if action.nargs != 0 else name
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with errors in one line."""
+    """argparse with errors in one line, and no guessing at shortened flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, "formatter_class": ShortHelp, **options})
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (--[\w-]+)[^:]*: ", r"\1: ", message)
+        message = re.sub(r"invalid float value: (.*)", r"\1 is no number", message)
+        message = re.sub(r"invalid int value: (.*)", r"\1 is no whole number", message)
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            message += self._meant(unknown[1].split("=")[0])
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def _meant(self, word: str) -> str:
+        """What the user may have had in mind with a word that is no flag."""
+        known = self._option_string_actions
+        if word.startswith("--"):
+            close = get_close_matches(word, known, 1, 0.7)
+            return f" (did you mean {close[0]}?)" if close else ""
+        flags = [name for name in ("--text", "--file", "--train") if name in known]
+        return f" (did you mean {' or '.join(flags)} in front of it?)"
 
 
 def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
@@ -93,8 +133,9 @@ def run_parser() -> Parser:
     parser = Parser(
         prog="python -m minibert.finetune",
         description="Fine-tune BERT on a data file. With no arguments: a demonstration on bundled data.",
+        usage="python -m minibert.finetune [--train FILE] [--model FOLDER] [--output FOLDER] [flags]",
+        epilog="Names may be written with _ for -, and as transformers' scripts have them (--num_train_epochs).",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for field in dataclasses.fields(RunConfig):
@@ -108,17 +149,19 @@ def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -
     names = [spelled for name in (field.name, *field.metadata["aliases"]) for spelled in (flag_name(name), f"--{name}")]
     names = list(dict.fromkeys(names))
     kind, default = field.metadata["kind"], field.default
-    shown = "" if default in (None, (), False) else f" (default {default})"
+    shown = "" if default in (None, ()) or isinstance(default, bool) else f" (default {default})"
     text = (field.metadata["help"] + shown).replace("%", "%%")
     if kind is bool and default is False:
         group.add_argument(*names, dest=field.name, action="store_true", help=text)
     elif kind is bool:
         group.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
     elif kind is tuple:
-        group.add_argument(*names, dest=field.name, action=Several, metavar="NAME", help=text)
+        group.add_argument(*names, dest=field.name, action=Several, metavar=PLACEHOLDERS[field.name], help=text)
     else:
-        options = {"choices": field.metadata["choices"]} if field.metadata["choices"] else {"metavar": "X"}
-        group.add_argument(*names, dest=field.name, type=kind, help=text, **options)
+        choices = field.metadata["choices"] or None
+        placeholder = PLACEHOLDERS.get(field.name, {int: "N", float: "X"}.get(kind, "VALUE"))
+        placeholder = "{" + ",".join(choices) + "}" if choices else placeholder
+        group.add_argument(*names, dest=field.name, type=kind, choices=choices, metavar=placeholder, help=text)
 
 
 class Several(argparse.Action):

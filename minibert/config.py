@@ -116,13 +116,19 @@ class RunConfig:
     """One fine-tuning run. Each field is a flag (`max_length` is `--max-length`) and a key of the TOML file."""
 
     # model
-    model: str | None = flag(None, "model folder or hub id", "model_name_or_path", group="model", kind=str)
+    model: str | None = flag(
+        None, "model folder or hub id (default: the demo's MiniLM)", "model_name_or_path", group="model", kind=str
+    )
     tokenizer: str | None = flag(
         None, "folder or hub id of the tokenizer, if not the model's", "tokenizer_name", group="model", kind=str
     )
     head: str = flag("linear", "linear, or mlp:N for a hidden layer of N units with ReLU", group="model")
-    head_dropout: float | None = flag(None, "dropout before the classifier", group="model", kind=float)
-    dropout: float | None = flag(None, "dropout in the encoder, attention included", group="model", kind=float)
+    head_dropout: float | None = flag(
+        None, "dropout before the classifier (default the model's)", group="model", kind=float
+    )
+    dropout: float | None = flag(
+        None, "dropout in the encoder, attention included (default the model's)", group="model", kind=float
+    )
 
     # data
     train: str | None = flag(None, "training file", "train_file", group="data", kind=str)
@@ -135,9 +141,13 @@ class RunConfig:
     label_column: tuple[str, ...] = flag(
         (), "column of the label; several 0/1 columns for multi-label", "label_column_name", group="data"
     )
-    label_delimiter: str | None = flag(None, "separates the labels of one row (multi-label)", group="data", kind=str)
-    no_header: bool = flag(False, "the file has no header; columns are then called 0, 1, 2, ...", group="data")
-    encoding: str | None = flag(None, "encoding of the files, if not UTF-8", group="data", kind=str)
+    label_delimiter: str | None = flag(
+        None, "what separates the labels of one row, such as , (multi-label)", group="data", kind=str
+    )
+    no_header: bool = flag(False, "the first row is data; columns are then called 0, 1, 2, ...", group="data")
+    encoding: str | None = flag(
+        None, "encoding of the files (default UTF-8, or what they look like)", group="data", kind=str
+    )
     on_bad_rows: str = flag(
         "error",
         "rows without text or label, or with the wrong number of cells",
@@ -147,7 +157,9 @@ class RunConfig:
     validation_split: float = flag(0.15, "share of the training file for validation, where no file is", group="data")
     test_split: float = flag(0.0, "share of the training file for test, where no file is", group="data")
     split_seed: int = flag(42, "seed of the split", group="data")
-    problem_type: str = flag("auto", "what the labels are", group="data", choices=("auto", *PROBLEM_TYPES))
+    problem_type: str = flag(
+        "auto", "what the labels are; auto: fractions are a regression", group="data", choices=("auto", *PROBLEM_TYPES)
+    )
     max_train_samples: int | None = flag(None, "use only so many training rows, stratified", group="data", kind=int)
 
     # tokens
@@ -214,13 +226,19 @@ class RunConfig:
         None, "evaluate every so many steps (default: each epoch)", group="stopping", kind=int
     )
     metric: str | None = flag(
-        None, "validation metric that chooses the best weights", "metric_for_best_model", group="stopping", kind=str
+        None,
+        "validation metric that chooses the best weights (default macro_f1, micro_f1 or spearman)",
+        "metric_for_best_model",
+        group="stopping",
+        kind=str,
     )
     early_stopping_patience: int | None = flag(
         None, "stop after so many evaluations without a better one", group="stopping", kind=int
     )
     save_steps: int | None = flag(None, "checkpoint every so many steps", group="stopping", kind=int)
-    resume: bool = flag(False, "continue the run in --output", "resume_from_checkpoint", group="stopping")
+    resume: bool = flag(
+        False, "continue the run in --output, with its flags", "resume_from_checkpoint", group="stopping"
+    )
 
     # watching
     report_to: str = flag("none", "tracker", group="watching", choices=("none", "tensorboard", "wandb", "mlflow"))

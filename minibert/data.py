@@ -1,28 +1,31 @@
-"""Data files to examples: which columns, which labels, which rows train and which test."""
+"""Data files to examples: which columns, which rows can be used, which labels there are."""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, label_text, sorted_labels
+from minibert.labels import guess_kind, indicator_length, is_missing, is_number, read_label, second_thoughts
+from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, sorted_labels
+from minibert.splits import split
 from minibert.tables import BadRow, Table, bad_rows_error, describe_bad, read_table, stream_table
 from minibert.tokens import valid_unicode
 
+ROOM_FOR_LABELS = 30  # characters
 HEADER_ROWS = 200  # looked at to tell whether there is a header
 
-# What people call their columns, in the order of trust; compared in lower case.
-TEXT_NAMES = """text sentence review question_text message sms tweet comment comment_text content question body
-description document resume utterance title v2 texts""".split()
+# What people call their columns, in the order of trust, as `_plain_name` writes them.
+TEXT_NAMES = """text sentence review review_text reviewtext question_text message sms tweet comment comment_text content
+question body description document resume utterance statement headline title v2 texts""".split()
 LABEL_NAMES = """label labels target category class sentiment intent topic quality score rating stars y is_duplicate
-spam v1 gold_label emotion output""".split()
+spam v1 gold_label emotion output polarity overall class_index coarse_label fine_label""".split()
 PAIR_NAMES = (
     ("sentence1", "sentence2"),
     ("text_a", "text_b"),
@@ -30,8 +33,9 @@ PAIR_NAMES = (
     ("premise", "hypothesis"),
     ("text1", "text2"),
     ("query", "passage"),
-    ("#1 string", "#2 string"),
+    ("#1_string", "#2_string"),
 )
+KNOWN_NAMES = {*TEXT_NAMES, *LABEL_NAMES, *(name for pair in PAIR_NAMES for name in pair)}
 
 
 @dataclass
@@ -49,20 +53,28 @@ class Examples:
         return len(self.texts)
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Examples:
+        """Some of the rows; `bad` stays behind, for it tells of the whole source."""
+
         def pick(values: list[Any] | None) -> Any:
             return None if values is None else [values[i] for i in rows]
 
-        """Some of the rows; `bad` stays behind, for it tells of the whole source."""
         return Examples(self.source, pick(self.texts), pick(self.pairs), pick(self.labels), pick(self.lines))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Columns:
     """Which columns of a table are which."""
 
     text: tuple[str, ...]
     pair: str | None
     label: tuple[str, ...]
+
+    def names(self) -> list[str]:
+        return [*self.text, *([self.pair] if self.pair else []), *self.label]
+
+    def __str__(self) -> str:
+        pair = f" + {self.pair}" if self.pair else ""
+        return f"text: {' + '.join(self.text)}{pair} · label: {', '.join(self.label)}"
 
 
 @dataclass
@@ -86,25 +98,44 @@ def text_keys(examples: Examples) -> list[str]:
 
 def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Columns:
     """The columns named by flags, or else by the names that people use; UserError lists what is there."""
-    names = list(table.columns)
-    lower = {name.lower(): name for name in reversed(names)}
-    for wanted in (*config.text_column, *config.label_column, *filter(None, [config.text_pair_column])):
-        if wanted not in names:
-            raise UserError(f"{table.path}: no column {wanted!r}; its columns are {', '.join(names)}")
-    text, pair, label = config.text_column, config.text_pair_column, config.label_column
+    found = {_plain_name(name): name for name in reversed(table.columns)}
+    text = tuple(_asked(table, name, found) for name in config.text_column)
+    label = tuple(_asked(table, name, found) for name in config.label_column)
+    pair = _asked(table, config.text_pair_column, found) if config.text_pair_column else None
     if not text and not pair:
-        first, second = next(((a, b) for a, b in PAIR_NAMES if a in lower and b in lower), ("", ""))
-        text, pair = ((lower[first],), lower[second]) if first else ((), None)
-    if not label:
-        label = tuple(lower[name] for name in LABEL_NAMES if name in lower and lower[name] not in (*text, pair))[:1]
-    if not text:
-        text = tuple(lower[name] for name in TEXT_NAMES if name in lower and lower[name] not in label)[:1]
-    if len(names) == 2 and not pair and not (text and (label or not need_label)):
+        first, second = next(((a, b) for a, b in PAIR_NAMES if a in found and b in found), ("", ""))
+        text, pair = ((found[first],), found[second]) if first else ((), None)
+    label = label or _first_of(LABEL_NAMES, found, {*text, pair})
+    text = text or _first_of(TEXT_NAMES, found, {*label, pair})
+    if len(table.columns) == 2 and not pair and not (text and (label or not need_label)):
         text, label = _two_columns(table, text, label)
+    if need_label and text and not label:
+        label = _columns_of_flags(table, {*text, pair})
     if not text or (need_label and not label):
-        what = "--text-column" if not text else "--label-column"
-        raise UserError(f"{table.path}: give {what}; the columns are {', '.join(names) or 'none'}")
-    return Columns(text, pair, label)
+        raise _not_found(table, "--label-column" if text else "--text-column")
+    columns = Columns(text, pair, label)
+    for name in columns.names():
+        if columns.names().count(name) > 1:
+            raise UserError(f"{table.path}: column {name!r} is asked for twice; text, second text and label differ")
+    return columns
+
+
+def _plain_name(name: str) -> str:
+    """One spelling: `Review Text` is review_text."""
+    return re.sub(r"[\s_-]+", "_", name.strip().lower())
+
+
+def _asked(table: Table, name: str, found: dict[str, str]) -> str:
+    """A column named by a flag; another letter case will do."""
+    if name in table.columns:
+        return name
+    if _plain_name(name) not in found:
+        raise UserError(f"{table.path}: no column {name!r}; its columns are {', '.join(table.columns)}")
+    return found[_plain_name(name)]
+
+
+def _first_of(known: Sequence[str], found: dict[str, str], taken: set[str | None]) -> tuple[str, ...]:
+    return tuple(found[name] for name in known if name in found and found[name] not in taken)[:1]
 
 
 def _two_columns(
@@ -121,24 +152,54 @@ def _two_columns(
     return (first if fewer == second else second,), (fewer,)
 
 
-def examples_from_table(table: Table, columns: Columns, with_labels: bool = True) -> Examples:
-    def column(name: str) -> list[str]:
-        return ["" if _is_missing(value) else valid_unicode(str(value)) for value in table.columns[name]]
+def _columns_of_flags(table: Table, taken: set[str | None]) -> tuple[str, ...]:
+    """Two or more columns of nothing but 0 and 1: one for each label."""
+    if not table.lines:
+        return ()
+    found = [name for name, values in table.columns.items() if {str(value) for value in values} <= {"0", "1"}]
+    names = tuple(name for name in found if name not in taken)
+    return names if len(names) > 1 else ()
 
-    texts = column(columns.text[0])
+
+def _not_found(table: Table, flag: str) -> UserError:
+    names, hint = list(table.columns), ""
+    if names == ["text"] and table.path.lower().endswith(".txt"):
+        hint = "; name a file of `label text` lines .label"
+    if names != [str(i) for i in range(len(names))]:
+        return UserError(f"{table.path}: give {flag}; the columns are {', '.join(names) or 'none'}{hint}")
+    first = {name: " ".join(str(cells[0]).split()) if cells else "" for name, cells in table.columns.items()}
+    shown = ", ".join(f"{name} ({cell[:24]}{'...' if len(cell) > 24 else ''})" for name, cell in first.items())
+    return UserError(f"{table.path}: give {flag}; there is no header; the columns are {shown}")
+
+
+def examples_from_table(table: Table, columns: Columns, with_labels: bool = True) -> Examples:
+    texts = _texts(table, columns.text[0])
     if len(columns.text) > 1:
-        texts = [" ".join(filter(None, cells)) for cells in zip(*map(column, columns.text), strict=True)]
-    pairs = column(columns.pair) if columns.pair else None
+        parts = (_texts(table, name) for name in columns.text)
+        texts = [" ".join(filter(None, cells)) for cells in zip(*parts, strict=True)]
+    pairs = _texts(table, columns.pair) if columns.pair else None
     labels: list[Any] | None = None
-    if with_labels and all(name in table.columns for name in columns.label):
-        labels = list(table.columns[columns.label[0]])
+    if with_labels:
+        labels = list(_cells(table, columns.label[0]))
         if len(columns.label) > 1:
-            labels = list(zip(*(table.columns[name] for name in columns.label), strict=True))
+            labels = list(zip(*(_cells(table, name) for name in columns.label), strict=True))
     return Examples(table.path, texts, pairs, labels, list(table.lines), list(table.bad))
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)  # NaN is how pandas writes nothing
+def _cells(table: Table, name: str) -> list[Any]:
+    """A column; later chunks of a JSON file may lack one, as any row may."""
+    return table.columns.get(name) or [None] * len(table.lines)
+
+
+def _texts(table: Table, name: str) -> list[str]:
+    texts = []
+    for value, line in zip(_cells(table, name), table.lines, strict=True):
+        if isinstance(value, dict | list):
+            kind = "an object" if isinstance(value, dict) else "a list"
+            raise UserError(f"{table.path}, line {line}, column {name}: {kind}, not a text")
+        is_nothing = not isinstance(value, str) and is_missing(value)  # a text of blanks stays as it is
+        texts.append("" if is_nothing else valid_unicode(str(value)))
+    return texts
 
 
 def load_data(config: RunConfig) -> RunData:
@@ -150,53 +211,95 @@ def load_data(config: RunConfig) -> RunData:
         if path := getattr(config, part):
             tables[part] = _read(path, config, notes)
     columns = find_columns(tables["train"], config)
+    notes.append(str(columns))
     parts = {}
     for part, table in tables.items():
-        own = find_columns(table, config) if part != "train" and config.text_column == () else columns
+        own = _columns_like(columns, table, config)
+        if own != columns:
+            notes.append(f"in {table.path} {own}")
         parts[part] = examples_from_table(table, own)
-    pair = f" + {columns.pair}" if columns.pair else ""
-    notes.append(f"text: {' + '.join(columns.text)}{pair} · label: {', '.join(columns.label)}")
     return prepare(parts, columns, config, notes)
+
+
+def _columns_like(columns: Columns, table: Table, config: RunConfig) -> Columns:
+    """The columns of a part: those of training, or others that hold the same."""
+    if all(name in table.columns for name in columns.names()):
+        return columns
+    own = find_columns(table, config)
+    if (own.pair is None) != (columns.pair is None):
+        raise UserError(f"{table.path}: {'one text' if own.pair is None else 'two texts'} a row, unlike training")
+    if len(columns.label) > 1 and own.label != columns.label:
+        missing = [name for name in columns.label if name not in own.label]
+        raise UserError(f"{table.path}: no column {', '.join(map(repr, missing))}, which training has for a label")
+    return own
 
 
 def stream_examples(path: str, config: RunConfig, with_labels: bool = False) -> Iterator[Examples]:
     """Rows of a file, chunk by chunk, so that it may be larger than memory; the first chunk decides on the columns."""
-    columns: Columns | None = None
-    bad: list[BadRow] = []
-    header = _has_header(path, config)
-    for table in stream_table(path, header=header, encoding=config.encoding, on_bad_rows=config.on_bad_rows):
-        columns = columns or find_columns(table, config, need_label=with_labels)
-        examples = examples_from_table(table, columns, with_labels)
-        if with_labels:
-            may_lack_labels = config.label_delimiter is not None or len(columns.label) > 1
-            examples = usable(examples, config, may_lack_labels)
-        bad += examples.bad
-        yield examples
-    if bad:
-        print(f"skipped {_rows(bad)} of {path}, {describe_bad(bad)}", file=sys.stderr)
 
+    def checked(examples: Examples, columns: Columns) -> Examples:
+        return usable(examples, config, _may_lack_labels(columns, config)) if with_labels else examples
 
-def _rows(bad: list[BadRow]) -> str:
-    return "1 row" if len(bad) == 1 else f"{len(bad)} rows"
+    header = _has_header(_first_rows(path, config), config)
+    yield from _stream(path, header, config, with_labels, checked)
 
 
 def stream_labelled(path: str, problem: Problem, config: RunConfig) -> Iterator[Examples]:
     """`stream_examples` with labels that a trained model knows, for `evaluate`."""
-    known = set(problem.labels)
-    for examples in stream_examples(path, config, with_labels=True):
-        examples.labels = _labels_of(examples, problem.kind, Columns((), None, config.label_column), config)
-        for line, value in zip(examples.lines, examples.labels, strict=True):
-            names = {value} if problem.kind == SINGLE else set(value) if problem.kind == MULTI else set()
-            if names - known:
-                unknown, some = min(names - known), ", ".join(problem.labels[:8])
-                raise UserError(f"{path}, line {line}: label {unknown!r} is unknown to the model; it knows {some}")
+    first = _first_rows(path, config)
+    header = _has_header(first, config)
+    names = set(first.columns)
+    if header and first.delimited:
+        names = {str(cells[0]).strip() for cells in first.columns.values() if cells}
+    if problem.kind == MULTI and not config.label_column and len(problem.labels) > 1 and set(problem.labels) <= names:
+        config = replace(config, label_column=tuple(problem.labels))
+
+    def named(examples: Examples, columns: Columns) -> Examples:
+        places = columns.label if len(columns.label) > 1 else ()
+        examples = usable(examples, config, _may_lack_labels(columns, config))
+        if not places and indicator_length(examples.labels or []) == len(problem.labels):
+            places = tuple(problem.labels)
+        return with_names(examples, problem.kind, places, config)
+
+    for examples in _stream(path, header, config, True, named):
+        _refuse_unknown(examples, problem)
         yield examples
 
 
+def _stream(
+    path: str, header: bool, config: RunConfig, need_label: bool, checked: Callable[[Examples, Columns], Examples]
+) -> Iterator[Examples]:
+    columns: Columns | None = None
+    bad: list[BadRow] = []
+    count = 0
+    for table in stream_table(path, header=header, encoding=config.encoding, on_bad_rows=config.on_bad_rows):
+        columns = columns or find_columns(table, config, need_label)
+        examples = checked(examples_from_table(table, columns, need_label), columns)
+        bad += examples.bad
+        count += len(examples)
+        yield examples
+    if bad and not count:
+        raise UserError(f"{path}: no row can be used; {describe_bad(bad)}")
+    if bad:
+        print(f"skipped {_rows(bad)} of {path}, {describe_bad(bad)}", file=sys.stderr)
+
+
+def _refuse_unknown(examples: Examples, problem: Problem) -> None:
+    known = set(problem.labels)
+    for line, value in zip(examples.lines, examples.labels or [], strict=True):
+        names = {value} if problem.kind == SINGLE else set(value) if problem.kind == MULTI else set()
+        if names - known:
+            unknown, some = min(names - known), ", ".join(problem.labels[:8])
+            more = f" and {len(known) - 8} more" if len(known) > 8 else ""
+            hint = "; --label-delimiter takes several labels apart" if problem.kind == MULTI else ""
+            where = f"{examples.source}, line {line}"
+            raise UserError(f"{where}: label {unknown!r} is unknown to the model; it knows {some}{more}{hint}")
+
+
 def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
-    header = _has_header(path, config)
+    header = _has_header(_first_rows(path, config), config)
     if not header and not config.no_header:
-        notes.append(f"{path} has no header, as its first row looks like the others: columns 0, 1, ...")
+        notes.append(f"{path} has no header: its first row looks like the others")
     table = read_table(path, header=header, encoding=config.encoding, on_bad_rows="skip")
     if not table.lines and not table.bad:
         raise UserError(f"{path}: no rows; expected a header and at least one row of data")
@@ -205,182 +308,145 @@ def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
     return table
 
 
-def _has_header(path: str, config: RunConfig) -> bool:
-    """Whether the first row holds names: it does not if all names are unknown and one is a value of its own column."""
+def _first_rows(path: str, config: RunConfig) -> Table:
+    """The first rows, a header among them as a row of cells."""
+    return next(stream_table(path, header=False, encoding=config.encoding, rows=HEADER_ROWS, on_bad_rows="skip"))
+
+
+def _has_header(first: Table, config: RunConfig) -> bool:
+    """Whether the first row holds names: one is known and no value of its column, or none at all is such a value."""
     if config.no_header:
         return False
-    table = next(stream_table(path, encoding=config.encoding, rows=HEADER_ROWS, on_bad_rows="skip"))
-    asked = {*config.text_column, *config.label_column, *filter(None, [config.text_pair_column])}
-    known = {*TEXT_NAMES, *LABEL_NAMES, *(name for pair in PAIR_NAMES for name in pair)}
-    if not table.headed or any(name in asked or name.lower() in known for name in table.columns):
+    if not first.delimited or not first.lines or any(row.line < first.lines[0] for row in first.bad):
         return True
-    return not any(_is_one_of(name, [str(value) for value in values]) for name, values in table.columns.items())
+    columns = [[str(value or "").strip() for value in values] for values in first.columns.values()]
+    asked = {*config.text_column, *config.label_column, *filter(None, [config.text_pair_column])}
+    known = {*map(_plain_name, asked), *KNOWN_NAMES}
+    values = [name for name, *below in columns if name and _is_one_of(name, below)]
+    return not values or any(_plain_name(name) in known and name not in values for name, *_ in columns)
 
 
 def _is_one_of(name: str, values: list[str]) -> bool:
     """A name that occurs below itself, in a column of few values or of numbers, is no name."""
-    if _is_number(name):
-        return name in values or (bool(values) and all(map(_is_number, values)))
+    if is_number(name):
+        return name in values or (bool(values) and all(map(is_number, values)))
     return name in values and len(set(values)) <= len(values) / 2
 
 
 def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, notes: list[str]) -> RunData:
     """Check rows, name the labels, and split."""
-    may_lack_labels = config.label_delimiter is not None or len(columns.label) > 1
-    skipped = {}
-    for name in list(parts):
-        parts[name] = usable(parts[name], config, may_lack_labels)
-        if bad := parts[name].bad:
-            skipped[name] = bad
-            notes.append(f"skipped {_rows(bad)} of {parts[name].source}, {describe_bad(bad)}")
-    problem = detect_problem(parts, columns, config, notes)
+    may_lack = _may_lack_labels(columns, config)
+    parts = {part: usable(examples, config, may_lack) for part, examples in parts.items()}
+    kind, why, places = _decide(parts["train"].labels or [], columns, config)
+    parts = {part: with_names(examples, kind, places, config) for part, examples in parts.items()}
+    for examples in parts.values():
+        if examples.bad and not len(examples):
+            raise UserError(f"{examples.source}: no row can be used; {describe_bad(examples.bad)}")
+    skipped = {part: examples.bad for part, examples in parts.items() if examples.bad}
+    for part, bad in skipped.items():
+        notes.append(f"skipped {_rows(bad)} of {parts[part].source}, {describe_bad(bad)}")
+    problem = Problem(kind, _label_names(parts, kind, places, columns))
+    notes += _decision_notes(problem, why, parts["train"], config)
     if config.max_train_samples and config.max_train_samples < len(parts["train"]):
-        share = config.max_train_samples / len(parts["train"])
-        kept, _ = split(parts["train"], problem, 1 - share, config.split_seed)
-        parts["train"] = parts["train"].take(kept)
-        notes.append(f"{len(kept)} training rows of those in the file (--max-train-samples)")
+        rows = len(parts["train"])
+        parts["train"], _ = _divided(parts["train"], kind, 1 - config.max_train_samples / rows, config)
+        kept, flag = len(parts["train"]), f"--max-train-samples {config.max_train_samples}"
+        notes.append(f"{kept} of {rows} training rows are used ({flag})")
     _split_parts(parts, problem, config)
     return RunData(parts, problem, columns, notes, skipped)
 
 
-def usable(examples: Examples, config: RunConfig, may_lack_labels: bool = False) -> Examples:
+def _may_lack_labels(columns: Columns, config: RunConfig) -> bool:
+    """Whether a row without a label is a row with none of several labels."""
+    return config.label_delimiter is not None or len(columns.label) > 1
+
+
+def usable(examples: Examples, config: RunConfig, may_lack_labels: bool) -> Examples:
     """The rows that have text and label. The others are an error that names them or, if asked for, left in `bad`."""
-    bad = list(examples.bad)
-    kept = []
+    bad, kept = [], []
     labels = None if may_lack_labels else examples.labels
     for i, text in enumerate(examples.texts):
         if not text.strip():
             bad.append(BadRow(examples.lines[i], "no text"))
         elif examples.pairs is not None and not examples.pairs[i].strip():
             bad.append(BadRow(examples.lines[i], "no second text"))
-        elif labels is not None and (_is_missing(labels[i]) or (isinstance(labels[i], str) and not labels[i].strip())):
+        elif labels is not None and is_missing(labels[i]):
             bad.append(BadRow(examples.lines[i], "no label"))
         else:
             kept.append(i)
-    if not bad:
-        return examples
-    bad.sort(key=lambda row: row.line)
-    if config.on_bad_rows == "error":
-        raise bad_rows_error(examples.source, bad)
-    if not kept:
-        raise UserError(f"{examples.source}: no row can be used; {describe_bad(bad)}")
-    left = examples.take(kept)
-    left.bad = bad
-    return left
+    return _without(examples, kept, bad, config)
 
 
-def detect_problem(parts: dict[str, Examples], columns: Columns, config: RunConfig, notes: list[str]) -> Problem:
-    """Name the labels of all parts; labels become names (or numbers for regression) in place."""
-    train = parts["train"]
-    if _are_indicators(train.labels or []):
-        columns.label = tuple(str(i) for i in range(len((train.labels or [])[0])))
-    kind, why = _guess_kind(train, columns, config)
+def with_names(examples: Examples, kind: str, places: Sequence[str], config: RunConfig) -> Examples:
+    """The rows whose labels can be read, as names, lists of names or numbers; the others are bad, as in `usable`."""
+    bad, kept, labels = [], [], []
+    for i, value in enumerate(examples.labels or []):
+        try:
+            labels.append(read_label(value, kind, places, config.label_delimiter))
+            kept.append(i)
+        except ValueError as error:
+            bad.append(BadRow(examples.lines[i], str(error)))
+    return replace(_without(examples, kept, bad, config), labels=labels)
+
+
+def _without(examples: Examples, kept: list[int], bad: list[BadRow], config: RunConfig) -> Examples:
+    """The rows `kept`, the others told or refused as --on-bad-rows says."""
+    together = sorted([*examples.bad, *bad], key=lambda row: row.line)
+    if together and config.on_bad_rows == "error":
+        raise bad_rows_error(examples.source, together)
+    return replace(examples.take(kept), bad=together) if bad else examples
+
+
+def _rows(bad: list[BadRow]) -> str:
+    return "1 row" if len(bad) == 1 else f"{len(bad)} rows"
+
+
+def _decide(values: Sequence[Any], columns: Columns, config: RunConfig) -> tuple[str, str, tuple[str, ...]]:
+    """The problem type, why, and what the 0s and 1s of a row stand for, where it has one for each label."""
+    kind, why = guess_kind(values, len(columns.label), config.label_delimiter)
     if config.problem_type != "auto":
         kind, why = config.problem_type, "as --problem-type says"
-    for examples in parts.values():
-        if examples.labels is None:
-            raise UserError(f"{examples.source}: no label column {', '.join(columns.label)}")
-        examples.labels = _labels_of(examples, kind, columns, config)
+    if len(columns.label) > 1:
+        if kind != MULTI:
+            raise UserError(f"--problem-type {kind}: takes one label column, not {', '.join(columns.label)}")
+        return kind, why, columns.label
+    places = tuple(map(str, range(indicator_length(values)))) if kind == MULTI and not config.label_delimiter else ()
+    return kind, why, places
+
+
+def _label_names(parts: dict[str, Examples], kind: str, places: tuple[str, ...], columns: Columns) -> list[str]:
+    """The labels of all parts, in the order of their numbers; regression has one, its column's."""
     if kind == REGRESSION:
-        notes.append(f"{kind}, {why}")
-        return Problem(kind, [columns.label[0]])
+        return [columns.label[0]]
     names: set[str] = set()
     for examples in parts.values():
         names |= _names_in(examples.labels or [], kind)
+    if not names:
+        raise UserError(f"{parts['train'].source}: no row has a label; a classifier needs some")
     if len(names) < 2 and kind == SINGLE:
-        raise UserError(f"{train.source}: only one label, {names.pop()!r}; a classifier needs two or more")
-    labels = list(columns.label) if kind == MULTI and len(columns.label) > 1 else sorted_labels(names)
-    if not labels:
-        raise UserError(f"{train.source}: no row has a label; a classifier needs some")
-    notes.append(f"{kind}, {why}: {len(labels)} labels ({', '.join(labels[:6])}{', ...' if len(labels) > 6 else ''})")
-    if kind == SINGLE and config.problem_type == "auto":
-        notes += _second_thoughts(train.labels or [])
-    return Problem(kind, labels)
-
-
-def _guess_kind(train: Examples, columns: Columns, config: RunConfig) -> tuple[str, str]:
-    """The problem type, and why."""
-    values = train.labels or []
-    if len(columns.label) > 1:
-        return MULTI, "as each label has a column of 0 and 1"
-    if config.label_delimiter:
-        return MULTI, "as --label-delimiter is given"
-    if any(isinstance(value, list | tuple) for value in values):
-        return MULTI, "as the labels are lists"
-    names = {label_text(value) for value in values}
-    fraction = next((label_text(value) for value in values if _is_fraction(label_text(value))), None)
-    if len(names) > 2 and fraction is not None and all(_is_number(name) for name in names):
-        return REGRESSION, f"as the labels are numbers with fractions, such as {fraction}"
-    return SINGLE, "as each row has one label"
-
-
-def _are_indicators(values: Sequence[Any]) -> bool:
-    """Whether labels from Python are rows of 0 and 1, a place for each label, and not lists of labels 0 and 1."""
-    if not values or not all(isinstance(row, list | tuple) for row in values):
-        return False
-    same_length = len({len(row) for row in values}) == 1 and len(values[0]) > 1
-    return same_length and all(v in (0, 1) for row in values for v in row) and any(len(set(r)) < len(r) for r in values)
-
-
-def _second_thoughts(labels: list[str]) -> list[str]:
-    """What looks as if the labels were meant in another way."""
-    names = set(labels)
-    for delimiter in ",|;":
-        several = sorted(name for name in names if delimiter in name)
-        pieces = {piece.strip() for name in several for piece in name.split(delimiter)}
-        if several and pieces <= names:
-            return [
-                f"labels such as {several[0]!r} look like several: --label-delimiter {delimiter!r} takes them apart"
-            ]
-    if len(labels) >= 50 and len(names) > len(labels) / 2:
-        return [f"{len(names)} different labels in {len(labels)} rows: is --label-column right?"]
-    if len(names) > 10 and all(map(_is_number, names)):
-        return ["numbers without fractions are classes; --problem-type regression takes them as values"]
-    return []
-
-
-def _labels_of(examples: Examples, kind: str, columns: Columns, config: RunConfig) -> list[Any]:
-    labels = examples.labels or []
-    if kind == SINGLE:
-        return [label_text(value) for value in labels]
-    if kind == REGRESSION:
-        for line, value in zip(examples.lines, labels, strict=True):
-            if not _is_number(label_text(value)):
-                raise UserError(f"{examples.source}, line {line}: {value!r} is not a number, as regression needs")
-        return [float(value) for value in labels]
-    if len(columns.label) > 1:
-        return [_from_indicators(examples, i, row, columns.label) for i, row in enumerate(labels)]
-    return [_several(value, config.label_delimiter) for value in labels]
-
-
-def _from_indicators(examples: Examples, index: int, row: Sequence[Any], names: tuple[str, ...]) -> list[str]:
-    for value, name in zip(row, names, strict=True):
-        if label_text(value) not in ("0", "1"):
-            where = f"{examples.source}, line {examples.lines[index]}, column {name}"
-            raise UserError(f"{where}: {value!r} is neither 0 nor 1, as one column a label needs")
-    return [name for value, name in zip(row, names, strict=True) if label_text(value) == "1"]
-
-
-def _several(value: Any, delimiter: str | None) -> list[str]:
-    if isinstance(value, list | tuple):
-        return sorted({label_text(item) for item in value})
-    pieces = str("" if value is None else value).split(delimiter) if delimiter else [str(value)]
-    return sorted({piece.strip() for piece in pieces if piece.strip()})
+        raise UserError(f"{parts['train'].source}: only one label, {names.pop()!r}; a classifier needs two or more")
+    return list(places) or sorted_labels(names)
 
 
 def _names_in(labels: list[Any], kind: str) -> set[str]:
     return set(labels) if kind == SINGLE else {name for row in labels for name in row}
 
 
-def _is_number(text: str) -> bool:
-    try:
-        return bool(np.isfinite(float(text)))
-    except ValueError:
-        return False
+def _decision_notes(problem: Problem, why: str, train: Examples, config: RunConfig) -> list[str]:
+    names = problem.labels
+    if problem.kind == REGRESSION:
+        return [f"{problem.kind}, {why}"]
+    notes = [f"{problem.kind}, {why}: {len(names)} labels ({_some_names(names)})"]
+    is_guess = problem.kind == SINGLE and config.problem_type == "auto"
+    return notes + (second_thoughts(train.labels or []) if is_guess else [])
 
 
-def _is_fraction(text: str) -> bool:
-    return _is_number(text) and not float(text).is_integer()
+def _some_names(labels: list[str]) -> str:
+    """As many labels as a line has room for."""
+    shown = labels[:6]
+    while len(shown) > 1 and len(", ".join(shown)) > ROOM_FOR_LABELS:
+        shown.pop()
+    return ", ".join(shown) + (", ..." if len(shown) < len(labels) else "")
 
 
 def _split_parts(parts: dict[str, Examples], problem: Problem, config: RunConfig) -> None:
@@ -391,95 +457,14 @@ def _split_parts(parts: dict[str, Examples], problem: Problem, config: RunConfig
         if part in parts or share == 0:
             continue
         train = parts["train"]
-        kept, taken = split(train, problem, share * total / len(train), config.split_seed)
-        if len(taken) == 0 or len(kept) == 0:
+        parts["train"], parts[part] = _divided(train, problem.kind, share * total / len(train), config)
+        if not len(parts[part]) or not len(parts["train"]):
             many = " for so many labels (is --label-column right?)" if 2 * len(problem.labels) > total else ""
             raise UserError(
                 f"{train.source}: {total} rows are too few{many} to split off {part}; give --{part}-split 0"
             )
-        parts["train"], parts[part] = train.take(kept), train.take(taken)
 
 
-def split(examples: Examples, problem: Problem, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers (kept, taken), `share` of each class taken; rows of equal text stay on one side, so none leaks."""
-    rng = np.random.default_rng([seed, len(examples)])
-    groups: dict[str, list[int]] = {}
-    for i, key in enumerate(text_keys(examples)):
-        groups.setdefault(key, []).append(i)
-    members = list(groups.values())
-    labels = examples.labels or []
-    if problem.kind == MULTI:
-        taken = _iterative_stratification([[labels[row] for row in rows] for rows in members], share, rng)
-    else:
-        firsts = [labels[rows[0]] for rows in members]
-        strata = _value_ranges(firsts) if problem.kind == REGRESSION else firsts
-        taken = _stratified(strata, [len(rows) for rows in members], share, rng)
-    chosen = np.zeros(len(examples), dtype=bool)
-    chosen[[row for group in taken for row in members[group]]] = True
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
-
-
-def _value_ranges(values: list[float]) -> list[int]:
-    """Ten ranges with as many values each, fewer where there are few values."""
-    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
-    ranges = min(10, max(1, len(values) // 10))
-    return (ranks * ranges // max(len(values), 1)).tolist()
-
-
-def _stratified(strata: list[Any], sizes: list[int], share: float, rng: np.random.Generator) -> list[int]:
-    """The groups to take, `share` of the rows of each stratum; at least one group of each stays."""
-    groups: dict[Any, list[int]] = {}
-    for group, stratum in enumerate(strata):
-        groups.setdefault(stratum, []).append(group)
-    taken = []
-    owed = 0.0  # what rounding in one stratum left over is made up for in the next
-    for stratum in sorted(groups, key=str):
-        owed += share * sum(sizes[group] for group in groups[stratum])
-        for group in rng.permutation(groups[stratum])[: len(groups[stratum]) - 1]:
-            if sizes[group] > owed + 0.5:
-                break
-            taken.append(int(group))
-            owed -= sizes[group]
-    return taken
-
-
-def _iterative_stratification(labels_of: list[list[list[str]]], share: float, rng: np.random.Generator) -> list[int]:
-    """The groups to take of rows with several labels each, `share` of the rows of each label (Sechidis et al. 2011).
-
-    The label with the fewest rows left goes first, as later nothing could make up for it; each of its groups goes to
-    the side that lacks the label more. labels_of: for each group the labels of each of its rows.
-    """
-    counts = [Counter(name for names in rows for name in names) for rows in labels_of]
-    shares = np.array([1 - share, share])
-    lacking = {name: shares * count for name, count in sum_of(counts).items()}  # rows that each side still lacks
-    lacking_rows = shares * sum(map(len, labels_of))
-    left = Counter(name for count in counts for name in count)  # groups not yet placed, by label
-    holders: dict[str | None, list[int]] = {}
-    for group in rng.permutation(len(counts)).tolist():
-        for name in counts[group] or (None,):
-            holders.setdefault(name, []).append(group)
-    side = np.full(len(counts), -1)
-
-    def place(group: int, name: str | None) -> None:
-        wanted = lacking_rows if name is None else lacking[name]
-        best = int(np.argmax(lacking_rows) if wanted[0] == wanted[1] else np.argmax(wanted))
-        side[group] = best
-        lacking_rows[best] -= len(labels_of[group])
-        for other, count in counts[group].items():
-            lacking[other][best] -= count
-            left[other] -= 1
-
-    while rarest := min((name for name in left if left[name] > 0), key=lambda name: (left[name], name), default=None):
-        for group in holders[rarest]:
-            if side[group] < 0:
-                place(group, rarest)
-    for group in holders.get(None, []):
-        place(group, None)
-    return np.flatnonzero(side == 1).tolist()
-
-
-def sum_of(counts: list[Counter[str]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return total
+def _divided(examples: Examples, kind: str, share: float, config: RunConfig) -> tuple[Examples, Examples]:
+    kept, taken = split(text_keys(examples), examples.labels or [], kind, share, config.split_seed)
+    return examples.take(kept), examples.take(taken)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -74,6 +76,8 @@ def choose(config: RunConfig) -> Hardware:
     if config.device == "cuda" and not cuda:
         raise UserError("--device cuda: torch finds no usable GPU here; use --device cpu, or mend the driver")
     device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+    if device.type == "cuda":  # with a mask, its gradients may be NaN since torch 2.11 (pytorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     precision = _precision(config, device)
     engine = _engine(config, device)
     kernels = engine == "graph" and config.kernels and find_spec("triton") is not None
@@ -152,6 +156,21 @@ def out_of_memory(error: BaseException) -> bool:
         return True
     words = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "CUDA out of memory")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: of the GPU's memory, or by this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
+
+
+def duration(seconds: float) -> str:
+    """Rounded to what a person plans with."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def attempt(compute: Callable[[], Result]) -> Result | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.errors import UserError
+from minibert.files import atomic, refuse_no_folder
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,13 +22,11 @@ def main(argv: Sequence[str]) -> None:
     add_column_flags(parser)
     arguments = parser.parse_args(list(argv))
     output = Path(arguments.output)
-    if not output.parent.is_dir():
-        raise UserError(f"{output.parent}: no such folder; make it, or give another --output")
+    refuse_no_folder(output)
     import numpy as np
 
     from minibert.classifier import load_encoder
     from minibert.data import stream_examples
-    from minibert.files import atomic
 
     encoder = load_encoder(arguments.model, arguments.device, arguments.max_length)
     parts = [

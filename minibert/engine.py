@@ -225,7 +225,7 @@ class FixedSteps:
 
     def _loss(self, x: PackedInput, targets: Tensor, keep: Tensor, kernels: bool | None = None) -> Tensor:
         kernels = self.hardware.kernels if kernels is None else kernels
-        masks = DropoutMasks(self.config.seed, 0, self.rng if kernels else None, plain=not kernels)
+        masks = DropoutMasks(self.config.seed, 0, self.rng, plain=not kernels)
         logits = self.twin.logits(x, masks)
         smoothing = self.config.label_smoothing
         return self.problem.loss_sum(logits, targets, self.class_weights, smoothing, keep) / self.denominator

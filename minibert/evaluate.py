@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from minibert.cli import Parser, add_column_flags, column_config, run_command
+from minibert.errors import UserError
+from minibert.files import refuse_no_folder, write_json
 
 
 def main(argv: Sequence[str]) -> None:
@@ -21,11 +23,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_column_flags(parser, labels=True)
     arguments = parser.parse_args(list(argv))
+    if arguments.output:
+        refuse_no_folder(Path(arguments.output))
     import numpy as np
 
     from minibert.classifier import load
     from minibert.data import stream_labelled
-    from minibert.files import write_json
 
     classifier = load(arguments.run, arguments.device)
     problem = classifier.problem
@@ -33,6 +36,8 @@ def main(argv: Sequence[str]) -> None:
     for examples in stream_labelled(arguments.file, problem, column_config(arguments)):  # a chunk at a time
         logits.append(classifier.logits(examples.texts, examples.pairs))
         targets.append(problem.targets(examples.labels or []))
+    if not sum(map(len, targets)):
+        raise UserError(f"{arguments.file}: no rows")
     metrics = problem.metrics(np.concatenate(logits), np.concatenate(targets))
     if arguments.output:
         write_json(Path(arguments.output), metrics)

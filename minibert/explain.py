@@ -104,7 +104,10 @@ def _kept(spans: list[tuple[int, int]], classifier: Classifier) -> list[tuple[in
         return spans
     if classifier.truncation == "tail":
         return spans[-limit:]
-    return spans[:limit] if classifier.truncation == "head" else spans[: limit // 2] + spans[-limit:]
+    if classifier.truncation == "head":
+        return spans[:limit]
+    half = limit // 2  # head_tail keeps less than that of the head
+    return spans[:half] + spans[max(half, len(spans) - limit) :]
 
 
 def word_spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:

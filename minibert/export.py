@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from minibert.classifier import Classifier
     from minibert.data import Examples
     from minibert.model import BertForSequenceClassification
+    from minibert.problem import Problem
     from minibert.tokens import Tokens
 
 TOLERANCE = 1e-4  # of logits up to 1, or of their largest; fp32 against fp32
@@ -139,9 +140,23 @@ def quantise(source: Path, target: Path) -> None:
 
 def compare(classifier: Classifier, plain: Path, small: Path, arguments: Any) -> str:
     """What int8 changes: on the labelled --file in metrics too, else on the sample texts of the demonstration."""
+    before, after, targets = _logits_of_both(classifier, plain, small, arguments)
+    rows = f"{len(before):,} {'sample texts' if targets is None else 'rows'}"
+    lines = [f"int8 against fp32 on {rows}: {_change(classifier.problem, before, after)}"]
+    if targets is not None:
+        old, new = (classifier.problem.metrics(logits, targets) for logits in (before, after))
+        for name, value in old.items():
+            if isinstance(value, float) and isinstance(new[name], float):
+                lines.append(f"  {name:<24} fp32 {value:.4f}   int8 {new[name]:.4f}   change {new[name] - value:+.4f}")
+    return "\n".join(lines)
+
+
+def _logits_of_both(
+    classifier: Classifier, plain: Path, small: Path, arguments: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """[n, L] logits of either file on the texts to compare on, and their targets if they are labelled."""
     import numpy as np
 
-    problem = classifier.problem
     sessions = [open_session(plain), open_session(small)]
     logits: list[list[np.ndarray]] = [[], []]
     targets: list[np.ndarray] = []
@@ -150,20 +165,21 @@ def compare(classifier: Classifier, plain: Path, small: Path, arguments: Any) ->
         for session, of_session in zip(sessions, logits, strict=True):
             of_session.append(session_logits(session, tokens))
         if arguments.file:
-            targets.append(problem.targets(examples.labels or []))
-    before, after = (problem.probabilities(np.concatenate(parts)) for parts in logits)
-    what = "value" if problem.kind == "regression" else "probability"
-    lines = [f"int8 against fp32 on {len(before)} {'rows' if arguments.file else 'sample texts'}: "]
-    if what == "probability":
-        pairs = zip(problem.decisions(before), problem.decisions(after), strict=True)
-        lines[0] += f"the same label on {sum(a == b for a, b in pairs) / len(before):.2%}, "
-    lines[0] += f"largest change of a {what} {np.abs(before - after).max():.4f}"
-    if targets:
-        truth = np.concatenate(targets)
-        old, new = (problem.metrics(np.concatenate(parts), truth) for parts in logits)
-        numbers = [name for name, value in old.items() if isinstance(value, float)]
-        lines += [f"  {name:<24} fp32 {old[name]:.4f}   int8 {new[name]:.4f}" for name in numbers]
-    return "\n".join(lines)
+            targets.append(classifier.problem.targets(examples.labels or []))
+    if not logits[0]:
+        raise UserError(f"{arguments.file}: no rows to compare on")
+    before, after = (np.concatenate(parts) for parts in logits)
+    return before, after, np.concatenate(targets) if targets else None
+
+
+def _change(problem: Problem, before: np.ndarray, after: np.ndarray) -> str:
+    """How many labels stay and how far probabilities move, from [n, L] logits."""
+    old, new = problem.probabilities(before), problem.probabilities(after)
+    largest = f"{abs(old - new).max():.4f}"
+    if problem.kind == "regression":
+        return f"largest change of a value {largest}"
+    same = sum(a == b for a, b in zip(problem.decisions(old), problem.decisions(new), strict=True))
+    return f"the same label on {same / len(old):.2%}, largest change of a probability {largest}"
 
 
 def _comparison_texts(classifier: Classifier, arguments: Any) -> Iterator[Examples]:
@@ -186,7 +202,7 @@ def open_session(path: Path) -> Any:
 
 
 def session_logits(session: Any, tokens: Tokens, *, by_length: bool = True) -> np.ndarray:
-    """[n, L] from onnxruntime, in batches of 32, of like length or as they come."""
+    """[texts, L] from onnxruntime, in batches of 32, of like length or as they come; of windows their mean."""
     import numpy as np
 
     order = np.argsort(-tokens.lengths, kind="stable") if by_length else np.arange(len(tokens))
@@ -194,7 +210,7 @@ def session_logits(session: Any, tokens: Tokens, *, by_length: bool = True) -> n
     logits = np.concatenate(parts)
     result = np.empty_like(logits)
     result[order] = logits
-    return result
+    return tokens.mean_of_windows(result)
 
 
 def padded(tokens: Tokens, rows: np.ndarray) -> dict[str, np.ndarray]:

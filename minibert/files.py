@@ -122,6 +122,12 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
 
 
+def refuse_no_folder(path: Path) -> None:
+    """Said before the work, not after it."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder; make it, or give another --output")
+
+
 def refuse_special(path: Path) -> None:
     """Pipes and devices may never end."""
     if not stat.S_ISREG(path.stat().st_mode):

@@ -20,6 +20,7 @@ from minibert.tokens import Tokens
 FEW_ROWS = 10  # a class with fewer training rows is hardly learned, and hardly measured
 NAMED = 3  # texts, classes or lines that a warning names; check.json has more
 NAMED_IN_JSON = 100
+ROOM_FOR_NAMES = 32  # characters
 CLASSES_SHOWN = 10
 WIDTH = 100  # columns of a line
 BAR = 40
@@ -162,13 +163,8 @@ def _shared(parts: Mapping[str, Examples], keys: Mapping[str, list[str]]) -> lis
     return found
 
 
-def head_lines(inspection: Inspection) -> list[str]:
-    """What the head of every run says: sizes, decisions, lengths, and what is doubtful."""
-    return fit([*_size_lines(inspection), _length_line(inspection), *_doubt_lines(inspection)])
-
-
-def check_lines(inspection: Inspection) -> list[str]:
-    """What --check says, one screen with the lines about model and cost: the same with classes and a histogram."""
+def screen(inspection: Inspection) -> list[str]:
+    """What --check and the head of every run say, one screen together with the lines about model and cost."""
     lines = [*_size_lines(inspection), *_class_lines(inspection), _length_line(inspection)]
     return fit([*lines, *_histogram_lines(inspection), *_doubt_lines(inspection)])
 
@@ -197,7 +193,7 @@ def _class_lines(inspection: Inspection) -> list[str]:
             lines.append(f"        ... {len(classes) - len(shown)} more ...")
         rows = "".join(f" {inspected.classes[name]:>10}" for inspected in parts.values())
         lines.append(f"        {name[:width]:<{width}}{rows} {count / max(parts['train'].rows, 1):>6.1%}")
-    if inspection.problem_type == MULTI:
+    if inspection.problem_type == MULTI and any(inspected.rows_without_label for inspected in parts.values()):
         rows = "".join(f" {inspected.rows_without_label:>10}" for inspected in parts.values())
         lines.append(f"        {'(no label)':<{width}}{rows}")
     return lines
@@ -243,7 +239,7 @@ def _doubt_lines(inspection: Inspection) -> list[str]:
     if duplicates:
         doubts.append(f"rows that repeat an earlier row's text: {duplicates}")
     for part, names in inspection.untaught.items():
-        doubts.append(f"labels of {part} without a training row: {_some(names)}; nothing teaches them")
+        doubts.append(f"labels of {part} that no training row teaches: {_some(names)}")
     if inspection.few_rows:
         some = _some([f"{name} ({count})" for name, count in inspection.few_rows.items()])
         doubts.append(f"classes of fewer than {FEW_ROWS} training rows: {some}")
@@ -252,4 +248,7 @@ def _doubt_lines(inspection: Inspection) -> list[str]:
 
 def _some(values: list[Any], count: int | None = None) -> str:
     count = len(values) if count is None else count
-    return ", ".join(map(str, values[:NAMED])) + (f" and {count - NAMED} more" if count > NAMED else "")
+    shown = [str(value) for value in values[:NAMED]]
+    while len(shown) > 1 and len(", ".join(shown)) > ROOM_FOR_NAMES:
+        shown.pop()
+    return ", ".join(shown) + (f" and {count - len(shown)} more" if count > len(shown) else "")

@@ -46,7 +46,7 @@ def multi_label_metrics(labels: Array, probabilities: Array, names: Sequence[str
     for name, threshold in zip(names, thresholds, strict=True):
         per_class[name]["threshold"] = float(threshold)
     return {
-        "micro_f1": _ratio(2 * hits.sum(), support.sum() + predicted.sum()) if len(labels) else None,
+        "micro_f1": float(2 * hits.sum() / max((support + predicted).sum(), 1)) if len(labels) else None,
         "macro_f1": float(f1.mean()) if len(labels) else None,
         "subset_accuracy": _ratio((truth == given).all(1).sum(), len(labels)),
         "per_class": per_class,

@@ -73,7 +73,7 @@ class Embeddings(nn.Module):
         self.dropout = config.hidden_dropout_prob
 
     def forward(self, x: PackedInput, masks: DropoutMasks | None) -> Tensor:
-        if masks is not None and masks.rng is not None:
+        if masks is not None and masks.kernels:
             return self._in_one_kernel(x, masks)
         hidden = self.word_embeddings(x.input_ids) + self.position_embeddings(x.position_ids)  # [T, H]
         if x.token_type_ids is None:

@@ -136,8 +136,9 @@ class DropoutMasks:
     Random bits come in bulk from the counter-based generator Philox (Salmon et al. 2011, "Parallel random numbers:
     as easy as 1, 2, 3"), 16 for each element: several times faster than torch's bernoulli_, which draws one by one.
 
-    `rng`, an int64 tensor [seed, step] on a GPU, hands dropout to the kernels of minibert_kernels, which draw the same
-    way and never store a mask. `plain` takes torch's generator instead, as torch.compile and a GPU without kernels do.
+    `rng`, an int64 tensor [seed, step] on a GPU, is for the kernels of minibert_kernels, which draw the same way and
+    never store a mask. `plain` keeps to torch's operations and generator, as torch.compile and a GPU without kernels
+    need: then only our attention reads `rng`, where it is asked for.
     """
 
     LEVELS = 1 << 16
@@ -151,9 +152,10 @@ class DropoutMasks:
         """The masks of one layer (-1: the embeddings; behind the last: the head), however often it is computed."""
         return DropoutMasks(self.seed, self.step, self.rng, self.plain, (layer + 1) * self.DRAWS_A_LAYER)
 
-    def on(self, device: torch.device) -> Tensor:
-        """[seed, step] for a kernel."""
-        return self.rng if self.rng is not None else torch.tensor([self.seed, self.step], device=device)
+    @property
+    def kernels(self) -> bool:
+        """Whether layers run as kernels of minibert_kernels."""
+        return self.rng is not None and not self.plain
 
     def next_site(self) -> int:
         """The number of the next place with dropout."""
@@ -193,7 +195,7 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, masks: DropoutMasks | Non
 
 def linear(x: Tensor, layer: nn.Linear, masks: DropoutMasks | None, rows: slice | None = None) -> Tensor:
     """layer(x), or some of its outputs; for the kernels in a form that adds weight gradients up in place."""
-    if masks is not None and masks.rng is not None:
+    if masks is not None and masks.kernels:
         from minibert_kernels.linear import linear as in_place
 
         return in_place(x, layer.weight, layer.bias, rows)
@@ -207,7 +209,7 @@ def linear_dropout_add_norm(
 
     The kernel adds the layer's bias in its own pass, and its gradient to that of the norm.
     """
-    if masks is not None and masks.rng is not None:
+    if masks is not None and masks.kernels:
         from minibert_kernels.layer_norm import dropout_add_layer_norm
         from minibert_kernels.linear import linear as in_place
 
@@ -222,7 +224,7 @@ def linear_activation(
     x: Tensor, layer: nn.Linear, activation: Callable[[Tensor], Tensor], masks: DropoutMasks | None
 ) -> Tensor:
     """activation(layer(x)); the kernel adds the bias to erf-GELU's own pass, and its gradient to the backward's."""
-    if masks is not None and masks.rng is not None and activation is F.gelu:
+    if masks is not None and masks.kernels and activation is F.gelu:
         from minibert_kernels.gelu import bias_gelu
         from minibert_kernels.linear import linear as in_place
 
@@ -265,14 +267,14 @@ def flash_attention(
 def _triton_attention(qkv: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None) -> Tensor:
     from minibert_kernels.attention import varlen_attention
 
-    rng, site = _kernel_dropout(masks, qkv.device)
+    rng, site = _kernel_dropout(masks)
     split = qkv.view(len(qkv), 3, heads, -1)
     return varlen_attention(split, packing.cu_seqlens, packing.max_seqlen, p=p, rng=rng, site=site).flatten(1)
 
 
-def _kernel_dropout(masks: DropoutMasks | None, device: torch.device) -> tuple[Tensor | None, int]:
+def _kernel_dropout(masks: DropoutMasks | None) -> tuple[Tensor | None, int]:
     """([seed, step], number of the place) for a kernel; no dropout outside training."""
-    return (None, 0) if masks is None else (masks.on(device), masks.next_site())
+    return (None, 0) if masks is None else (masks.rng, masks.next_site())
 
 
 def _fused_attention(qkv: Tensor, chunk: Chunk, heads: int, p: float) -> Tensor:
@@ -297,7 +299,7 @@ def first_token_attention(
     if packing.kernel == "triton":
         from minibert_kernels import first_token
 
-        rng, site = _kernel_dropout(masks, query.device)
+        rng, site = _kernel_dropout(masks)
         asked, keys_values = query.view(len(query), heads, -1), key_value.view(len(key_value), 2, heads, -1)
         cu = packing.cu_seqlens
         return first_token.first_token_attention(asked, keys_values, cu, p=p, rng=rng, site=site).flatten(1)

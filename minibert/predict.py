@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.errors import UserError
+from minibert.files import atomic, refuse_no_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from minibert.classifier import Classifier
     from minibert.data import Examples
     from minibert.explain import Word
+    from minibert.problem import Problem
 
 FORMATS = ("csv", "jsonl", "parquet")
 STANDARD_INPUT = "-"
@@ -80,8 +82,7 @@ def output_format(arguments: argparse.Namespace) -> str:
         raise UserError(f"--output {path}: end the name in .csv, .jsonl or .parquet")
     if arguments.format not in (None, kind):
         raise UserError(f"--format {arguments.format}: --output {path} says {kind}; leave one of the two out")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder; make it, or give another --output")
+    refuse_no_folder(path)
     if arguments.file and path.exists() and Path(arguments.file).exists() and path.samefile(arguments.file):
         raise UserError(f"--output {path}: is the file to read; give another name")
     if kind == "parquet" and find_spec("pyarrow") is None:
@@ -108,9 +109,8 @@ def print_predictions(classifier: Classifier, arguments: argparse.Namespace) -> 
     words = explain(classifier, texts, None, logits) if arguments.explain else None
     probabilities = problem.probabilities(logits)
     for i, decision in enumerate(problem.decisions(probabilities)):
-        label = ", ".join(decision) or "(none)" if isinstance(decision, list) else decision
         text = texts[i] if words is None else marked(texts[i], words[i])
-        print(f"{label}\t{probabilities[i].max():.4f}\t{text}")
+        print(f"{described(decision, probabilities[i], problem)}\t{text}")
         for k in most_probable(probabilities[i : i + 1], arguments.top_k)[0] if arguments.top_k else ():
             print(f"\t{probabilities[i, k]:.4f}\t{problem.labels[k]}")
         if words is not None:
@@ -118,10 +118,18 @@ def print_predictions(classifier: Classifier, arguments: argparse.Namespace) -> 
             print(f"\tfor {explained}: " + (", ".join(map(str, strongest(words[i]))) or "no word matters"))
 
 
+def described(decision: Any, probabilities: np.ndarray, problem: Problem) -> str:
+    """A decision in a line: label and probability, each label with its own, or the number of a regression."""
+    if isinstance(decision, float):
+        return f"{decision:.4f}"
+    if not isinstance(decision, list):
+        return f"{decision}\t{probabilities.max():.4f}"
+    by_name = dict(zip(problem.labels, probabilities, strict=True))
+    return ", ".join(f"{name} {by_name[name]:.4f}" for name in decision) or "(none)"
+
+
 def write_predictions(classifier: Classifier, arguments: argparse.Namespace, kind: str) -> None:
     """All columns, to --output (whole or not at all) or to standard output, chunk by chunk."""
-    from minibert.files import atomic
-
     chunks = predicted_chunks(classifier, arguments)
     if not arguments.output:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
@@ -172,7 +180,7 @@ def read_chunks(arguments: argparse.Namespace) -> Iterator[Examples]:
 def stream_lines(read: Callable[[], bytes], encoding: str) -> Iterator[Examples]:
     """The lines that are there, as soon as they are; blank ones too, so that line n is answered by row n."""
     from minibert.data import Examples
-    from minibert.tables import LONGEST_LINE
+    from minibert.sources import LONGEST_LINE
 
     source, rest, count = "standard input", "", 0
     try:

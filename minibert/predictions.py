@@ -66,7 +66,7 @@ def records(
         record: dict[str, Any] = {"row": examples.lines[i], "text": examples.texts[i]}
         if examples.pairs is not None:
             record["text_pair"] = examples.pairs[i]
-        record["predicted"] = decision
+        record["predicted"] = round(decision, 6) if isinstance(decision, float) else decision
         row = [round(float(p), 6) for p in probabilities[i]]
         if problem.kind == SINGLE:
             record["probability"] = max(row)
@@ -112,7 +112,7 @@ def _cell(name: str, value: Any) -> Any:
     if isinstance(value, str):
         is_label = name not in ("text", "text_pair")
         return value if is_label and NUMBER.fullmatch(value) else safe_cell(value)  # -1 is a number, no formula
-    return f"{value:.6f}" if isinstance(value, float) and name not in ("label", "predicted") else value
+    return f"{value:.6f}" if isinstance(value, float) and name != "label" else value
 
 
 def safe_cell(text: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 
 from minibert.batching import plan_epoch
 from minibert.config import RunConfig
+from minibert.device import duration, peak_memory
 from minibert.train import Dataset, Step, Training, evaluate
 
 TIMED_BATCHES = 4
@@ -49,14 +49,6 @@ class Cost:
         return f"cost    about {duration(self.seconds)}: {each}, and evaluation; about {memory}"
 
 
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{math.ceil(seconds)} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
-
-
 def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: float, setup_bytes: int) -> Cost:
     """Train on a few batches of `training`, which is spoilt by it.
 
@@ -68,7 +60,7 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
     sizes = np.array([int(train.lengths[rows].sum()) for rows in batches])
     order = np.argsort(sizes)
     trained = sum(p.numel() * p.element_size() for _, p in training.trained_parameters())
-    base = peak_memory(training) + 3 * trained  # with gradients and the optimiser's moments
+    base = peak_memory(training.hardware.device) + 3 * trained  # with gradients and the optimiser's moments
     run_batch = _batch_runner(training)
     run_batch(batches[order[len(order) // 2]])  # not timed: the first step also makes all that
     seconds, timed = 0.0, []
@@ -80,7 +72,7 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
     rate = seconds / float(sizes[timed].sum())
     largest = _within_patience(batches[order[-1]], train, rate)
     run_batch(largest)
-    peak = peak_memory(training)
+    peak = peak_memory(training.hardware.device)
     share = int(train.lengths[largest].sum()) / int(sizes[order[-1]])
     if share < 1:
         peak = max(peak, base + int((peak - base) / share))
@@ -96,9 +88,7 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
         seconds=round(setup_seconds + train_seconds + _evaluation_rate(training) * read_again, 2),
         train_seconds=round(train_seconds, 2),
         seconds_per_step=round(train_seconds / steps, 4),
-        peak_memory_bytes=peak
-        + setup_bytes
-        + 2 * trained,  # the best weights are kept too, and the saved ones reloaded
+        peak_memory_bytes=peak + setup_bytes + 2 * trained,  # and the best weights, old and new for a moment
         memory_of="GPU" if training.hardware.device.type == "cuda" else "process",
         measured_steps=len(timed) + 2,
     )
@@ -143,11 +133,3 @@ def _evaluation_rate(training: Training) -> float:
     started = time.perf_counter()
     evaluate(training.model, sample, training.hardware)
     return (time.perf_counter() - started) / int(sample.lengths.sum())
-
-
-def peak_memory(training: Training) -> int:
-    """Bytes: of the GPU's memory, or of this process."""
-    if training.hardware.device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(training.hardware.device))
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return size if sys.platform == "darwin" else size * 1024

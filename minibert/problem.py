@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -122,17 +124,19 @@ class Problem:
         self.thresholds = np.where(targets.sum(0) < ROWS_FOR_OWN_THRESHOLD, common, tuned).tolist()
 
     def metrics(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-        """All metrics of the contract for [n, L] logits, and the mean plain loss."""
-        if self.kind == REGRESSION:
-            return metrics.regression_metrics(targets, logits[:, 0])
+        """All metrics of the contract for [n, L] logits, and the mean plain loss; None where one is no number."""
         probabilities = self.probabilities(logits)
-        if self.kind == SINGLE:
+        if self.kind == REGRESSION:
+            result = metrics.regression_metrics(targets, logits[:, 0])
+        elif self.kind == SINGLE:
             result = metrics.classification_metrics(targets, probabilities, self.labels)
         else:
             result = metrics.multi_label_metrics(targets, probabilities, self.labels, self.threshold_array())
-        losses = self.example_losses(logits, targets)
-        result["loss"] = float(losses.mean()) if len(losses) else None
-        return result
+        if self.kind != REGRESSION:
+            losses = self.example_losses(logits, targets)
+            result["loss"] = float(losses.mean()) if len(losses) else None
+        broken = {name for name, value in result.items() if isinstance(value, float) and not math.isfinite(value)}
+        return {name: None if name in broken else value for name, value in result.items()}
 
 
 def label_text(value: Any) -> str:
@@ -163,12 +167,12 @@ def class_weights(problem: Problem, choice: str, targets: np.ndarray) -> np.ndar
             return metrics.balanced_class_weights(targets, len(problem.labels)).astype(np.float32)
         positive = targets.sum(0)
         return np.where(positive > 0, (len(targets) - positive) / np.maximum(positive, 1), 1).astype(np.float32)
+    if not choice.endswith(".json") and not Path(choice).exists():
+        raise UserError(f"--class-weights {choice}: give none, balanced, or a JSON file {{label: weight}}")
     return _weights_from_file(choice, problem.labels)
 
 
 def _weights_from_file(path: str, labels: list[str]) -> np.ndarray:
-    from pathlib import Path
-
     from minibert.files import read_json
 
     given = read_json(Path(path))

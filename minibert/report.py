@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minibert.calibration import confidences
 from minibert.charts import (
     Bars,
     Html,
@@ -25,9 +24,10 @@ from minibert.charts import (
     cut,
     esc,
     figure,
-    heat_map,
+    fixed,
     join,
-    meter,
+    keys,
+    section,
     stacked,
     table,
     tile,
@@ -35,12 +35,11 @@ from minibert.charts import (
 from minibert.config import RunConfig
 from minibert.data import RunData
 from minibert.files import write_text
-from minibert.metrics import calibration_gap, precision_recall_points, reliability_bins, roc_points
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.quality import Judged, calibration_charts, class_table, quality_charts, text_tables
 from minibert.train import Dataset
 
-CLASSES, MATRIX, TEXTS, TEXT_LENGTH = 60, 20, 20, 400  # the most rows of each table, and the longest text in one
-CERTAIN = 0.8  # a row of at least this confidence is not among the least certain
+LABELS = 20  # the most rows of the label distribution
 SHOWN_METRICS = {
     SINGLE: ("macro_f1", "accuracy", "mcc"),
     MULTI: ("micro_f1", "macro_f1", "subset_accuracy"),
@@ -53,10 +52,11 @@ TITLES = {
     "subset_accuracy": "all labels right",
     "spearman": "Spearman",
     "pearson": "Pearson",
-    "mae": "mean error",
+    "mae": "mean absolute error",
     "roc_auc": "ROC AUC",
     "average_precision": "average precision",
 }
+RESUME = ("--resume", "--resume-from-checkpoint")
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Finished:
     config: RunConfig
     data: RunData
     sets: dict[str, Dataset]
-    logits: dict[str, np.ndarray]  # of validation and test, as far as there are such
+    logits: dict[str, np.ndarray]  # [n, L] of validation and test, as far as there are such
     metrics: dict[str, Any]  # metrics.json
     record: dict[str, Any]  # run.json
 
@@ -79,6 +79,10 @@ class Finished:
         """The rows to judge by: test, or else validation."""
         return next((part for part in ("test", "validation") if part in self.logits and len(self.logits[part])), None)
 
+    def judged(self, part: str) -> Judged:
+        targets, examples = self.sets[part].targets, self.data.parts[part]
+        return Judged(part, self.problem, self.logits[part], targets, self.metrics[part], examples)
+
 
 def write_report(output: Path, run: Finished) -> None:
     lines = (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -86,19 +90,15 @@ def write_report(output: Path, run: Finished) -> None:
 
 
 def page(run: Finished, log: list[dict[str, Any]], name: str) -> str:
+    """The whole file; `log` has the lines of train_log.jsonl."""
     sections = [
         header(run, name),
         section("Training", training_charts(run, log)),
-        section("Data", data_charts(run)),
+        section("Data", [labels_figure(run), lengths_figure(run)]),
+        *([] if run.part is None else judgement(run, run.part)),
+        section("Speed", speed_charts(run)),
+        section("Do it again", reproduce(run), grid=False),
     ]
-    if run.part is not None:
-        sections += [
-            section(f"On {run.part}", quality_charts(run, run.part)),
-            section("Calibration", calibration_charts(run, run.part)),
-            section("Each class", class_table(run, run.part), grid=False),
-            *text_tables(run),
-        ]
-    sections += [section("Speed", speed_charts(run)), reproduce(run)]
     style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src 'unsafe-inline'"  # nothing is fetched, no script runs
     return (
@@ -110,12 +110,23 @@ def page(run: Finished, log: list[dict[str, Any]], name: str) -> str:
     )
 
 
-def section(title: str, pieces: Sequence[Html], grid: bool = True) -> Html:
-    """A headline and its pieces; nothing where there are none."""
-    if not pieces:
-        return Html("")
-    body = join(pieces)
-    return Html(f'<section><h2>{esc(title)}</h2>{f"""<div class="grid">{body}</div>""" if grid else body}</section>\n')
+def judgement(run: Finished, part: str) -> list[Html]:
+    """The sections on predictions: figures of one part, texts of validation and test."""
+    judged = run.judged(part)
+    return [
+        section(f"On {part}", quality_charts(judged)),
+        section("Calibration", calibration_charts(judged, fitted_on(run, part))),
+        section("Each class", class_table(judged), grid=False),
+        *text_tables([run.judged(each) for each, logits in run.logits.items() if len(logits)]),
+    ]
+
+
+def fitted_on(run: Finished, part: str) -> str:
+    if run.problem.temperature == 1 and not run.config.temperature:
+        return "No temperature was fitted (--no-temperature)."
+    if run.problem.temperature == 1:
+        return "The validation rows give no reason for a temperature other than 1."
+    return "The temperature was fitted on " + ("these very rows." if part == "validation" else "validation.")
 
 
 # The result at a glance
@@ -124,10 +135,11 @@ def section(title: str, pieces: Sequence[Html], grid: bool = True) -> Html:
 def header(run: Finished, name: str) -> Html:
     kind = run.problem.kind.replace("_", " ")
     rows = " · ".join(f"{len(examples):,} {part}" for part, examples in run.data.parts.items())
+    lead = verdict(run, lambda label: f"“<bdi>{esc(cut(label, 40))}</bdi>”")
     return Html(
         f"<header><h1><bdi>{esc(name)}</bdi></h1>"
         f'<div class="soft">{esc(kind)} · {esc(model_name(run))} · {esc(rows)} rows</div>'
-        f'<p class="lead">{esc(verdict(run))}</p><div class="tiles">{join(tiles(run))}</div></header>\n'
+        f'<p class="lead">{lead}</p><div class="tiles">{join(tiles(run))}</div></header>\n'
     )
 
 
@@ -137,26 +149,29 @@ def model_name(run: Finished) -> str:
     return "/".join(parts[-2:] if parts and parts[-1] == "model" else parts[-1:])
 
 
-def verdict(run: Finished) -> str:
-    """One sentence: how good, how sure, and compared to knowing nothing."""
+def verdict(run: Finished, quoted: Callable[[str], str]) -> str:
+    """One sentence: how good, how sure, and compared to knowing nothing; `quoted` writes a label in it."""
     if run.part is None:
         return "No rows were kept for validation or test, so there is nothing to judge the model by."
-    targets, metrics = run.sets[run.part].targets, run.metrics[run.part]
-    n = len(targets)
+    train, targets, metrics = run.sets["train"].targets, run.sets[run.part].targets, run.metrics[run.part]
+    rows = f"{len(targets):,} {run.part} rows"
     if run.problem.kind == REGRESSION:
-        guess = float(np.abs(targets - run.sets["train"].targets.mean()).mean())
-        return (
-            f"Off by {metrics['mae']:.3g} on average on {n:,} {run.part} rows; the training mean is off by {guess:.3g}."
-        )
+        guess = float(np.abs(targets - train.mean(dtype=np.float64)).mean())
+        return f"Off by {short(metrics['mae'])} on average on {rows}; the training mean is off by {short(guess)}."
     if run.problem.kind == MULTI:
-        share = metrics["subset_accuracy"]
-        return f"All labels right in {share:.1%} of {n:,} {run.part} rows; micro F1 {metrics['micro_f1']:.3f}."
-    common = int(np.bincount(run.sets["train"].targets).argmax())
-    low, high = wilson(metrics["accuracy"], n)
+        share, none = metrics["subset_accuracy"], float((targets.sum(1) == 0).mean())
+        known = f"{none:.1%} have none" if none else "all have some"
+        return f"All labels right in {share:.1%} of {rows} ({known}); micro F1 {fixed(metrics['micro_f1'])}."
+    common = int(np.bincount(train).argmax())
+    low, high = wilson(metrics["accuracy"], len(targets))
     return (
-        f"{metrics['accuracy']:.1%} of {n:,} {run.part} rows right (95% interval {low:.1%} to {high:.1%}); "
-        f"always answering “{cut(run.problem.labels[common], 40)}” would get {(targets == common).mean():.1%}."
+        f"{metrics['accuracy']:.1%} of {rows} right (95% interval {low:.1%} to {high:.1%}); "
+        f"always answering {quoted(run.problem.labels[common])} would get {(targets == common).mean():.1%}."
     )
+
+
+def short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
@@ -167,25 +182,38 @@ def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def tiles(run: Finished) -> list[Html]:
-    result = []
-    if run.part is not None:
-        metrics = run.metrics[run.part]
-        for name in (*SHOWN_METRICS[run.problem.kind], "roc_auc", "average_precision"):
-            if metrics.get(name) is not None:
-                other = run.metrics.get("validation", {}).get(name) if run.part == "test" else None
-                more = run.part if other is None else f"test · validation {other:.3f}"
-                result.append(tile(TITLES.get(name, name), f"{metrics[name]:.3f}", more))
-        if "calibration" in run.metrics:
-            error = run.metrics["calibration"][run.part]["expected_calibration_error"]
-            temperature = run.metrics["calibration"]["temperature"]
-            more = f"{error['before']:.3f} without temperature" if temperature != 1 else run.part
-            result.append(tile("calibration error", f"{error['after']:.3f}", more))
+    found = [] if run.part is None else [*metric_tiles(run, run.part), *calibration_tile(run, run.part)]
     speed = run.metrics["speed"]
-    result.append(
-        tile("training time", duration(speed["train_seconds"]), f"whole run {duration(speed['total_seconds'])}")
-    )
-    tokens = f"{speed['tokens_per_second']:,.0f}"
-    return [*result, tile("tokens a second", tokens, f"{speed['device']} · {speed['precision']}")]
+    whole = f"whole run {duration(speed['total_seconds'])}"
+    return [
+        *found,
+        tile("training time", duration(speed["train_seconds"]), whole),
+        tile("tokens a second", f"{speed['tokens_per_second']:,.0f}", f"{speed['device']} · {speed['precision']}"),
+    ]
+
+
+def metric_tiles(run: Finished, part: str) -> list[Html]:
+    metrics, result = run.metrics[part], []
+    for name in (*SHOWN_METRICS[run.problem.kind], "roc_auc", "average_precision"):
+        if metrics.get(name) is not None:
+            other = run.metrics.get("validation", {}).get(name) if part == "test" else None
+            more = part if other is None else f"test · validation {fixed(other)}"
+            result.append(tile(TITLES.get(name, name), fixed(metrics[name]), more))
+    return result
+
+
+def calibration_tile(run: Finished, part: str) -> list[Html]:
+    if "calibration" not in run.metrics:
+        return []
+    error = run.metrics["calibration"][part]["expected_calibration_error"]
+    fitted = run.metrics["calibration"]["temperature"] != 1
+    return [
+        tile(
+            "calibration error",
+            fixed(error["after"]),
+            f"{fixed(error['before'])} without temperature" if fitted else part,
+        )
+    ]
 
 
 def duration(seconds: float) -> str:
@@ -199,336 +227,92 @@ def duration(seconds: float) -> str:
 
 
 def training_charts(run: Finished, log: list[dict[str, Any]]) -> list[Html]:
+    """Loss, validation metrics and learning rate over the epochs, from the lines of the log."""
     steps = [line for line in log if "loss" in line]
     evaluations = [line for line in log if any(key.startswith("validation_") for key in line)]
-    epochs = [line["epoch"] for line in log if line["step"] == run.metrics["train"]["best_step"]]
-    best = [(epochs[0], "best")] if epochs and evaluations else []
-    losses = [Series("training loss", column(steps, "epoch"), column(steps, "loss"), 1)]
-    if run.problem.kind != REGRESSION and evaluations:
-        values = column(evaluations, "validation_loss")
-        losses.append(Series("validation loss", column(evaluations, "epoch"), values, 2, dots=True))
-    elif evaluations:
-        values = column(evaluations, "validation_mse")
-        losses.append(Series("validation loss (mse)", column(evaluations, "epoch"), values, 2, dots=True))
-    epoch_range = (0.0, max([line["epoch"] for line in log], default=1.0) or 1.0)
-    pieces = [
-        figure("Loss", chart(losses, "epoch", "loss", marks=best, x_range=epoch_range), legend=keys(losses)),
-    ]
-    names = [name for name in SHOWN_METRICS[run.problem.kind] if name != "mae"]
-    curves = [
-        Series(
-            TITLES.get(name, name),
-            column(evaluations, "epoch"),
-            column(evaluations, f"validation_{name}"),
-            i,
-            dots=True,
-        )
-        for i, name in enumerate(names, start=1)
-    ]
+    epochs = [line["epoch"] for line in evaluations if line["step"] == run.metrics["train"]["best_step"]]
+    best = [(epoch, "best") for epoch in epochs[:1]]
+    span = (0.0, max([line["epoch"] for line in log], default=1.0) or 1.0)
+
+    def drawn(title: str, y_name: str, curves: list[Series], best: list[tuple[float, str]], note: str = "") -> Html:
+        body = chart(curves, "epoch", y_name, marks=best, x_range=span)
+        return figure(title, body, legend=keys(curves) if len(curves) > 1 else (), note=note)
+
+    losses = [curve("training loss", steps, "loss", 1)]
     if evaluations:
-        body = chart(curves, "epoch", "validation", marks=best, x_range=epoch_range)
-        pieces.append(figure("Metrics on validation", body, legend=keys(curves)))
-    rate = [Series("learning rate", column(steps, "epoch"), column(steps, "learning_rate"), 1)]
-    body = chart(rate, "epoch", "learning rate", x_range=epoch_range)
-    return [*pieces, figure("Learning rate", body, note=f"{run.config.schedule}, after warm-up")]
+        key = "mse" if run.problem.kind == REGRESSION else "loss"  # the one is the other's name there
+        losses.append(curve("validation loss", evaluations, f"validation_{key}", 2, dots=True))
+    names = [name for name in SHOWN_METRICS[run.problem.kind] if name != "mae"]  # which may be of any size
+    metrics = [
+        curve(TITLES.get(name, name), evaluations, f"validation_{name}", tone, dots=True)
+        for tone, name in enumerate(names, start=1)
+    ]
+    warmup = f"{run.config.warmup_ratio:.0%} of the steps warm up" if run.config.warmup_ratio else "no warm-up"
+    rate = [curve("learning rate", steps, "learning_rate", 1)]
+    return [
+        drawn("Loss", "loss", losses, best),
+        *([drawn("Metrics on validation", "validation", metrics, best)] if evaluations else []),
+        drawn("Learning rate", "learning rate", rate, [], f"{run.config.schedule}; {warmup}."),
+    ]
 
 
-def column(lines: list[dict[str, Any]], key: str) -> np.ndarray:
-    values = [line.get(key) for line in lines]
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
-
-
-def keys(series: Sequence[Series]) -> list[tuple[str, int]]:
-    return [(s.name, s.tone) for s in series]
+def curve(name: str, lines: list[dict[str, Any]], key: str, tone: int, dots: bool = False) -> Series:
+    """A number of the log over the epochs; where it is missing there is no point."""
+    epochs, values = (
+        np.array([math.nan if line.get(each) is None else line[each] for line in lines], dtype=np.float64)
+        for each in ("epoch", key)
+    )
+    return Series(name, epochs, values, tone, dots=dots)
 
 
 # Data
 
 
-def data_charts(run: Finished) -> list[Html]:
-    train = run.sets["train"]
-    labels = target_histogram(run) if run.problem.kind == REGRESSION else label_distribution(run)
-    lengths, lost = train.lengths, train.tokens.cut
-    whole = lengths + lost  # what each text would have without the cut
-    limit = run.config.max_length or int(lengths.max())
-    top = max(min(int(np.quantile(whole, 0.995)), 4 * limit), 8)
-    edges = np.linspace(0, max(top, limit if (lost > 0).any() else 0) + 1, 41)
-    counts, _ = np.histogram(np.minimum(whole, edges[-1] - 0.5), edges)
-    marks = [(float(limit), f"cut at {limit}")] if limit < edges[-1] else []
-    note = (
-        f"Median {np.median(whole):.0f}, longest {whole.max():,}. --max-length {limit} cuts "
-        f"{(lost > 0).mean():.1%} of the rows and {lost.sum() / max(whole.sum(), 1):.1%} of the tokens."
-    )
-    body = chart([], "tokens a text", "training rows", bars=Bars(edges, counts), marks=marks)
-    return [labels, figure("Token lengths", body, note=note)]
+def labels_figure(run: Finished) -> Html:
+    targets = run.sets["train"].targets
+    return values_figure(run, targets) if run.problem.kind == REGRESSION else label_distribution(run, targets)
 
 
-def label_counts(problem: Problem, targets: np.ndarray) -> np.ndarray:
-    """[L] rows of each label"""
-    if problem.kind == MULTI:
-        return targets.sum(0).astype(np.int64)
-    return np.bincount(targets, minlength=len(problem.labels))
-
-
-def label_distribution(run: Finished) -> Html:
-    counts = label_counts(run.problem, run.sets["train"].targets)
+def label_distribution(run: Finished, targets: np.ndarray) -> Html:
+    """Training rows of each label, the most frequent first."""
+    multi, names = run.problem.kind == MULTI, run.problem.labels
+    counts = targets.sum(0).astype(np.int64) if multi else np.bincount(targets, minlength=len(names))  # [L]
     order = np.argsort(-counts, kind="stable")
-    shown = order[:MATRIX]
-    rows = [(cut(run.problem.labels[i], 60), float(counts[i]), f"{counts[i]:,}") for i in shown]
-    rest = order[MATRIX:]
+    shown, rest = order[:LABELS], order[LABELS:]
     note = "Training rows of each label."
     if len(rest):
         note = f"The {len(shown)} most frequent of {len(order)} labels; the others: {counts[rest].sum():,} rows."
-    if run.problem.kind == MULTI:
-        note += f" {run.sets['train'].targets.sum(1).mean():.2f} labels a row."
-    return figure("Labels", bar_list(rows), note=note)
+    if multi:
+        note += f" {targets.sum(1).mean():.2f} labels a row."
+    return figure(
+        "Labels", bar_list([(cut(names[i], 60), float(counts[i]), f"{counts[i]:,}") for i in shown]), note=note
+    )
 
 
-def target_histogram(run: Finished) -> Html:
-    targets = run.sets["train"].targets
-    counts, edges = np.histogram(targets, 30)
-    note = f"Mean {targets.mean():.3g}, standard deviation {targets.std():.3g}."
-    return figure("Values", chart([], run.problem.labels[0], "training rows", bars=Bars(edges, counts)), note=note)
+def values_figure(run: Finished, targets: np.ndarray) -> Html:
+    values = targets.astype(np.float64)  # 30 bins of float32 may be finer than its numbers
+    counts, edges = np.histogram(values, 30)
+    note = f"Mean {values.mean():.3g}, standard deviation {values.std():.3g}."
+    name = cut(run.problem.labels[0], 40)
+    return figure("Values", chart([], name, "training rows", bars=Bars(edges, counts)), note=note)
 
 
-# Quality
-
-
-def quality_charts(run: Finished, part: str) -> list[Html]:
-    logits, targets = run.logits[part], run.sets[part].targets
-    if run.problem.kind == REGRESSION:
-        return regression_charts(logits[:, 0], targets)
-    if run.problem.kind == MULTI:
-        return []
-    pieces = confusion(run.problem.labels, np.array(run.metrics[part]["confusion_matrix"]))
-    if len(run.problem.labels) == 2 and 0 < (targets == 1).sum() < len(targets):
-        pieces += binary_charts(run, part, run.problem.probabilities(logits)[:, 1], targets)
-    return pieces
-
-
-def confusion(labels: list[str], counts: np.ndarray) -> list[Html]:
-    """The confusion matrix; of many classes, those with the most errors, and the pairs most often confused."""
-    wrong = counts - np.diag(np.diag(counts))
-    if len(labels) <= MATRIX:
-        note = "Rows: the label. Columns: the prediction. Colour: share of the row."
-        return [figure("Confusion matrix", heat_map(labels, counts), note=note)]
-    chosen = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[: MATRIX - 1])
-    others = np.setdiff1d(np.arange(len(labels)), chosen)
-    groups: list[list[int]] = [*([int(i)] for i in chosen), others.tolist()]
-    small = np.array([[counts[np.ix_(a, b)].sum() for b in groups] for a in groups])
-    note = f"The {len(chosen)} of {len(labels)} classes with the most errors. Rows: the label. Columns: the prediction."
-    names = [*(labels[i] for i in chosen), f"({len(others)} others)"]
-    places = np.argsort(-wrong, axis=None, kind="stable")[:MATRIX]
-    pairs = [divmod(int(place), len(labels)) for place in places]
-    rows = [
-        (labels[a], labels[b], counts[a, b], f"{counts[a, b] / counts[a].sum():.0%}") for a, b in pairs if wrong[a, b]
-    ]
-    body = table(["label", "predicted", "rows", "of label"], "llnn", rows)
-    wide = figure("Confusion matrix", heat_map(names, small), note=note, wide=True)
-    return [wide, figure("Most often confused", body, wide=True)] if rows else [wide]
-
-
-def binary_charts(run: Finished, part: str, scores: np.ndarray, targets: np.ndarray) -> list[Html]:
-    positive, metrics = cut(run.problem.labels[1], 40), run.metrics[part]
-    precision, recall, _ = precision_recall_points(targets, scores)
-    share = float((targets == 1).mean())
-    curves = [
-        Series("model", np.append(0, recall), np.append(precision[0], precision), 1),
-        Series(f"share of {positive}", np.array([0, 1]), np.array([share, share]), 0, dashed=True),
-    ]
-    body = chart(curves, "recall", "precision", x_range=(0, 1), y_range=(0, 1))
-    note = f"Of “{positive}”. Average precision {metrics['average_precision']:.4f}."
-    pieces = [figure("Precision and recall", body, legend=keys(curves), note=note)]
-    false, true = roc_points(targets, scores)
-    curves = [
-        Series("model", np.append(0, false), np.append(0, true), 1),
-        Series("chance", np.array([0, 1]), np.array([0, 1]), 0, dashed=True),
-    ]
-    body = chart(curves, "false positive rate", "true positive rate", x_range=(0, 1), y_range=(0, 1))
-    note = f"Of “{positive}”. Area under the curve {metrics['roc_auc']:.4f}."
-    return [*pieces, figure("ROC", body, legend=keys(curves), note=note)]
-
-
-def regression_charts(predictions: np.ndarray, targets: np.ndarray) -> list[Html]:
-    keep = np.linspace(0, len(targets) - 1, min(len(targets), 1500)).astype(np.int64)
-    limits = np.array([min(targets.min(), predictions.min()), max(targets.max(), predictions.max())], dtype=np.float64)
-    curves = [
-        Series("perfect", limits, limits, 0, dashed=True),
-        Series("rows", targets[keep], predictions[keep], 1, curve=False, dots=True),
-    ]
-    errors = predictions - targets
-    counts, edges = np.histogram(errors[np.isfinite(errors)], 30)
-    note = f"Mean {errors.mean():+.3g}, standard deviation {errors.std():.3g}."
-    return [
-        figure("Predicted and true", chart(curves, "true value", "predicted value"), legend=keys(curves)),
-        figure("Errors", chart([], "predicted minus true", "rows", bars=Bars(edges, counts)), note=note),
-    ]
-
-
-# Calibration
-
-
-def calibration_charts(run: Finished, part: str) -> list[Html]:
-    if run.problem.kind == REGRESSION:
-        return []
-    temperature, multi = run.problem.temperature, run.problem.kind == MULTI
-    stages = [("without temperature", 1.0, 2), (f"with temperature {temperature:.3g}", temperature, 1)]
-    used = stages if temperature != 1 else [("as trained", 1.0, 1)]
-    curves = [Series("perfect", np.array([0, 1]), np.array([0, 1]), 0, dashed=True)]
-    errors, stated = [], np.zeros(0)
-    for name, value, tone in used:
-        stated, found = confidences(run.problem, run.logits[part], run.sets[part].targets, value)
-        counts, x, y = reliability_bins(stated, found)
-        seen = counts > 0
-        sizes = counts[seen] / counts.sum()
-        curves.append(Series(name, x[seen], y[seen], tone, dots=True, sizes=sizes))
-        errors.append(f"{calibration_gap(stated, found):.4f} {name}")
-    what = "stated probability" if multi else "confidence"
-    body = chart(curves, what, "share that was right" if not multi else "share that had the label", **UNIT)
-    note = f"Expected calibration error: {', '.join(errors)}. The area of a dot is its share of the rows."
-    note += fitted_on(run, part)
-    counts, edges = np.histogram(stated, 30, (0, 1))
-    rows = "labels of rows" if multi else "rows"
-    return [
-        figure("Reliability", body, legend=keys(curves), note=note),
-        figure(f"Distribution of {what}", chart([], what, rows, bars=Bars(edges, counts), x_range=(0, 1))),
-    ]
-
-
-UNIT: dict[str, Any] = {"x_range": (0.0, 1.0), "y_range": (0.0, 1.0)}
-
-
-def fitted_on(run: Finished, part: str) -> str:
-    if run.problem.temperature == 1 and not run.config.temperature:
-        return " No temperature was fitted (--no-temperature)."
-    if run.problem.temperature == 1:
-        return " The validation rows give no reason for a temperature other than 1."
-    return " The temperature was fitted on " + ("these very rows." if part == "validation" else "validation.")
-
-
-# Tables
-
-
-def class_table(run: Finished, part: str) -> list[Html]:
-    per_class: dict[str, dict[str, Any]] = run.metrics[part].get("per_class", {})
-    if not per_class:
-        return []
-    items = list(per_class.items())
-    pieces = []
-    if len(items) > CLASSES:
-        items = sorted(items, key=lambda item: (item[1]["support"] == 0, item[1]["f1"]))[:CLASSES]
-        text = f"The {CLASSES} of {len(per_class)} classes with the lowest F1; all of them are in metrics.json."
-        pieces.append(Html(f"<p class='soft'>{text}</p>"))
-    multi = run.problem.kind == MULTI
-    rows = []
-    for name, row in items:
-        numbers = [meter(row["precision"]), meter(row["recall"]), meter(row["f1"]), f"{row['support']:,}"]
-        rows.append([cut(name, 80), *numbers, *([f"{row['threshold']:.2f}"] if multi else [])])
-    names = ["class", "precision", "recall", "F1", "rows", *(["threshold"] if multi else [])]
-    return [*pieces, table(names, "lnnnn" + "n" * multi, rows)]
-
-
-@dataclass
-class Found:
-    """A row worth reading: where it is, and how sure the model was."""
-
-    part: str
-    row: int
-    rank: float  # the higher, the earlier in the table
-    predicted: str
-    truth: str
-    shown: str  # the number of the table's column
-
-
-def text_tables(run: Finished) -> list[Html]:
-    """Rows of validation and test: the most confidently wrong, and the least certain."""
-    finders = {SINGLE: single_finds, MULTI: multi_finds, REGRESSION: regression_finds}
-    wrong: list[Found] = []
-    unsure: list[Found] = []
-    for part in run.logits:
-        if len(run.logits[part]):
-            most_wrong, least_sure = finders[run.problem.kind](
-                run.problem, part, run.logits[part], run.sets[part].targets
-            )
-            wrong, unsure = wrong + most_wrong, unsure + least_sure
-    number = {SINGLE: "probability", MULTI: "probability", REGRESSION: "off by"}[run.problem.kind]
-    title = "Furthest off" if run.problem.kind == REGRESSION else "Most confidently wrong"
-    advice = "Read these first: where a good model is sure and wrong, the mistake is often in the label."
-    if run.problem.kind == REGRESSION:
-        advice = "Read these first: where a good model is far off, the mistake is often in the label."
-    pieces = []
-    if wrong:
-        pieces.append(
-            section(title, [Html(f'<p class="soft">{advice}</p>'), find_table(run, wrong, number)], grid=False)
-        )
-    if unsure:
-        advice = "Rows the model could not decide on: labels like these, more of them, would teach it most."
-        unsure_pieces = [Html(f'<p class="soft">{advice}</p>'), find_table(run, unsure, number)]
-        pieces.append(section("Least certain", unsure_pieces, grid=False))
-    return pieces
-
-
-def find_table(run: Finished, finds: list[Found], number: str) -> Html:
-    rows = []
-    for found in sorted(finds, key=lambda f: -f.rank)[:TEXTS]:
-        examples = run.data.parts[found.part]
-        text = cut(examples.texts[found.row], TEXT_LENGTH)
-        if examples.pairs is not None:
-            text += "\n— " + cut(examples.pairs[found.row], TEXT_LENGTH)
-        where = f"{found.part} {examples.lines[found.row]}"
-        rows.append([text, cut(found.truth, 60), cut(found.predicted, 60), found.shown, where])
-    return table(["text", "label", "predicted", number, "part, line"], "tllnn", rows)
-
-
-def top(values: np.ndarray, count: int = TEXTS) -> np.ndarray:
-    """Row numbers of the highest values, highest first; rows of -inf are left out."""
-    count = min(count, len(values))
-    chosen = np.argpartition(-values, count - 1)[:count]
-    chosen = chosen[np.argsort(-values[chosen], kind="stable")]
-    return chosen[values[chosen] > -np.inf]
-
-
-def single_finds(
-    problem: Problem, part: str, logits: np.ndarray, targets: np.ndarray
-) -> tuple[list[Found], list[Found]]:
-    stated, right = confidences(problem, logits, targets, problem.temperature)
-    predicted = logits.argmax(1)
-
-    def found(row: int, rank: float) -> Found:
-        names = problem.labels[predicted[row]], problem.labels[targets[row]]
-        return Found(part, row, rank, *names, f"{stated[row]:.3f}")
-
-    wrong = top(np.where(right > 0, -np.inf, stated))
-    unsure = np.where(stated < CERTAIN, -stated, -np.inf)
-    return [found(i, stated[i]) for i in wrong], [found(i, -stated[i]) for i in top(unsure)]
-
-
-def multi_finds(
-    problem: Problem, part: str, logits: np.ndarray, targets: np.ndarray
-) -> tuple[list[Found], list[Found]]:
-    """One label of a row: the one it is most wrong about, or the one nearest to its threshold."""
-    p = problem.probabilities(logits)
-    thresholds = problem.threshold_array()
-    mistakes = np.where((p >= thresholds) != (targets > 0), np.abs(p - targets), -np.inf)
-    nearness = -np.abs(p - thresholds)
-
-    def found(row: int, values: np.ndarray) -> Found:
-        label = int(values[row].argmax())
-        name, given = problem.labels[label], p[row, label] >= thresholds[label]
-        truth = name if targets[row, label] else f"not {name}"
-        return Found(part, row, values[row, label], name if given else f"not {name}", truth, f"{p[row, label]:.3f}")
-
-    wrong = [found(i, mistakes) for i in top(mistakes.max(1))]
-    return wrong, [found(i, nearness) for i in top(nearness.max(1))]
-
-
-def regression_finds(
-    problem: Problem, part: str, logits: np.ndarray, targets: np.ndarray
-) -> tuple[list[Found], list[Found]]:
-    errors = logits[:, 0] - targets
-    rows = top(np.abs(errors))
-    values = [(f"{logits[i, 0]:.4g}", f"{targets[i]:.4g}", f"{errors[i]:+.3g}") for i in rows]
-    return [Found(part, int(i), abs(float(errors[i])), *v) for i, v in zip(rows, values, strict=True)], []
+def lengths_figure(run: Finished) -> Html:
+    """A histogram of the training texts' tokens, with the cut that --max-length makes."""
+    tokens = run.sets["train"].tokens
+    whole, lost = tokens.full_lengths, tokens.cut
+    limit = run.config.max_length or int(whole.max())
+    highest = max(min(int(np.quantile(whole, 0.995)), 4 * limit), 8)
+    edges = np.linspace(0, max(highest, limit if (lost > 0).any() else 0) + 1, 41)
+    counts, _ = np.histogram(np.minimum(whole, edges[-1] - 0.5), edges)
+    does = "windows of" if tokens.windows is not None else "cut at"
+    marks = [(float(limit), f"{does} {limit}")] if limit < edges[-1] else []
+    effect = f"{(whole > limit).mean():.1%} of the rows are longer than --max-length {limit} and read in windows."
+    if tokens.windows is None:
+        shares = f"{(lost > 0).mean():.1%} of the rows and {lost.sum() / max(whole.sum(), 1):.1%} of the tokens"
+        effect = f"--max-length {limit} cuts {shares}."
+    body = chart([], "tokens a text", "training rows", bars=Bars(edges, counts), marks=marks)
+    return figure("Token lengths", body, note=f"Median {np.median(whole):.0f}, longest {whole.max():,}. {effect}")
 
 
 # Speed, and how to do it again
@@ -536,52 +320,50 @@ def regression_finds(
 
 def speed_charts(run: Finished) -> list[Html]:
     speed = run.metrics["speed"]
-    padding = padding_shares(run)
-    rows = [(name, share, f"{share:.1%}") for name, share in padding]
+    rows = [(name, share, f"{share:.1%}") for name, share in padding_shares(run)]
     note = (
         f"Share of the positions that hold padding. {speed['tokens_per_second']:,.0f} tokens and "
         f"{speed['examples_per_second']:,.0f} texts a second in training; {speed['device']}, {speed['precision']}, "
         f"{speed['attention']} attention, {speed['engine']}."
     )
+    figures = [figure("Padding", bar_list(rows), note=note)]
     parts = [(name, seconds) for name, seconds in speed.get("seconds_by_part", {}).items() if seconds > 0]
     legend = [(f"{name} {duration(seconds)}", (i + 1) % 4) for i, (name, seconds) in enumerate(parts)]
-    pieces = [figure("Padding", bar_list(rows), note=note)]
-    return [*pieces, figure("Time by part", stacked(parts), legend=legend)] if parts else pieces
+    return [*figures, figure("Time by part", stacked(parts), legend=legend)] if parts else figures
 
 
 def padding_shares(run: Finished) -> list[tuple[str, float]]:
-    """Padding of the usual ways on these texts, and what is left of it here."""
-    lengths, size = run.sets["train"].lengths, run.config.batch_size
-    mean = float(lengths.mean())
+    """Padding of the usual ways on these texts (or their windows), and what is left of it here."""
+    lengths, size = run.sets["train"].tokens.lengths, run.config.batch_size
+    limit = run.config.max_length or int(lengths.max())
     order = np.random.default_rng(run.config.seed).permutation(len(lengths))
-    longest = np.maximum.reduceat(lengths[order], np.arange(0, len(lengths), size))
-    sizes = np.diff(np.append(np.arange(0, len(lengths), size), len(lengths)))
-    dynamic = 1 - float(lengths.sum()) / float(longest @ sizes)
+    starts = np.arange(0, len(lengths), size)
+    longest = np.maximum.reduceat(lengths[order], starts)  # of each batch
+    slots = float(longest @ np.diff(np.append(starts, len(lengths))))
+    total = float(lengths.sum())
     return [
-        (f"padded to {run.config.max_length}", 1 - mean / (run.config.max_length or mean)),
-        (f"padded to the longest of {size}", dynamic),
+        (f"padded to {limit}", 1 - total / (limit * len(lengths))),
+        (f"padded to the longest of {size}", 1 - total / slots),
         ("minibert, inside attention", float(run.metrics["speed"]["padding_fraction"])),
         ("minibert, everywhere else", 0.0),
     ]
 
 
-def reproduce(run: Finished) -> Html:
-    changed = {
-        key: value
-        for key, value in run.config.to_dict().items()
-        if value != RunConfig().to_dict()[key] and key != "output"
-    }
+def reproduce(run: Finished) -> list[Html]:
+    """The command, and the settings, data and versions that it ran with."""
+    defaults = RunConfig().to_dict()
+    changed = {key: value for key, value in run.config.to_dict().items() if value != defaults[key] and key != "output"}
     lines = [(key, json.dumps(value, ensure_ascii=False)) for key, value in changed.items()]
     lines += [(f"{part} sha256", file["sha256"]) for part, file in run.record["data"].items()]
     lines += [(name, version) for name, version in run.record["versions"].items()]
     settings = table(["setting, file or package", "value"], "lt", lines)
-    details = f"<details><summary>Settings other than the defaults, data and versions</summary>{settings}</details>"
-    return Html(f"<section><h2>Do it again</h2><pre>{esc(command(run))}</pre>{details}</section>")
+    summary = "<summary>Settings other than the defaults, data and versions</summary>"
+    return [Html(f"<pre>{esc(command(run))}</pre>"), Html(f"<details>{summary}{settings}</details>")]
 
 
 def command(run: Finished) -> str:
     """The command line, or the call for a run from lists."""
-    given = [word for word in run.record["command"] if word not in ("--resume", "--resume-from-checkpoint")]
+    given = [word for word in run.record["command"] if word.replace("_", "-") not in RESUME]
     if len(given) != 1 or "(" not in given[0]:
         return shlex.join(given)
     defaults, skipped = RunConfig(), ("output", "resume", "quiet", "overwrite")

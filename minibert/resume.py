@@ -72,7 +72,10 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
         what = ", ".join(
             f"{key[:40]} (was {_short(saved.get(key))}, is {_short(fingerprint.get(key))})" for key in named
         )
-        raise UserError(f"--resume: this is not the run that was begun; changed: {what}")
+        raise UserError(
+            f"--resume: this is not the run that was begun; changed: {what}. "
+            "With --resume and --output alone it goes on with its own flags"
+        )
     if state.step > training.total_steps:
         raise UserError(f"{path}: not a checkpoint of this run (step {state.step} of {training.total_steps})")
     _check_tensors(path, training, tensors)

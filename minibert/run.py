@@ -21,21 +21,22 @@ from minibert.calibration import calibration_metrics, fit_temperature
 from minibert.card import write_card
 from minibert.checkpoint import LoadReport, load_model, model_folder
 from minibert.classifier import Classifier, as_texts, finite, fitting_tokenizer, load, saved_labels
+from minibert.cli import checked_values
 from minibert.config import BertConfig, RunConfig
-from minibert.console import describe, silence, summarise
+from minibert.console import Progress, describe, silence, summarise, terminal_name
 from minibert.data import Columns, Examples, RunData, load_data, prepare
 from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
-from minibert.files import write_json, write_text, writing
+from minibert.files import read_json, write_json, write_text, writing
 from minibert.frozen import compute
-from minibert.inspection import Inspection, check_lines, fit, head_lines, inspect
+from minibert.inspection import Inspection, fit, inspect, screen
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
 from minibert.output import CHECK, CHECKPOINTS, clear, open_output, output_folder, refuse_at_once
 from minibert.probe import Cost, measure, sample_rows
 from minibert.problem import REGRESSION, Problem, class_weights
 from minibert.record import fingerprint_of, must_be_alike, rows_digest, run_record, settings_of, splits_record
-from minibert.report import Finished, write_report
+from minibert.report import Finished, verdict, write_report
 from minibert.resume import STATE_FILE, load_checkpoint, save_checkpoint, share_checkpoint, weights_digest
 from minibert.seeds import copy_run, run_seeds
 from minibert.tokens import Tokenizer
@@ -50,6 +51,8 @@ RELOADED_TEXTS = 16  # texts whose logits are compared after saving
 
 def run_from_files(config: RunConfig, command: list[str]) -> Classifier | None:
     """The command line's run: read files, train, save, print; with --check, look and train nothing."""
+    if config.resume and config.train is None and config.output is not None:
+        config = begun_with(config, Path(config.output).expanduser() / "run.json")
     if config.train is None:
         if config.validation or config.test:
             raise UserError("--train is missing: give the training file beside the others")
@@ -60,6 +63,17 @@ def run_from_files(config: RunConfig, command: list[str]) -> Classifier | None:
             check(config, load_data(config))
             return None
         return run(config, load_data(config), command)
+
+
+def begun_with(config: RunConfig, path: Path) -> RunConfig:
+    """--resume without --train: the flags that the run was begun with; what is given beside --resume goes before."""
+    record = read_json(path) if path.is_file() else None
+    flags = record.get("flags") if isinstance(record, dict) else None
+    if not isinstance(flags, dict):
+        return config
+    defaults = RunConfig().to_dict()
+    given = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
+    return RunConfig(**checked_values(flags | given, str(path)))
 
 
 def demonstration(config: RunConfig) -> RunConfig:
@@ -100,8 +114,8 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     config = replace(config, quiet=config.quiet or not distributed.is_first())
     say = silence if config.quiet else partial(print, flush=True)
     job = get_ready(config, data)
-    describe(say, job.config, job.report, job.hardware, job.frozen)
-    for line in head_lines(job.inspection):
+    describe(say, job.config, job.report, job.hardware, job.frozen, config.model is not None)
+    for line in screen(job.inspection):
         say(line)
 
     weights = class_weights(data.problem, config.class_weights, job.sets["train"].targets)
@@ -125,9 +139,9 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
         compact.expand()
     classifier = job.classifier()
     if distributed.is_first():
-        finish(job, training, classifier, output, record, metrics, logits, moments)
+        judged = finish(job, training, classifier, output, record, metrics, logits, moments)
         tracker.finish(metrics, output)
-        summarise(say, output, metrics, job.model.mlp_size)
+        summarise(say, output, metrics, job.model.mlp_size, judged)
     return classifier
 
 
@@ -207,7 +221,13 @@ def train(
     save = partial(save_checkpoint, output / CHECKPOINTS, training, fingerprint) if first else lambda: None
     config = job.config if first else replace(job.config, report_to="none")
     tracker = open_tracker(config, output, record, training.state.step)
-    training.watch = tracker.log
+    progress = Progress(say, training)
+
+    def watch(line: dict[str, Any]) -> None:
+        tracker.log(line)
+        progress.log(line)
+
+    training.watch = watch
     try:
         training.run(output / "train_log.jsonl", save)
     except Interrupted:
@@ -215,6 +235,9 @@ def train(
         say(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
         distributed.wait_for_all()
         raise KeyboardInterrupt from None
+    except UserError:
+        tracker.stop()  # or its run would seem to go on
+        raise
     return tracker
 
 
@@ -227,8 +250,8 @@ def finish(
     metrics: dict[str, Any],
     logits: dict[str, np.ndarray],
     moments: list[float],
-) -> None:
-    """Write what a run leaves: model, predictions, metrics, report and card."""
+) -> str:
+    """Write what a run leaves: model, predictions, metrics, report and card; returns the report's verdict."""
     with writing(output):  # a folder deleted meanwhile is not made again, half filled
         output.stat()
     classifier.save(output)
@@ -243,13 +266,14 @@ def finish(
     finished = Finished(job.config, job.data, job.sets, logits, metrics, record)
     write_report(output, finished)
     write_card(output, finished)
+    return verdict(finished, lambda label: f"“{terminal_name(label)}”")
 
 
 def check(config: RunConfig, data: RunData) -> None:
     """--check: print what data and model are like and what the run would cost; check.json in --output, if given."""
     job = get_ready(config, data)
-    describe(print, job.config, job.report, job.hardware, job.frozen)
-    print("\n".join(check_lines(job.inspection)), flush=True)
+    describe(print, job.config, job.report, job.hardware, job.frozen, config.model is not None)
+    print("\n".join(screen(job.inspection)), flush=True)
     cost = expected_cost(job)
     print(fit([cost.line()])[0])
     if config.output is not None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from minibert.config import RunConfig
+from minibert.console import MAIN_METRICS, Say, shown
 from minibert.data import RunData
 from minibert.errors import UserError
 from minibert.files import atomic, read_json, write_json
@@ -27,13 +28,8 @@ from minibert.train import LOWER_IS_BETTER
 
 SUMMARY_FILE = "seeds.json"
 CHECKPOINT = Path("checkpoints", "last", STATE_FILE)
-# The metrics of the printed table, where a problem has them; seeds.json sums up every number of metrics.json.
-MAIN_METRICS = """accuracy micro_f1 macro_f1 weighted_f1 subset_accuracy mcc roc_auc pearson spearman mse mae
-loss""".split()
 NEAR_BASELINE = 0.05  # a run that gains less than this share of what the constant answer leaves has learned nothing
 FAR_BELOW = 0.5  # a run that gains less than this share of the median run's gain is far below the others
-
-Say = Callable[[str], None]
 
 
 def seed_folder(output: Path, seed: int) -> Path:
@@ -122,7 +118,7 @@ def summarise_seeds(runs: list[dict[str, Any]], data: RunData, metric: str | Non
         summary["baseline"] = {"part": part, metric: baseline}
         for run, problem in zip(runs, collapsed(values, baseline, metric in LOWER_IS_BETTER), strict=True):
             if problem:
-                warnings.append(f"seed {run['seed']} {problem} ({part} {metric} {_shown(run[part][metric])})")
+                warnings.append(f"seed {run['seed']} {problem} ({part} {metric} {shown(run[part][metric])})")
     summary["warnings"] = warnings
     for part in parts:
         summary[part] = {name: _spread([run[part][name] for run in runs]) for name in runs[0][part]}
@@ -164,10 +160,15 @@ def constant_baseline(data: RunData, part: str) -> dict[str, Any]:
 
 
 def collapsed(values: list[float | None], baseline: float | None, lower_is_better: bool) -> list[str]:
-    """For each run, what is wrong with it, or "": no better than a constant answer, or far below the other runs."""
+    """For each run, what is wrong with it, or "": no better than a constant answer, or far below the other runs.
+
+    Where the constant answer is perfect, as on rows of one class, there is nothing to be better than.
+    """
     sign = -1 if lower_is_better else 1
     base = baseline or 0.0  # a correlation with a constant is undefined: as good as none
     perfect = 0.0 if lower_is_better else 1.0
+    if base == perfect and baseline is not None:
+        return [""] * len(values)
     gains = [float("-inf") if value is None else sign * (value - base) for value in values]
     median = statistics.median(gains)
     reasons = []
@@ -180,25 +181,28 @@ def collapsed(values: list[float | None], baseline: float | None, lower_is_bette
 
 
 def show(say: Say, summary: dict[str, Any]) -> None:
-    """A table for each part: a row for each seed, then mean and standard deviation."""
+    """A table for each part, warnings, and which seed was the best."""
     for part in ("validation", "test"):
-        if part not in summary:
-            continue
-        names = [name for name in MAIN_METRICS if name in summary[part]]
-        rows = {f"seed {run['seed']}": [run[part][name] for name in names] for run in summary["runs"]}
-        rows |= {key: [summary[part][name][key] for name in names] for key in ("mean", "std")}
-        width = max(map(len, [part, *rows])) + 2
-        say(f"\n{part:<{width}}" + "".join(f"{name:>17}" for name in names))
-        for label, values in rows.items():
-            say(f"{label:<{width}}" + "".join(f"{_shown(value):>17}" for value in values))
+        if part in summary:
+            say("\n" + "\n".join(table_lines(part, summary)))
     for warning in summary["warnings"]:
         say(f"warning: {warning}")
     why = f"by validation {summary['metric']}" if summary["chosen_by"] else "the first: no validation rows to choose by"
     say(f"best seed: {summary['best_seed']} ({why})")
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def table_lines(part: str, summary: dict[str, Any]) -> list[str]:
+    """A row for each seed, then mean and standard deviation."""
+    names = [name for name in MAIN_METRICS if name in summary[part]]
+    rows = {f"seed {run['seed']}": [run[part][name] for name in names] for run in summary["runs"]}
+    rows |= {key: [summary[part][name][key] for name in names] for key in ("mean", "std")}
+    first = max(map(len, [part, *rows]))
+    widths = [max(len(name), 8) + 2 for name in names]
+    lines = [f"{part:<{first}}" + "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
+    for label, values in rows.items():
+        cells = (f"{shown(value):>{width}}" for value, width in zip(values, widths, strict=True))
+        lines.append(f"{label:<{first}}{''.join(cells)}")
+    return lines
 
 
 def copy_run(folder: Path, output: Path) -> None:

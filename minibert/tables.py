@@ -6,35 +6,31 @@ where and what to do.
 
 from __future__ import annotations
 
-import codecs
 import csv
-import gzip
 import io
 import itertools
 import json
-import lzma
 import re
-import struct
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, TypeVar
 
 from minibert.errors import UserError
 from minibert.files import one_line, refuse_special
+from minibert.sources import LONGEST_LINE, encoding_of, open_bytes, open_text, reading, suffix_of
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt", ".label")
-LONGEST_LINE = 64 << 20  # characters: a longer one is a broken or hostile file, not a text
 LARGEST_JSON = 2 << 30  # bytes: a JSON array, like packed Parquet, can only be read as a whole
 MOST_COLUMNS = 4096  # more is a broken or hostile file, which rows of that width would let fill the memory
-EXPANSION, EXPANSION_FREE = 200, 256 << 20  # decompressed over compressed bytes, once that much has come out
 LEAST_FIT = 0.6  # share of the first rows that a delimiter must cut as it cuts the header
 NOT_AN_OBJECT = 'expected an object such as {"text": ..., "label": ...}'
 SAMPLE = 1 << 18  # characters looked at to guess delimiter and quoting
-READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, struct.error)
+PLAIN_SAMPLE = 50  # lines looked at to tell `LABEL text` lines from plain texts
+LINE_LABEL = re.compile(r"([A-Za-z]\w*:[\w-]+|__label__\S+)[ \t]")  # as in TREC and in fastText
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,13 @@ class Table:
     lines: list[int] = field(default_factory=list)  # where each row starts: line, or row number in Parquet and JSON
     encoding: str = "utf-8"
     bad: list[BadRow] = field(default_factory=list)  # the rows left out
-    headed: bool = False  # the column names are the file's first row
+    delimited: bool = False  # rows of cells, the first of which may hold names
 
 
-Row = tuple[int, list[Any]]  # line, cells
+class CsvRow(NamedTuple):
+    line: int
+    cells: list[str]
+    last_line: int  # later than `line` where quotes hold line breaks
 
 
 def read_table(
@@ -93,35 +92,28 @@ def stream_table(
     if path.is_dir() or not path.exists():
         raise UserError(f"{path}: {'is a folder; give a file' if path.is_dir() else 'no such file'}")
     refuse_special(path)
-    suffix = _suffix(path)
-    try:
+    with reading(path):
+        suffix = suffix_of(path)
         if suffix == ".parquet":
             yield from _parquet(path, rows)
             return
-        encoding = _exact_name(_known(encoding)) if encoding else _detect_encoding(path)
-        reader: Callable[..., Iterator[Table]] = {".jsonl": _json_lines, ".json": _json}.get(suffix, _delimited)
-        if suffix in (".txt", ".label"):
-            reader = _plain
-        with _open(path) as file, io.TextIOWrapper(file, encoding=encoding, newline="") as text:
-            for table in reader(path, text, suffix, header, rows):
+        encoding = encoding_of(path, encoding)
+        with open_text(path, encoding) as text:
+            for table in _tables(path, text, suffix, header, rows):
                 table.encoding = encoding.removesuffix("-sig")
                 if table.bad and on_bad_rows == "error":
                     raise bad_rows_error(str(path), table.bad)
                 yield table
-    except UnicodeError as error:
-        name = str(encoding).removesuffix("-sig")
-        raise UserError(f"{path}: not {name} text ({one_line(error)}); give --encoding") from None
-    except READ_ERRORS as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error) or type(error).__name__})") from None
 
 
-def _known(encoding: str) -> str:
-    """A text encoding that this Python knows."""
-    try:
-        "a".encode(encoding)
-    except (LookupError, UnicodeError, ValueError):
-        raise UserError(f"--encoding {encoding}: no such encoding; try utf-8, cp1252 or latin-1") from None
-    return encoding
+def _tables(path: Path, text: IO[str], suffix: str, header: bool, rows: int) -> Iterator[Table]:
+    if suffix in (".jsonl", ".ndjson"):
+        return _json_lines(path, text, rows)
+    if suffix == ".json":
+        return _json(path, text, rows)
+    if suffix in (".txt", ".label"):
+        return _plain(path, text, suffix, header, rows)
+    return _delimited(path, text, suffix, header, rows)
 
 
 def bad_rows_error(source: str, bad: list[BadRow]) -> UserError:
@@ -143,108 +135,6 @@ def describe_bad(bad: list[BadRow], named: int = 5) -> str:
     return "; ".join(texts) + (f"; and {more} more rows" if more else "")
 
 
-def _suffix(path: Path) -> str:
-    """The suffix that tells the format, seen through .gz and .zip."""
-    name = path.name.lower()
-    if name.endswith(".zip"):
-        name = _zip_member(path).lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
-    if suffix not in SUFFIXES:
-        raise UserError(f"{path}: unknown kind of file; minibert reads {' '.join(SUFFIXES)}, also in .gz and .zip")
-    return suffix
-
-
-def _zip_member(path: Path) -> str:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
-            locked = any(entry.flag_bits & 1 for entry in archive.infolist())
-    except READ_ERRORS as error:
-        raise UserError(f"{path}: cannot be read as zip ({one_line(error)})") from None
-    if len(names) != 1:
-        raise UserError(f"{path}: holds {len(names)} files; expected one data file")
-    if locked:
-        raise UserError(f"{path}: is encrypted; decrypt it first")
-    return names[0]
-
-
-def _open(path: Path) -> IO[bytes]:
-    name = path.name.lower()
-    if name.endswith(".zip"):
-        return io.BufferedReader(Expanding(zipfile.ZipFile(path).open(_zip_member(path)), path), 1 << 16)
-    if name.endswith(".gz"):
-        return io.BufferedReader(Expanding(gzip.open(path), path), 1 << 16)  # type: ignore[arg-type]
-    return open(path, "rb")
-
-
-class Expanding(io.RawIOBase):
-    """A compressed file as it comes out; one that grows as no text does is refused before it fills the memory."""
-
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self.file, self.path = file, path
-        self.most = max(EXPANSION_FREE, EXPANSION * path.stat().st_size)
-        self.out = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.file.read(len(buffer))
-        self.out += len(data)
-        if self.out > self.most:
-            raise UserError(f"{self.path}: grows more than {EXPANSION}-fold when decompressed; give it decompressed")
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        self.file.close()
-        super().close()
-
-
-def _exact_name(encoding: str) -> str:
-    """UTF-8 with or without its mark is read by one codec; else the mark would become part of a column's name."""
-    return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
-
-
-def _detect_encoding(path: Path) -> str:
-    """UTF-8 or UTF-16 by their marks; UTF-8 if all bytes are; else cp1252, or latin-1, in which any bytes read."""
-    with _open(path) as file:
-        start = file.read(3)
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    if _decodes(path, "utf-8"):
-        return "utf-8-sig" if start == codecs.BOM_UTF8 else "utf-8"
-    _refuse_damaged_utf8(path)
-    return "cp1252" if _decodes(path, "cp1252") else "latin-1"
-
-
-def _decodes(path: Path, encoding: str) -> bool:
-    decoder = codecs.getincrementaldecoder(encoding)()
-    with _open(path) as file:
-        try:
-            while block := file.read(1 << 20):
-                decoder.decode(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            return False
-    return True
-
-
-def _refuse_damaged_utf8(path: Path) -> None:
-    """A few bad bytes among much good UTF-8: read as anything else, every accent of the file would be wrong."""
-    good = bad = first = 0
-    with _open(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
-            if line.isascii():
-                continue
-            text = line.decode("utf-8", "replace")
-            broken = text.count("\ufffd") - line.count(b"\xef\xbf\xbd")
-            good, bad = good + sum(ord(c) > 127 for c in text) - broken, bad + broken
-            first = first or (number if broken else 0)
-    if good > bad:
-        raise UserError(f"{path}, line {first}: not UTF-8, which the rest of the file is; mend it or give --encoding")
-
-
 def _lines(path: Path, text: IO[str]) -> Iterator[str]:
     """Lines with their endings; no line may fill the memory."""
     for number in range(1, 1 << 62):
@@ -258,49 +148,48 @@ def _lines(path: Path, text: IO[str]) -> Iterator[str]:
         yield line
 
 
-def _chunks(path: Path, names: list[str], rows: Iterator[Row], size: int, bad: list[BadRow]) -> Iterator[Table]:
-    """Rows of equal length -> tables of at most `size` rows, one at least; what `rows` adds to `bad` goes along."""
-    lines: list[int] = []
-    cells: list[list[Any]] = []
-    yielded = False
-    for line, row in rows:
-        lines.append(line)
-        cells.append(row)
-        if len(lines) == size:
-            yield _table(path, names, lines, cells, bad)
-            lines, cells, yielded = [], [], True
-    if lines or bad or not yielded:
-        yield _table(path, names, lines, cells, bad)
+def _chunks(
+    path: Path,
+    rows: Iterator[tuple[int, Row]],
+    columns: Callable[[list[Row]], dict[str, list[Any]]],
+    size: int,
+    bad: list[BadRow],
+) -> Iterator[Table]:
+    """(line, row) pairs -> tables of at most `size` rows, one at least; what `rows` adds to `bad` goes along."""
+    is_first = True
+    while (part := list(itertools.islice(rows, size))) or bad or is_first:
+        yield Table(str(path), columns([row for _, row in part]), [line for line, _ in part], bad=bad.copy())
+        bad.clear()
+        is_first = False
 
 
-def _table(path: Path, names: list[str], lines: list[int], cells: list[list[Any]], bad: list[BadRow]) -> Table:
-    """A table that takes over the bad rows."""
-    columns = [list(column) for column in zip(*cells, strict=True)] if cells else [[] for _ in names]
-    taken, bad[:] = bad[:], []
-    return Table(str(path), dict(zip(names, columns, strict=True)), lines, bad=taken)
+def _named(names: list[str], rows: list[list[Any]]) -> dict[str, list[Any]]:
+    """Rows as long as `names` -> columns."""
+    columns = map(list, zip(*rows, strict=True)) if rows else ([] for _ in names)
+    return dict(zip(names, columns, strict=True))
 
 
 def _delimited(path: Path, text: IO[str], suffix: str, header: bool, size: int) -> Iterator[Table]:
     """CSV and TSV with whatever delimiter and quoting the first rows show."""
     sample = text.read(SAMPLE)
-    rest = _lines(path, text)
     if "\0" in sample:
-        raise UserError(f"{path}: holds NUL characters; is this a text file?")
+        raise UserError(f"{path}: holds NUL characters; is this a text file? (UTF-16 without a mark needs --encoding)")
     delimiter = _delimiter(sample, "\t" if suffix == ".tsv" else ",")
     csv.field_size_limit(LONGEST_LINE)
     quoting = _quoting(sample, delimiter)
-    rows = _csv_rows(path, csv.reader(_rejoined(sample, rest), delimiter=delimiter, **quoting))
+    rows = _csv_rows(path, csv.reader(_rejoined(sample, _lines(path, text)), delimiter=delimiter, **quoting))
     first = next(rows, None)
     if first is None:
         raise UserError(f"{path}: empty; expected a header and rows")
-    bad: list[BadRow] = []
     if header:
-        names = _column_names(path, first[1])
-        for table in _chunks(path, names, _checked(rows, len(names), bad), size, bad):
-            table.headed = True
-            yield table
+        bad: list[BadRow] = []
+        names = _column_names(path, first.cells)
+        tables = _chunks(path, _checked(rows, len(names), bad), partial(_named, names), size, bad)
     else:
-        yield from _headless(path, first, rows, size, extra_cells=quoting["quoting"] == csv.QUOTE_NONE)
+        tables = _headless(path, first, rows, size, extra_cells=quoting["quoting"] == csv.QUOTE_NONE)
+    for table in tables:
+        table.delimited = True
+        yield table
 
 
 def _rejoined(sample: str, rest: Iterator[str]) -> Iterator[str]:
@@ -316,65 +205,60 @@ def _rejoined(sample: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def _csv_rows(path: Path, reader: Any) -> Iterator[tuple[int, list[str], int]]:
-    """(first line, cells, last line) of each row; blank lines are passed over."""
+def _csv_rows(path: Path, reader: Any) -> Iterator[CsvRow]:
+    """The rows that are not blank, without the line `sep=;` that spreadsheets write for each other."""
     while True:
         start = reader.line_num + 1
         try:
-            row = next(reader)
+            cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             raise UserError(f"{path}, line {start}: {one_line(error)}; is a quote not closed?") from None
-        if row:
-            yield start, row, reader.line_num
+        if cells and not (start == 1 and cells[0].lower() == "sep=" and len(cells) == 2):
+            yield CsvRow(start, cells, reader.line_num)
 
 
-def _checked(rows: Iterator[tuple[int, list[str], int]], width: int, bad: list[BadRow]) -> Iterator[Row]:
-    for line, row, last in rows:
-        if len(row) == width:
-            yield line, row
+def _checked(rows: Iterable[CsvRow], width: int, bad: list[BadRow]) -> Iterator[tuple[int, list[str]]]:
+    """Rows as wide as the header; empty cells at the end of a row may be too many, the others are bad."""
+    for row in rows:
+        if len(row.cells) == width or (len(row.cells) > width and not any(row.cells[width:])):
+            yield row.line, row.cells[:width]
         else:
-            bad.append(BadRow(line, _wrong_width(len(row), f"the header has {width}", last - line)))
+            bad.append(_of_wrong_width(row, f"the header has {width}"))
 
 
-def _wrong_width(cells: int, expected: str, more_lines: int) -> str:
-    span = f" and {more_lines} more lines; is a quote not closed?" if more_lines else ""
-    return f"{cells} cells where {expected}{span}"
+def _of_wrong_width(row: CsvRow, expected: str) -> BadRow:
+    cells, more = len(row.cells), row.last_line - row.line
+    span = f" and {more} more lines; is a quote not closed?" if more else ""
+    return BadRow(row.line, f"{cells} cell{'s' * (cells != 1)} where {expected}{span}")
 
 
-def _headless(
-    path: Path, first: tuple[int, list[str], int], rows: Iterator[Any], size: int, extra_cells: bool
-) -> Iterator[Table]:
+def _headless(path: Path, first: CsvRow, rows: Iterator[CsvRow], size: int, extra_cells: bool) -> Iterator[Table]:
     """Columns called 0, 1, 2, ...; short rows are filled up with None.
 
     A row longer than most holds a text with the delimiter in it, unless nothing is quoted: then (`extra_cells`) the
     text cannot hold one, and what comes at the end of some rows is columns of its own.
     """
-    head = [first, *(row for _, row in zip(range(size - 1), rows, strict=False))]
-    widths = Counter(len(cells) for _, cells, _ in head)
-    usual = max(widths, key=lambda width: (widths[width], width))
+    head = [first, *itertools.islice(rows, size - 1)]
+    widths = Counter(len(row.cells) for row in head)
+    usual = widest = max(widths, key=lambda width: (widths[width], width))
     bad: list[BadRow] = []
-    lines: list[int] = []
-    cells: list[list[Any]] = []
-    widest = usual
-    for line, row, last in itertools.chain(head, rows):
-        if len(row) > usual and not extra_cells:
-            bad.append(BadRow(line, _wrong_width(len(row), f"most rows have {usual}", last - line)))
-            continue
-        widest = max(widest, len(row))
-        _refuse_width(path, widest)
-        if len(lines) == size:
-            yield _squared(path, widest, lines, cells, bad)
-            lines, cells = [], []
-        lines.append(line)
-        cells.append(row)
-    yield _squared(path, widest, lines, cells, bad)
 
+    def fitting() -> Iterator[tuple[int, list[str]]]:
+        for row in itertools.chain(head, rows):
+            if len(row.cells) > usual and not extra_cells:
+                bad.append(_of_wrong_width(row, f"most rows have {usual}"))
+            else:
+                _refuse_width(path, len(row.cells))
+                yield row.line, row.cells
 
-def _squared(path: Path, width: int, lines: list[int], cells: list[list[Any]], bad: list[BadRow]) -> Table:
-    names = [str(i) for i in range(width)]
-    return _table(path, names, lines, [row + [None] * (width - len(row)) for row in cells], bad)
+    def squared(rows: list[list[str]]) -> dict[str, list[Any]]:
+        nonlocal widest
+        widest = max([widest, *map(len, rows)])
+        return _named([str(i) for i in range(widest)], [row + [None] * (widest - len(row)) for row in rows])
+
+    yield from _chunks(path, fitting(), squared, size, bad)
 
 
 def _column_names(path: Path, cells: list[str]) -> list[str]:
@@ -397,9 +281,10 @@ def _delimiter(sample: str, usual: str) -> str:
     if len(sample) == SAMPLE:
         lines = lines[:-1] or lines
     fitting: dict[str, tuple[float, bool, int]] = {}
-    for delimiter, quote in itertools.product("\t,;|", "\"'"):
+    for delimiter, quote in itertools.product("\t,;|^~", "\"'"):
         try:
-            rows = [row for row in csv.reader(lines[:40], delimiter=delimiter, quotechar=quote) if row]
+            reader = csv.reader(lines[:40], delimiter=delimiter, quotechar=quote, skipinitialspace=True)
+            rows = list(filter(None, reader))
         except csv.Error:
             continue
         width = len(rows[0]) if rows else 0
@@ -412,17 +297,19 @@ def _delimiter(sample: str, usual: str) -> str:
 
 def _quoting(sample: str, delimiter: str) -> dict[str, Any]:
     """csv.reader's options: which quotes there are, and how a quote inside of quotes is written."""
-    edge = re.escape(delimiter)
     if not _is_quoted(sample, delimiter):
         return {"quoting": csv.QUOTE_NONE}
+    edge = re.escape(delimiter)
+    spaced = re.match(rf'[^\r\n]*{edge} +"', sample)  # "text", "label"
+    options: dict[str, Any] = {"quoting": csv.QUOTE_MINIMAL, "skipinitialspace": spaced is not None}
     single = len(re.findall(rf"(?:^|{edge})'[^'\r\n]*'(?={edge}|\r?$)", sample, re.MULTILINE))
     double = len(re.findall(rf'(?:^|{edge})"', sample, re.MULTILINE))
     if single > double and single >= len(sample.splitlines()) / 2:
-        return {"quoting": csv.QUOTE_MINIMAL, "quotechar": "'"}
+        return options | {"quotechar": "'"}
     escaped = re.search(rf'\\"(?!{edge}|\r?$)', sample, re.MULTILINE)
     if escaped and not re.search(rf'[^{edge}\r\n]""[^{edge}\r\n]', sample):
-        return {"quoting": csv.QUOTE_MINIMAL, "doublequote": False, "escapechar": "\\"}
-    return {"quoting": csv.QUOTE_MINIMAL}
+        return options | {"doublequote": False, "escapechar": "\\"}
+    return options
 
 
 def _is_quoted(sample: str, delimiter: str) -> bool:
@@ -430,67 +317,85 @@ def _is_quoted(sample: str, delimiter: str) -> bool:
     if delimiter != "\t":
         return True
     bare = re.search(r'[^\t\r\n"]"[^\t\r\n"]', sample)
-    starts, ends = re.findall(r'(?:^|\t)"', sample, re.MULTILINE), re.findall(r'"(?:\t|\r?$)', sample, re.MULTILINE)
-    return bare is None and len(starts) == len(ends)
+    starts, ends = (len(re.findall(edge, sample, re.MULTILINE)) for edge in (r'(?:^|\t)"', r'"(?:\t|\r?$)'))
+    return bare is None and 0 <= starts - ends <= (len(sample) == SAMPLE)  # whose end may stand inside quotes
 
 
 def _plain(path: Path, text: IO[str], suffix: str, header: bool, size: int) -> Iterator[Table]:
     """One text a line, unless the lines are tab-separated, or `LABEL text` as in TREC's .label files."""
     lines = _lines(path, text)
-    head = [line for _, line in zip(range(50), lines, strict=False)]
+    head = list(itertools.islice(lines, PLAIN_SAMPLE))
     if not head:
         raise UserError(f"{path}: empty; expected one text a line")
-    tabs = {line.count("\t") for line in head}
-    if suffix == ".txt" and len(tabs) == 1 and tabs != {0}:
+    filled = [line for line in head if line.strip()]
+    if suffix == ".txt" and filled and all("\t" in line for line in filled):
         text.seek(0)
         yield from _delimited(path, text, ".tsv", header, size)
         return
-    labelled = suffix == ".label" or all(re.match(r"\S+:\S+ ", line) for line in head)
-
-    def rows() -> Iterator[Row]:
-        for number, line in enumerate(_then(head, lines), start=1):
-            content = line.rstrip("\r\n")
-            if content:
-                label, _, rest = content.partition(" ")
-                yield number, [label, rest] if labelled else [content]
-
-    yield from _chunks(path, ["label", "text"] if labelled else ["text"], rows(), size, [])
+    labelled = suffix == ".label" or (bool(filled) and all(map(LINE_LABEL.match, filled)))
+    numbered = enumerate(itertools.chain(head, lines), start=1)
+    contents = ((number, content) for number, line in numbered if (content := line.rstrip("\r\n")))
+    rows = ((number, _label_and_text(content) if labelled else [content]) for number, content in contents)
+    yield from _chunks(path, rows, partial(_named, ["label", "text"] if labelled else ["text"]), size, [])
 
 
-def _then(head: list[str], rest: Iterator[str]) -> Iterator[str]:
-    yield from head
-    yield from rest
+def _label_and_text(line: str) -> list[Any]:
+    """The first word and the rest; of fastText's lines with several labels, a list of them and the rest."""
+    count = max(1, sum(1 for _ in itertools.takewhile(lambda word: word.startswith("__label__"), line.split())))
+    cells = line.split(maxsplit=count)
+    labels, text = cells[:count], "".join(cells[count:])
+    return [labels if count > 1 else "".join(labels), text]
 
 
-def _json_lines(path: Path, text: IO[str], suffix: str, header: bool, size: int) -> Iterator[Table]:
-    def objects() -> Iterator[tuple[int, Any]]:
-        for number, line in enumerate(_lines(path, text), start=1):
-            if line.strip():
-                yield number, _parse(line)
-
-    yield from _object_chunks(path, objects(), size)
+def _json_lines(path: Path, text: IO[str], size: int) -> Iterator[Table]:
+    lines = enumerate(_lines(path, text), start=1)
+    yield from _object_chunks(path, ((number, _parse(line)) for number, line in lines if line.strip()), size)
 
 
-def _json(path: Path, text: IO[str], suffix: str, header: bool, size: int) -> Iterator[Table]:
-    """An array of objects, an object of columns, or JSON lines under the wrong name."""
+def _json(path: Path, text: IO[str], size: int) -> Iterator[Table]:
+    """One JSON value, or JSON lines under the wrong name."""
     content = text.read(LARGEST_JSON)
     if len(content) == LARGEST_JSON:
         raise UserError(f"{path}: too large for one JSON value; convert it to .jsonl")
     try:
         value = json.loads(content)
     except (ValueError, RecursionError):
-        yield from _json_lines(path, io.StringIO(content), suffix, header, size)
+        yield from _json_lines(path, io.StringIO(content), size)
         return
-    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        if len({len(column) for column in value.values()}) > 1:
-            raise UserError(f"{path}: the columns differ in length")
-        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
-    if isinstance(value, dict):
-        inner = [column for column in value.values() if isinstance(column, list)]
-        value = inner[0] if len(inner) == 1 else [value]  # {"version": ..., "data": [...]}
-    if not isinstance(value, list):
+    rows = _json_rows(path, value)
+    if not isinstance(rows, list):
         raise UserError(f"{path}: expected an array of objects")
-    yield from _object_chunks(path, enumerate(value, start=1), size)
+    yield from _object_chunks(path, enumerate(rows, start=1), size)
+
+
+def _json_rows(path: Path, value: Any) -> Any:
+    """A list of rows: of itself, under one key, or in a form of pandas' to_json: columns, index or split."""
+    if not isinstance(value, dict) or not value:
+        return value
+    parts = list(value.values())
+    if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
+        names = [str(name) for name in value["columns"]]
+        fits = [isinstance(row, list) and len(row) == len(names) for row in value["data"]]
+        return [
+            dict(zip(names, row, strict=True)) if fit else row for fit, row in zip(fits, value["data"], strict=True)
+        ]
+    lists = [part for part in parts if isinstance(part, list)]
+    if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0][:1]):
+        return lists[0]  # {"version": ..., "data": [{...}, ...]}
+    if len(lists) == len(parts):
+        _refuse_unequal(path, parts)
+        return [dict(zip(value, row, strict=True)) for row in zip(*parts, strict=True)]
+    if all(isinstance(part, dict) for part in parts):
+        if len(parts) > len(parts[0]):  # {"0": {"text": ..., "label": ...}, ...}
+            return parts
+        _refuse_unequal(path, parts)
+        return [{name: column.get(key) for name, column in value.items()} for key in parts[0]]
+    return [value]
+
+
+def _refuse_unequal(path: Path, columns: list[Any]) -> None:
+    if len({len(column) for column in columns}) > 1:
+        raise UserError(f"{path}: the columns differ in length")
 
 
 def _parse(line: str) -> Any:
@@ -503,22 +408,17 @@ def _parse(line: str) -> Any:
 
 def _object_chunks(path: Path, values: Iterator[tuple[int, Any]], size: int) -> Iterator[Table]:
     """Objects -> tables; a key that some rows lack is None there. An exception in place of one says why."""
-    lines: list[int] = []
-    rows: list[dict[str, Any]] = []
     bad: list[BadRow] = []
-    yielded = False
-    for line, value in values:
-        if not isinstance(value, dict):
-            is_broken = isinstance(value, Exception)
-            bad.append(BadRow(line, f"not JSON ({one_line(value)})" if is_broken else NOT_AN_OBJECT))
-            continue
-        lines.append(line)
-        rows.append(value)
-        if len(rows) == size:
-            yield Table(str(path), _columns_of(path, rows), lines, bad=bad)
-            lines, rows, bad, yielded = [], [], [], True
-    if rows or bad or not yielded:
-        yield Table(str(path), _columns_of(path, rows), lines, bad=bad)
+
+    def objects() -> Iterator[tuple[int, dict[str, Any]]]:
+        for line, value in values:
+            if isinstance(value, dict):
+                yield line, value
+            else:
+                is_broken = isinstance(value, Exception)
+                bad.append(BadRow(line, f"not JSON ({one_line(value)})" if is_broken else NOT_AN_OBJECT))
+
+    yield from _chunks(path, objects(), partial(_columns_of, path), size, bad)
 
 
 def _columns_of(path: Path, rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
@@ -552,7 +452,7 @@ def _parquet(path: Path, size: int) -> Iterator[Table]:
 
 def _unpacked(path: Path) -> bytes:
     """Parquet is read from its end, so what is packed is unpacked whole."""
-    with _open(path) as file:
+    with open_bytes(path) as file:
         content = file.read(LARGEST_JSON)
     if len(content) == LARGEST_JSON:
         raise UserError(f"{path}: too large to be unpacked in memory; unpack it first")

@@ -27,13 +27,17 @@ TENSORBOARD = "tensorboard"  # the folder of its event files, in the run's
 MODEL_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json vocab.txt special_tokens_map.json
 README.md""".split()
 REPORT_FILES = ("report.html", "metrics.json", "run.json")  # not the predictions: they hold the texts
+LABEL_LENGTH, VALUE_LENGTH = 100, 500  # MLflow takes names of 250 characters, older ones values of 500
 NOT_SETTINGS = ("output", "overwrite", "resume", "quiet", "check", "report_to", "run_name", "seeds")
 
 
 def check_tracker(config: RunConfig) -> None:
     """Say what to install before any work is done."""
     name = config.report_to
-    if name != "none" and find_spec(name) is None:
+    if name == "none":
+        return
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:  # a mere folder of that name, such as wandb makes
         raise UserError(f'--report-to {name}: {name} is not installed; pip install "minibert[{name}]"')
 
 
@@ -117,20 +121,22 @@ def curve_values(line: dict[str, Any]) -> dict[str, float]:
 
 def final_values(metrics: dict[str, Any]) -> dict[str, float]:
     """metrics.json as final/PART/NAME, with each class's F1; lists and words left out."""
-    values = {}
+    values: dict[str, float] = {}
     for part, found in metrics.items():
-        for name, value in found.items() if isinstance(found, dict) else ():
-            if isinstance(value, int | float):
-                values[f"final/{part}/{name}"] = float(value)
         if isinstance(found, dict):
+            numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
+            values |= {f"final/{part}/{name}": float(value) for name, value in numbers.items()}
             for label, row in found.get("per_class", {}).items():
-                values[f"final/{part}/f1/{_plain(label)}"] = float(row["f1"])
+                name = _plain(label)
+                name = name if f"final/{part}/f1/{name}" not in values else f"{name}_{len(values)}"
+                values[f"final/{part}/f1/{name}"] = float(row["f1"])
     return values
 
 
 def _plain(label: str) -> str:
-    """A label in the letters that every tracker takes in a name."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in " ._-") else "_" for c in label)
+    """A label in the letters, and of the length, that every tracker takes in a name; not "." or empty either."""
+    name = "".join(c if c.isascii() and (c.isalnum() or c in " ._-") else "_" for c in label[:LABEL_LENGTH])
+    return name.strip(" .") or "_"
 
 
 def artifacts(output: Path) -> dict[str, list[Path]]:
@@ -222,8 +228,9 @@ class MLflow:
         experiment = self.client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else self.client.create_experiment(name)
         self.id = str(self.client.create_run(number, run_name=title).info.run_id)
-        params = [entities.Param(key, str(value)) for key, value in settings.items()]
-        self.client.log_batch(self.id, params=params)
+        params = [entities.Param(key, str(value)[:VALUE_LENGTH]) for key, value in settings.items()]
+        for start in range(0, len(params), 100):  # the most that MLflow takes at once
+            self.client.log_batch(self.id, params=params[start : start + 100])
 
     def log(self, values: dict[str, float], step: int) -> None:
         now = int(time.time() * 1000)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from minibert import distributed
 from minibert.batching import collate, cut, halving, plan_epoch, plan_evaluation, split
 from minibert.config import RunConfig
-from minibert.device import Hardware, attempt, eager, out_of_memory
+from minibert.device import Hardware, attempt, duration, eager, out_of_memory, peak_memory
 from minibert.errors import UserError
 from minibert.files import writing
 from minibert.frozen import FrozenActivations
@@ -43,6 +43,7 @@ SECONDS_BETWEEN_SAVES = 60  # at an evaluation
 LONGEST_WITHOUT_SAVE = 900  # seconds, evaluation or not
 BAD_STEPS = 10  # so many losses or gradients in a row that are not finite end the run
 ROWS_NAMED = 8
+STEPS_TIMED = 10  # before a run says how long it will take
 ROWS_TRIED = 8  # of an engine, before the first step
 
 
@@ -236,6 +237,7 @@ class Training:
         last_save = time.monotonic()
         stop_request = distributed.StopRequest()
         log_file = _log_from(log_path, self.state.log_bytes)
+        foretold_at = self.state.step + STEPS_TIMED
         self._probe()
         with _signals_noted() as signals, log_file as log, self._progress() as progress:
             for step in self._remaining_steps():
@@ -243,6 +245,8 @@ class Training:
                 self.recent_losses.append(loss)
                 self.unchecked.append((step, self.optimizer.bad.clone()))
                 progress.update(step.examples)
+                if self.state.step == foretold_at:
+                    self._foretell()
                 at_end = self.state.step == self.total_steps
                 if self.hardware.device.type == "cpu" or self.state.step % BAD_STEPS == 0 or at_end:
                     self._count_bad_steps()
@@ -268,6 +272,15 @@ class Training:
         if self.state.step == int(self.optimizer.skipped) > 0 and self.optimizer.loss_scale is None:
             raise UserError("no step had a finite loss and gradient, so nothing was learned; lower --learning-rate")
         self.use_best_weights()
+
+    def _foretell(self) -> None:
+        """Say what is to be expected, by the steps so far; --check says it before, of evaluations too."""
+        self._settle()
+        per_token, device = self.state.seconds / self.state.tokens, self.hardware.device
+        tokens = sum(step.tokens for step in self._steps_of_epoch(0)) / self.steps_per_epoch * self.total_steps
+        memory = f"{peak_memory(device) / 2**30:.1f} GiB of {'GPU ' * (device.type == 'cuda')}memory so far"
+        if not self.config.quiet:
+            tqdm.write(f"expect  {duration(per_token * tokens)} for {self.total_steps} steps; {memory}")
 
     def _step(self, step: Step) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
@@ -313,7 +326,7 @@ class Training:
                 self.fixed.passes(train.batch(rows), train.targets_of(rows, torch.device("cpu")))
                 continue
             with self.hardware.autocast():
-                logits = self.model.logits(self.hardware.place(train.batch(rows)), DropoutMasks(self.config.seed, 0))
+                logits = self.model.logits(self.hardware.place(train.batch(rows)), self._masks())
             self.problem.loss_sum(logits, train.targets_of(rows, device), None, 0.0).backward()
         return True
 
@@ -353,11 +366,18 @@ class Training:
             [(hardware.place(train.batch(rows)), train.targets_of(rows, hardware.device)) for rows in pieces],
             step=self.state.step,
             denominator=step.denominator,
-            masks=DropoutMasks(self.config.seed + (distributed.rank() << 40), self.state.step),  # each process its own
+            masks=self._masks(),
             hardware=hardware,
             class_weights=None if self.weights is None else torch.from_numpy(self.weights).to(hardware.device),
             label_smoothing=self.config.label_smoothing,
         )
+
+    def _masks(self) -> DropoutMasks:
+        """Of the step that comes, each process its own."""
+        seed, rng = self.config.seed + (distributed.rank() << 40), None
+        if self.hardware.attention == "triton":
+            rng = torch.tensor([seed, self.state.step], pin_memory=True).to(self.hardware.device, non_blocking=True)
+        return DropoutMasks(seed, self.state.step, rng, plain=rng is not None)
 
     def _count_bad_steps(self) -> None:
         """Count steps skipped in a row; after BAD_STEPS the run ends, and its last checkpoint stays as it is."""

@@ -68,7 +68,7 @@ def lively(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, minilm: Path) -> Callable[..., Path]:
+def tiny(tmp_path: Path) -> Callable[..., Path]:
     """Save a tiny random checkpoint of a transformers class, with a tokenizer, and give its folder."""
 
     def make(kind: str = "BertModel", **changes: object) -> Path:

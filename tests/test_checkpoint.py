@@ -181,9 +181,14 @@ def test_broken_files_are_one_line(tiny: Callable[..., Path]) -> None:
         load_model(folder, BertModel)
 
 
-def test_an_unknown_name_without_network_is_a_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_name_without_network_is_a_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path in ("runs/spam", "./bert"):  # no hub is asked for what can only be a path
+        with pytest.raises(UserError, match=f"^{path}: no such model folder"):
+            model_folder(path)
     with pytest.raises(UserError, match="neither a folder here nor to be had from the hub"):
         model_folder("somebody/no-such-bert")
     with pytest.raises(UserError, match="no such model folder"):

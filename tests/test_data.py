@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,18 @@ from minibert.data import (
     find_columns,
     load_data,
     prepare,
-    split,
     stream_examples,
+    stream_labelled,
+    text_keys,
 )
 from minibert.errors import UserError
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights, sorted_labels
-from minibert.tables import Table
+from minibert.splits import split as split_rows
+from minibert.tables import Table, stream_table
+
+
+def split(data: Examples, problem: Problem, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    return split_rows(text_keys(data), data.labels or [], problem.kind, share, seed)
 
 
 def table(**columns: list[Any]) -> Table:
@@ -41,6 +48,8 @@ def table(**columns: list[Any]) -> Table:
         (["sentence1", "sentence2", "score"], ("sentence1",), "sentence2", ("score",)),
         (["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], ("#1 String",), "#2 String", ("Quality",)),
         (["Category", "Resume"], ("Resume",), None, ("Category",)),
+        (["Class Index", "Title", "Description"], ("Description",), None, ("Class Index",)),
+        (["Clothing ID", "Title", "Review Text", "Rating"], ("Review Text",), None, ("Rating",)),
     ],
 )
 def test_columns_are_found_by_name(
@@ -60,6 +69,26 @@ def test_columns_that_cannot_be_found_are_an_error_that_lists_what_is_there() ->
         find_columns(table(a=["1"], b=["2"], c=["3"]), RunConfig())
     with pytest.raises(UserError, match=r"no column 'txt'; its columns are text, label"):
         find_columns(table(text=["1"], label=["2"]), RunConfig(text_column=("txt",)))
+    with pytest.raises(UserError, match=r"'text' is asked for twice"):
+        find_columns(table(text=["1"], label=["2"]), RunConfig(text_column=("text",), label_column=("text",)))
+    with pytest.raises(UserError, match=r"line 3, column text: an object, not a text"):
+        examples_from_table(table(text=["a", {"b": 1}], label=["x", "y"]), Columns(("text",), None, ("label",)))
+
+
+def test_columns_asked_for_in_another_letter_case() -> None:
+    found = find_columns(
+        table(TEXT=["1"], Body=["2"], Label=["3"]), RunConfig(text_column=("body",), label_column=("label",))
+    )
+    assert found == Columns(("Body",), None, ("Label",))
+
+
+def test_columns_of_0_and_1_are_a_label_each() -> None:
+    columns = {"id": ["7", "8", "9"], "comment_text": ["a", "b", "c"], "toxic": ["0", "1", "0"], "threat": [0, 0, 1]}
+    assert find_columns(table(**columns), RunConfig()).label == ("toxic", "threat")
+    assert find_columns(table(**columns), RunConfig(), need_label=False).label == ()
+    del columns["threat"]
+    with pytest.raises(UserError, match="give --label-column; the columns are id, comment_text, toxic"):
+        find_columns(table(**columns), RunConfig())
 
 
 def run_data(labels: list[Any], config: RunConfig | None = None, texts: list[str] | None = None) -> RunData:
@@ -195,7 +224,7 @@ def test_bad_rows_are_an_error_that_counts_them_all(tmp_path: Path) -> None:
         load_data(RunConfig(train=write(tmp_path / "a.csv", BAD)))
     for phrase in (
         "line 42, 46: 2 rows have no text",
-        "line 43: 1 cells",
+        "line 43: 1 cell",
         "line 44: 1 row has no label",
         "line 45: 3 c",
     ):
@@ -239,7 +268,7 @@ def test_a_file_without_header_is_found_out(shared_data: Path) -> None:
     sst2 = load_data(RunConfig(train=str(shared_data / "sst2" / "dev.tsv")))
     assert sum(map(len, sst2.parts.values())) == 872 and sst2.columns == Columns(("0",), None, ("1",))
     assert any("has no header" in note for note in sst2.notes)
-    with pytest.raises(UserError, match="columns are 0, 1, 2"):
+    with pytest.raises(UserError, match=r"no header; the columns are 0 \(.*\.\.\.\), 1 \(27\), 2 \("):
         load_data(RunConfig(train=str(shared_data / "multilabel" / "goemotions" / "dev.tsv")))
 
 
@@ -297,3 +326,76 @@ def test_pairs_stay_together_only_if_both_texts_are_equal() -> None:
     data = Examples("x", texts, pairs, ["a", "b"] * 20, list(range(40)))
     kept, taken = split(data, Problem(SINGLE, ["a", "b"]), 0.5, 0)
     assert len(taken) == 20 and not {pairs[i] for i in kept} & {pairs[i] for i in taken}
+
+
+FLAGS = "text,rude,loud\n" + "".join(f"text {i},{i % 2},{i // 2 % 2}\n" for i in range(20))
+TWO = "text,label\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(20))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (TWO, "txt,lab\nx,a\n", "no column 'text'; its columns are txt, lab"),
+        (FLAGS, "text,rude\nx,0\n", "no column 'loud', which training has"),
+        (FLAGS, "text,rude,loud\nx,0,2\n", r"line 2: column loud: '2' is neither 0 nor 1"),
+    ],
+)
+def test_a_test_file_unlike_training_is_one_line(tmp_path: Path, train: str, test: str, message: str) -> None:
+    flags = {"text_column": ("text",), "label_column": ("label",)} if "lab\n" in test else {}
+    files = {"train": write(tmp_path / "train.csv", train), "test": write(tmp_path / "test.csv", test)}
+    with pytest.raises(UserError, match=message):
+        load_data(RunConfig(**files, **flags))  # type: ignore[arg-type]
+
+
+def test_a_test_file_may_have_other_names_and_the_run_says_so(tmp_path: Path) -> None:
+    test = write(tmp_path / "test.csv", "Sentiment,Review\na,one\nb,two\n")
+    data = load_data(RunConfig(train=write(tmp_path / "train.csv", TWO), test=test))
+    assert data.parts["test"].texts == ["one", "two"] and f"in {test} text: Review · label: Sentiment" in data.notes
+
+
+@pytest.mark.parametrize(
+    ("first", "has_header"),
+    [("spam,some text", False), ("text,text", False), ("v1,v2", True), ("spam,text", True), ("0,0", False)],
+)
+def test_a_first_row_of_values_that_are_also_names(tmp_path: Path, first: str, has_header: bool) -> None:
+    label, _ = first.split(",")
+    labels = [label, "other"] if not has_header else ["ham", "eggs"]
+    rows = "".join(f"{labels[i % 2]},some text {i}\n" for i in range(20))
+    content = f"{first}\n{rows}" if label != "0" else "".join(f"{i % 2},{i % 2},text {i}\n" for i in range(21))
+    config = RunConfig(text_column=("2",), label_column=("0", "1")) if label == "0" else RunConfig()
+    streamed = list(stream_examples(write(tmp_path / "a.csv", content), config, with_labels=True))
+    assert sum(map(len, streamed)) == (20 if has_header else 21)
+
+
+def test_labels_that_cannot_be_read_are_bad_rows(tmp_path: Path) -> None:
+    content = "text,score\n" + "".join(f"text {i},{'nan' if i == 4 else i / 8}\n" for i in range(40))
+    train = write(tmp_path / "a.csv", content)
+    with pytest.raises(UserError, match=r"line 6: label 'nan' is not a number, as regression needs; mend"):
+        load_data(RunConfig(train=train))
+    data = load_data(RunConfig(train=train, on_bad_rows="skip"))
+    assert data.problem.kind == REGRESSION and sum(map(len, data.parts.values())) == 39
+    assert [row.line for row in data.skipped["train"]] == [6]
+    with pytest.raises(UserError, match="2 labels where single_label_classification takes one"):
+        run_data([["a", "b"], ["a"]] * 10, RunConfig(problem_type=SINGLE))
+    with pytest.raises(UserError, match="takes one label column, not rude, loud"):
+        load_data(RunConfig(train=write(tmp_path / "b.csv", FLAGS), problem_type=SINGLE))
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_lists_written_in_cells(quote: str) -> None:
+    data = run_data([f"[{quote}a{quote}, {quote}b{quote}]", f"[{quote}a{quote}]", "[]"] * 10)
+    assert data.problem.kind == MULTI and data.problem.labels == ["a", "b"]
+    assert run_data(["[1, 0, 1]", "[0, 0, 1]"] * 10).problem.labels == ["0", "1", "2"]
+
+
+def test_evaluation_finds_label_columns_and_skips_a_chunk_of_bad_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = Problem(MULTI, ["loud", "rude"])
+    path = write(tmp_path / "a.csv", FLAGS + ",1,1\n")
+    monkeypatch.setattr("minibert.data.stream_table", partial(stream_table, rows=20))
+    streamed = list(stream_labelled(path, problem, RunConfig(on_bad_rows="skip")))
+    assert [len(examples) for examples in streamed] == [20, 0] and "skipped 1 row" in capsys.readouterr().err
+    assert (streamed[0].labels or [])[:4] == [[], ["rude"], ["loud"], ["loud", "rude"]]
+    with pytest.raises(UserError, match="no row can be used"):
+        list(stream_examples(write(tmp_path / "b.csv", "text,label\n,a\n"), RunConfig(on_bad_rows="skip"), True))

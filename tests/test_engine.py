@@ -272,4 +272,4 @@ def test_graphs_train_as_eager_steps(tiny: Callable[..., Path], attention: str, 
     precision = "bf16" if attention == "flash" else "fp32"
     expected = curve(folder, SINGLE, Hardware(gpu, precision, attention, "fixed"))
     result = curve(folder, SINGLE, Hardware(gpu, precision, attention, "graph", kernels))
-    np.testing.assert_allclose(result[0], expected[0], rtol=0.02 if precision == "bf16" else 1e-3)
+    np.testing.assert_allclose(result[0], expected[0], rtol=0.05 if precision == "bf16" else 1e-3)

@@ -83,9 +83,24 @@ def test_the_command_exports_an_mlp_head_and_says_what_int8_changes(
     logits = session_logits(open_session(small), tokens)
     found = 100 * (logits.argmax(1) == expected.argmax(1)).mean()
     assert found == pytest.approx(float(agreement), abs=0.01) and found > 90 and 0 < float(change) < 0.3
-    assert re.search(r"accuracy +fp32 1\.0000 +int8 [01]\.\d{4}", out)
+    assert re.search(r"accuracy +fp32 1\.0000 +int8 [01]\.\d{4} +change [-+][01]\.\d{4}", out)
     assert small.stat().st_size < 0.3 * (tmp_path / "run" / "model.onnx").stat().st_size
     assert {path.name for path in tmp_path.iterdir()} == {"run", "rows.csv", "small.onnx"}
+
+
+def test_windows_are_one_text_for_onnxruntime_too(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    classifier = minibert.load(tiny("BertForSequenceClassification", num_labels=3), "cpu")
+    classifier.max_length, classifier.truncation = 16, "window"
+    classifier.save(tmp_path / "run")
+    export(classifier, tmp_path / "model.onnx")
+    tokens = classifier.encode(TEXTS)
+    assert len(tokens) > len(TEXTS)
+    found = session_logits(open_session(tmp_path / "model.onnx"), tokens)
+    assert np.abs(found - classifier.logits(TEXTS)).max() < 1e-4
+    rows = "".join(f'"{text}",LABEL_{i % 3}\n' for i, text in enumerate(TEXTS) if text)
+    (tmp_path / "rows.csv").write_text(f"text,label\n{rows}")
+    out = run_export(str(tmp_path / "run"), "--onnx", "--int8", "--file", str(tmp_path / "rows.csv")).stdout
+    assert "int8 against fp32 on 4 rows" in out
 
 
 def test_int8_without_a_file_is_compared_on_sample_texts(tiny: Callable[..., Path]) -> None:

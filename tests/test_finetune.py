@@ -243,6 +243,52 @@ def test_mistakes_get_one_line_and_exit_code_2(
     assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--freze", "all"], "--freze all (did you mean --freeze?)"),
+        (["--epoch=3"], "did you mean --epochs?"),
+        (["reviews.csv"], "reviews.csv (did you mean --train in front of it?)"),
+        (["--fancy"], "unrecognized arguments: --fancy; see"),
+        (["--epochs", "ten"], "--epochs: 'ten' is no number; see"),
+        (["--batch_size", "1.5"], "--batch-size: '1.5' is no whole number; see"),
+    ],
+)
+def test_a_mistyped_flag_is_answered_with_the_one_that_was_meant(arguments: list[str], message: str) -> None:
+    from minibert.cli import parse_run_config
+
+    with pytest.raises(UserError) as error:
+        parse_run_config(arguments)
+    assert message in str(error.value)
+
+
+def test_help_has_each_flag_once_under_its_first_name() -> None:
+    from minibert.cli import run_parser
+
+    text = run_parser().format_help()
+    assert text.count("--learning-rate X") == 1 and "--learning_rate" not in text
+    assert "--[no-]length-buckets" in text and "--train FILE" in text and text.count("\n") < 150
+
+
+def test_resume_and_output_alone_go_on_with_the_flags_of_the_run(
+    films: Path, film_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from minibert.finetune import main
+
+    folder = tmp_path / "films"
+    flags = ["--train", str(films), "--model", str(film_model), "--epochs", "2", "--batch-size", "16", "--lr", "1e-3"]
+    main([*flags, "--output", str(folder)])
+    said = capsys.readouterr().out
+    assert said.count("validation macro_f1") == 2 and "epoch 1   step 9 of 18 · loss" in said
+    assert "always answering" in said and f"report:  {folder / 'report.html'}" in said
+    before = (folder / "model.safetensors").read_bytes()
+    main(["--resume", "--output", str(folder)])
+    assert "resumed at step 18 of 18" in capsys.readouterr().out
+    assert (folder / "model.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match=r"changed: epochs \(was 2.0, is 4.0\).*its own flags"):
+        main(["--resume", "--output", str(folder), "--epochs", "4"])
+
+
 def test_a_mistake_with_overwrite_leaves_the_earlier_run_alone(trained: Path, messages: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
     arguments = ["--train", str(messages), "--output", str(trained), "--overwrite"]

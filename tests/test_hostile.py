@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minibert import tables
+from minibert import sources
 from minibert.checkpoint import read_weights
 from minibert.classifier import load
 from minibert.cli import parse_run_config
@@ -225,7 +225,7 @@ def zeros(path: Path, size: int) -> None:
 
 
 def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "EXPANSION_FREE", 8 << 20)
+    monkeypatch.setattr(sources, "EXPANSION_FREE", 8 << 20)
     zeros(tmp_path / "bomb.csv.gz", 64 << 20)
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("rows.csv", b"a,b\n" * (16 << 20))
@@ -236,7 +236,7 @@ def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sparse file of 10 GB takes no disk; its one line is refused after LONGEST_LINE characters."""
-    monkeypatch.setattr(tables, "_detect_encoding", lambda path: "latin-1")  # that reads it all, in constant memory
+    monkeypatch.setattr(sources, "_detected", lambda path: "latin-1")  # that reads it all, in constant memory
     for name in ("a.csv", "a.jsonl", "a.txt"):
         with open(tmp_path / name, "wb") as file:
             file.truncate(10 << 30)

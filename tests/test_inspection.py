@@ -13,7 +13,7 @@ from minibert.cli import run_command
 from minibert.config import RunConfig
 from minibert.data import load_data
 from minibert.finetune import main
-from minibert.inspection import FEW_ROWS, WIDTH, Inspection, check_lines, head_lines, histogram, inspect
+from minibert.inspection import FEW_ROWS, WIDTH, Inspection, histogram, inspect, screen
 from minibert.predict import main as predict
 from minibert.tokens import Tokenizer
 
@@ -51,7 +51,7 @@ def test_every_flaw_is_found(flawed: RunConfig, minilm: Path) -> None:
     assert found.few_rows == {"rare": 1} and found.untaught == {"test": ["unheard"]}
     assert (train.length_longest, train.cut_rows, train.cut_tokens) == (102, 1, 38)
     assert sum(rows for _, _, rows in train.histogram) == 64 and train.histogram[-1] == (65, 128, 1)
-    text = "\n".join(head_lines(found))
+    text = "\n".join(screen(found))
     for phrase in ("test that are also in train: 2", "line 62 good, 63 bad", "unheard", "rare (1)", "1.6% of rows"):
         assert phrase in text
 
@@ -59,7 +59,7 @@ def test_every_flaw_is_found(flawed: RunConfig, minilm: Path) -> None:
 def test_clean_data_has_no_doubts(tmp_path: Path, minilm: Path) -> None:
     rows = [(f"word{i}", "ab"[i % 2]) for i in range(FEW_ROWS * 4)]
     found = inspected(RunConfig(train=write(tmp_path / "train.csv", rows)), minilm)
-    assert not [line for line in check_lines(found) if line.startswith("look at")]
+    assert not [line for line in screen(found) if line.startswith("look at")]
 
 
 def test_histogram_counts_every_row_once() -> None:
@@ -73,7 +73,7 @@ def test_the_screen_stays_a_screen_with_150_classes_and_long_names(tmp_path: Pat
     names = [f"class {i} with a name that goes on and on and on for ever" for i in range(150)]
     rows = [(f"word{i} " * (1 + i % 300), names[i % 150]) for i in range(900)]
     found = inspected(RunConfig(train=write(tmp_path / "train.csv", rows)), minilm)
-    lines = check_lines(found)
+    lines = screen(found)
     assert len(lines) <= 34 and max(map(len, lines)) <= WIDTH  # model and cost take six more
     assert len(found.parts["train"].classes) == 150 and "140 more" in "\n".join(lines)
 
@@ -113,7 +113,8 @@ def test_a_run_may_follow_a_check_in_the_same_folder_and_records_skipped_rows(
     )
     for how in (["--check"], []):
         assert finetune(*how, *flags, "--on-bad-rows", "skip") == 0
-        assert "skipped 2 rows of" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert all(word in said for word in ("skipped 2 rows of", "classes", "tokens  median", "█", "look at"))
     skipped = json.loads((tmp_path / "out" / "run.json").read_text())["skipped_rows"]["train"]
     assert skipped["rows"] == 2 and [row["line"] for row in skipped["first"]] == [66, 67]
     check = json.loads((tmp_path / "out" / "check.json").read_text())

@@ -29,6 +29,11 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICES = [pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+def large(*sizes: object) -> object:
+    """A case of BERT's own sizes: on a GPU alone, where a program then takes several tiles."""
+    return pytest.param(*sizes, marks=pytest.mark.gpu)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
@@ -36,6 +41,8 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("the kernels run on the GPU here")
     assert request.param == "cuda" or backend.INTERPRET
+    if request.param == "cpu" and request.node.get_closest_marker("gpu"):
+        pytest.skip("too large for the interpreter")
     return request.param
 
 
@@ -80,7 +87,7 @@ def outputs_of(function: Callable[..., Tensor], tensors: dict[str, Tensor], dtyp
     """The function's output for tensors in `dtype`, and the gradients of the tensors."""
     leaves = {name: t.detach().to(dtype).requires_grad_() for name, t in tensors.items()}
     out = function(**leaves)
-    out.backward(random(tuple(out.shape), torch.float16, str(out.device), 99).to(dtype))
+    out.backward(random(tuple(out.shape), torch.bfloat16, str(out.device), 99).to(dtype))
     return {"out": out.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
@@ -226,7 +233,16 @@ def test_the_norm_has_equal_bits_from_run_to_run(device: str) -> None:
 # -- LayerNorm --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, size, p, with_bias", [(1, 1, 0.0, True), (37, 100, 0.1, True), (9, 384, 0.5, False)])
+@pytest.mark.parametrize(
+    "rows, size, p, with_bias",
+    [
+        (1, 1, 0.0, True),
+        (37, 100, 0.1, True),
+        (9, 384, 0.5, False),
+        large(800, 768, 0.1, False),
+        large(20_001, 1024, 0.1, True),
+    ],
+)
 def test_dropout_add_layer_norm(
     device: str, dtype: torch.dtype, rows: int, size: int, p: float, with_bias: bool
 ) -> None:
@@ -254,6 +270,8 @@ def test_dropout_add_layer_norm(
         ([128], 2, 64, 0.1),
         ([129, 7], 2, 32, 0.2),
         ([200], 1, 64, 0.0),
+        large([25] * 32 + [0, 0], 12, 64, 0.1),
+        large([512, 129, 300, 1], 16, 64, 0.1),
     ],
 )
 def test_varlen_attention(
@@ -297,7 +315,10 @@ def test_a_first_token_of_no_text_gets_zeros(device: str) -> None:
 # -- GELU -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, size, with_bias", [(1, 1, True), (37, 300, True), (20, 130, False)])
+@pytest.mark.parametrize(
+    "rows, size, with_bias",
+    [(1, 1, True), (37, 300, True), (20, 130, False), large(800, 3072, True), large(20_001, 4096, True)],
+)
 def test_bias_gelu(device: str, dtype: torch.dtype, rows: int, size: int, with_bias: bool) -> None:
     tensors = {"x": random((rows, size), dtype, device, 0, 2.0), "bias": random((size,), dtype, device, 1)}
     if not with_bias:
@@ -308,7 +329,16 @@ def test_bias_gelu(device: str, dtype: torch.dtype, rows: int, size: int, with_b
 # -- embedding --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows, size, p, with_types", [(1, 1, 0.0, False), (37, 100, 0.1, True), (9, 384, 0.5, False)])
+@pytest.mark.parametrize(
+    "rows, size, p, with_types",
+    [
+        (1, 1, 0.0, False),
+        (37, 100, 0.1, True),
+        (9, 384, 0.5, False),
+        large(800, 768, 0.1, False),
+        large(20_001, 1024, 0.1, True),
+    ],
+)
 def test_embedding_layer_norm(
     device: str, dtype: torch.dtype, rows: int, size: int, p: float, with_types: bool
 ) -> None:
@@ -380,6 +410,35 @@ def test_gradients_are_added_to_the_optimizers_buffer(device: str, name: str) ->
         gradients.append([p.main_grad - 1 if mark else p.grad for p in parameters])
     for by_autograd, in_place in zip(*gradients, strict=True):
         torch.testing.assert_close(in_place, by_autograd, rtol=1e-5, atol=1e-5)
+
+
+# -- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_graph_draws_new_masks_when_the_step_counts_up() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    rng = rng_on("cuda")
+    x, residual = (random((800, 768), torch.bfloat16, "cuda", i).requires_grad_() for i in range(2))
+    weight, bias, upstream = (random(shape, torch.bfloat16, "cuda", 3) for shape in ((768,), (768,), (800, 768)))
+
+    def both() -> tuple[Tensor, ...]:
+        out = layer_norm.dropout_add_layer_norm(x, residual, weight, bias, 1e-12, p=0.1, rng=rng, site=2)
+        return (out.detach(), *torch.autograd.grad(out, (x, residual), upstream))
+
+    both()  # compiles, which a capture does not allow
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = both()
+    before = []
+    for _ in range(2):
+        rng[1] += 1
+        graph.replay()
+        before.append([tensor.clone() for tensor in recorded])
+        assert all(torch.equal(ours, eager) for ours, eager in zip(recorded, both(), strict=True))
+    assert all(not torch.equal(one, other) for one, other in zip(*before, strict=True))
 
 
 # -- compilation for GPUs that are not here ---------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_other_problems_have_no_thresholds() -> None:
         (["0.5", "1", "2"], "regression, as the labels are numbers with fractions, such as 0.5"),
         ([["a"], ["b", "a"]], "multi_label_classification, as the labels are lists"),
         (["3", "12", "3,12"], "labels such as '3,12' look like several: --label-delimiter ','"),
-        ([str(i) for i in range(11)], "--problem-type regression takes them as values"),
+        (["1", "2", "3", "4", "5"], "--problem-type regression takes them as values"),
     ],
 )
 def test_what_was_decided_is_said_with_the_reason(labels: list[Any], phrase: str) -> None:

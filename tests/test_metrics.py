@@ -89,6 +89,7 @@ def test_undefined_is_none_and_never_nan() -> None:
     constant = ours.regression_metrics(np.ones(3), np.arange(3.0))
     assert constant["pearson"] is None and constant["mse"] == pytest.approx(2 / 3)
     assert ours.multi_label_metrics(np.zeros((0, 2)), np.zeros((0, 2)), ["a", "b"], np.full(2, 0.5))["micro_f1"] is None
+    assert ours.multi_label_metrics(np.zeros((3, 2)), np.zeros((3, 2)), ["a", "b"], np.full(2, 0.5))["micro_f1"] == 0
 
 
 def test_tuned_thresholds_are_the_best_there_are() -> None:

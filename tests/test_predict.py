@@ -21,7 +21,7 @@ import minibert
 from minibert.data import Examples
 from minibert.errors import UserError
 from minibert.explain import explain, marked, word_spans
-from minibert.predict import stream_lines
+from minibert.predict import described, stream_lines
 from minibert.predictions import columns, plain_cell, safe_cell, write_csv
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 
@@ -75,6 +75,14 @@ def rows_of(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text, newline="")))
 
 
+def test_a_decision_in_a_line() -> None:
+    single, multi = Problem(SINGLE, ["ham", "spam"]), Problem(MULTI, ["joy", "fear", "pride"])
+    assert described("spam", np.array([0.25, 0.75]), single) == "spam\t0.7500"
+    assert described(["joy", "pride"], np.array([0.5, 0.1, 0.625]), multi) == "joy 0.5000, pride 0.6250"
+    assert described([], np.array([0.1, 0.1, 0.1]), multi) == "(none)"
+    assert described(0.18853259086608887, np.array([0.1885]), Problem(REGRESSION, ["score"])) == "0.1885"
+
+
 def test_texts_top_k_and_the_planted_word(planted: Path) -> None:
     text = "please bring the zebra and coffee"
     lines = predict(str(planted), "--text", text, "--top-k", "2", "--explain").stdout.splitlines()
@@ -107,6 +115,11 @@ def test_an_effect_is_what_leaving_the_word_out_changes(planted: Path) -> None:
     assert explain(classifier, [], None, classifier.logits([])) == []
     classifier.max_length = 16
     assert len(explain(classifier, ["word " * 500], None, classifier.logits(["word " * 500]))[0]) == 16
+    classifier.truncation = "head_tail"  # in a text little longer than that, no word comes twice
+    for count, kept in ((20, 20), (30, 24)):
+        text = "word " * count
+        starts = [word.start for word in explain(classifier, [text], None, classifier.logits([text]))[0]]
+        assert len(starts) == kept and starts == sorted({*starts})
 
 
 def test_words_of_a_text_with_special_tokens_and_broken_unicode(planted: Path) -> None:

@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, browser
+from browser import CHROMIUM, Page, browser
 from conftest import save_tiny
+from finished import add_predictions, finished, log_of
 from huggingface_hub import ModelCard
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import minibert
-import minibert.calibration
 from minibert import report
-from minibert.charts import Series, chart, esc, finite, short, ticks
-from minibert.config import RunConfig
-from minibert.data import Columns, Examples, RunData
-from minibert.problem import SINGLE, Problem
+from minibert.card import write_card
+from minibert.charts import Series, chart, esc, finite, rounded, short, spread, ticks
+from minibert.problem import MULTI, REGRESSION, SINGLE
 from minibert.report import Finished
-from minibert.tokens import Tokens, offsets_of
-from minibert.train import Dataset
 
 ARTEFACTS = Path(__file__).parent / "artefacts"
 EVIL = '<script>alert("x")</script><img src=http://127.0.0.1:9/x onerror=alert(1)></style>'
@@ -74,17 +73,40 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 HEADLINES = {
     "single": ["Training", "Data", "On test", "Calibration", "Each class", "Most confidently wrong"],
-    "multi": ["Training", "Data", "Calibration", "Each class", "Most confidently wrong"],
+    "multi": ["Training", "Data", "On test", "Calibration", "Each class", "Most confidently wrong"],
     "regression": ["Training", "Data", "On test", "Furthest off"],
 }
 FIGURES = {
     "single": "Loss|Metrics on validation|Learning rate|Labels|Token lengths|Confusion matrix|Precision and recall|ROC|"
     "Reliability|Distribution of confidence|Padding|Time by part",
-    "multi": "Loss|Metrics on validation|Learning rate|Labels|Token lengths|"
+    "multi": "Loss|Metrics on validation|Learning rate|Labels|Token lengths|Precision and recall|ROC|"
     "Reliability|Distribution of stated probability|Padding|Time by part",
     "regression": "Loss|Metrics on validation|Learning rate|Values|Token lengths|"
     "Predicted and true|Errors|Padding|Time by part",
 }
+
+
+def spilled(page: Page, width: int) -> list[str]:
+    """What stands out of the window; what scrolls in, or is cut by, a box of its own may be wider."""
+    return page.evaluate(
+        """[...document.querySelectorAll('html, body *')].filter(e => {
+            const box = e.getBoundingClientRect(), own = e.closest('.scroll, .key')
+            return !own && (box.right > WIDTH + 1 || box.left < -1 || e.scrollWidth > WIDTH)
+        }).map(e => e.outerHTML.slice(0, 80))""".replace("WIDTH", str(width))
+    )
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to look at the report with")
+def test_odd_reports_fit_into_the_window(tmp_path: Path) -> None:
+    with browser(tmp_path / "profile") as page:
+        for name, make in ODD_RUNS.items():
+            run, path = make(), tmp_path / f"{name}.html"
+            path.write_text(report.page(run, log_of(run), name), encoding="utf-8", errors="replace")
+            for width in (1200, 390):
+                page.open(path, width, 800, width == 390)
+                assert (spilled(page, width), page.complaints()) == ([], []), (name, width)
+                rows = "[...document.querySelectorAll('.heat tr:not(:first-child)')].map(e => e.offsetHeight)"
+                assert max(page.evaluate(rows), default=0) < 150, (name, width)  # names in lines, not letter by letter
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to look at the report with")
@@ -98,7 +120,7 @@ def test_a_browser_shows_the_report(runs: dict[str, Path], kind: str, tmp_path: 
             page.screenshot(ARTEFACTS / f"report-{kind}-{width}-{'dark' if dark else 'light'}.png")
             assert page.complaints() == []
             assert page.requests() == [path.as_uri()]  # nothing else was asked for
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert spilled(page, width) == []
             assert page.evaluate("document.querySelectorAll('script, img, iframe, b, link, a').length") == 0
             assert EVIL in page.evaluate("document.body.textContent")
             background = page.evaluate("getComputedStyle(document.body).backgroundColor")
@@ -121,7 +143,7 @@ def test_the_browser_tests_would_notice(tmp_path: Path) -> None:
     with browser(tmp_path / "profile") as page:
         page.open(bad, 390, 800, False)
         assert len(page.complaints()) >= 2 and len(page.requests()) == 2
-        assert page.evaluate("document.documentElement.scrollWidth") > 390
+        assert len(spilled(page, 390)) == 2
 
 
 def test_report_holds_the_figures_of_the_metrics(runs: dict[str, Path]) -> None:
@@ -131,7 +153,8 @@ def test_report_holds_the_figures_of_the_metrics(runs: dict[str, Path]) -> None:
     for text in (
         f"{test['macro_f1']:.3f}",
         f"{test['accuracy']:.1%} of",
-        f"Area under the curve {test['roc_auc']:.4f}",
+        f" {test['roc_auc']:.3f}</span>",
+        f" {test['average_precision']:.3f}</span>",
     ):
         assert text in page
     error = metrics["calibration"]["test"]["expected_calibration_error"]
@@ -163,37 +186,87 @@ def test_most_confidently_wrong_rows_are_so(runs: dict[str, Path]) -> None:
     assert f"{probability:.3f}" in page
 
 
-def large(rows: int, classes: int) -> Finished:
-    rng = np.random.default_rng(0)
-    labels = [f"class {i} " + "long name " * 20 for i in range(classes)]
-    problem = Problem(SINGLE, labels, temperature=1.3)
-    targets = rng.integers(0, classes, rows)
-    logits = rng.normal(size=(rows, classes)).astype(np.float32)
-    logits[np.arange(rows), targets] += 2
-    examples = Examples("big.csv", ["word " * 400] * rows, None, [labels[i] for i in targets], list(range(rows)))
-    lengths = rng.integers(5, 512, rows)
-    tokens = Tokens(np.zeros(0, np.int32), offsets_of(lengths), None, np.zeros(rows, np.int32))
-    data = RunData({"train": examples, "validation": examples}, problem, Columns(("text",), None, ("label",)), [])
-    metrics: dict[str, Any] = {"validation": problem.metrics(logits, targets), "train": {"best_step": 5, "steps": 9}}
-    metrics["calibration"] = minibert.calibration.calibration_metrics(
-        problem, {"validation": logits}, {"validation": targets}
-    )
-    speed = {name: 1.0 for name in "examples_per_second tokens_per_second padding_fraction train_seconds".split()}
-    metrics["speed"] = (
-        speed | {"total_seconds": 2.0} | dict.fromkeys(("device", "precision", "attention", "engine"), "x")
-    )
-    sets = dict.fromkeys(("train", "validation"), Dataset(tokens, targets))
-    record = {"command": ["minibert.finetune(...)"], "data": {}, "versions": {}}
-    config = RunConfig(model="org/model", max_length=512)
-    return Finished(config, data, sets, {"validation": logits}, metrics, record)
-
-
 def test_a_large_run_has_a_small_report() -> None:
-    log = [{"step": i, "epoch": i / 9, "loss": 1.0, "learning_rate": 0.1} for i in range(1, 10)]
-    log += [{"step": i, "epoch": i / 1000, "validation_loss": 0.5, "validation_accuracy": 0.1} for i in range(5000)]
-    page = report.page(large(100_000, 150), log, "big")
+    run = finished(labels=[f"class {i} " + "long name " * 20 for i in range(150)], rows=20_000, texts=["word " * 400])
+    log = log_of(run) + [{"step": i, "epoch": i / 1000, "validation_loss": 0.5} for i in range(5000)]
+    page = report.page(run, log, "big")
     assert len(page.encode()) < 400_000
-    assert "others)" in page and "Most often confused" in page
+    assert "others)" in page and "Most often confused" in page and "3 of 150 labels" in page
+
+
+def silent(run: Finished) -> Finished:
+    """The same run with test logits that are no numbers."""
+    add_predictions(run, "test", np.full_like(run.logits["test"], np.nan))
+    return run
+
+
+def without_labels() -> Finished:
+    run = finished(MULTI, ["a", "b"])
+    run.sets["test"].targets[:] = 0
+    add_predictions(run, "test", np.full((300, 2), -9, np.float32))  # nothing to find, and nothing given
+    return run
+
+
+def seconds_since_1970() -> Finished:
+    """Values so large that float32 tells only every 128th apart."""
+    run = finished(REGRESSION)
+    for part, dataset in run.sets.items():
+        dataset.targets = (1.6e9 + np.arange(300) % 3 * 128).astype(np.float32)
+        if part != "train":
+            add_predictions(run, part, dataset.targets[:, None].copy())
+    return run
+
+
+ODD_RUNS: dict[str, Callable[[], Finished]] = {
+    "one class of two in test": lambda: finished(classes=[0]),
+    "one class of three in test": lambda: finished(labels=list("abc"), classes=[1]),
+    "150 classes": lambda: finished(labels=[f"class {i}" for i in range(150)]),
+    "28 labels": lambda: finished(MULTI, [f"label {i}" for i in range(28)]),
+    "labels that no row has": without_labels,
+    "regression": lambda: finished(REGRESSION),
+    "large values": seconds_since_1970,
+    "logits that are no numbers": lambda: silent(finished(labels=list("abc"))),
+    "multi-label logits that are no numbers": lambda: silent(finished(MULTI, list("abc"))),
+    "values that are no numbers": lambda: silent(finished(REGRESSION)),
+    "hostile labels": lambda: finished(labels=[*NAMES.values(), "x" * 500, "عربي", "😀\r\n| pipe", ""]),
+    "odd texts": lambda: finished(texts=[EVIL, "", "x" * 5000, "عربي", "😀" * 300, "a\r\nb", "\x1b[31m"]),
+    "a frozen run with an MLP head": lambda: finished(freeze="all", head="mlp:512"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_RUNS)
+def test_odd_runs_have_a_report_and_a_card(name: str, tmp_path: Path) -> None:
+    run = ODD_RUNS[name]()
+    page = report.page(run, log_of(run), "odd")
+    numbers = re.findall(r' (?:x|y|cx|cy|x1|y1|r|width|height|points)="([^"]*)"', page)
+    assert numbers and not any(re.search("nan|inf", number) for number in numbers)
+    assert "<script" not in page and "\x1b" not in page and "\r" not in page
+    write_card(tmp_path, run)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert "nan" not in card.text and card.data.library_name == ("minibert" if "MLP" in name else "transformers")
+    assert ("learning rate | 0.001," in card.text) is ("MLP" in name)  # what a frozen run's head learns with
+    tables = [line for line in card.text.splitlines() if line.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in tables} <= {3, 4, 6}
+
+
+def test_curves_of_several_labels_are_those_of_scikit_learn() -> None:
+    for kind in (SINGLE, MULTI):
+        run = finished(kind, [f"label {i}" for i in range(6)])
+        targets, logits = run.sets["test"].targets, run.logits["test"]
+        truth = targets if kind == MULTI else np.eye(6)[targets]
+        scores = run.problem.probabilities(logits)
+        page = report.page(run, log_of(run), "x")
+        precision, roc = page.split("<figcaption>Precision and recall")[1].split("<figcaption>ROC")
+        each = average_precision_score(truth, scores, average=None)
+        worst = np.argsort(each)[:3]
+        wanted = ["micro average", *(f"label {i}" for i in worst)]
+        for text, score, all_together in (
+            (precision, each, average_precision_score(truth, scores, average="micro")),
+            (roc, roc_auc_score(truth, scores, average=None), roc_auc_score(truth, scores, average="micro")),
+        ):
+            numbers = [all_together, *score[worst]]
+            legend = re.findall(r"</i>(.*?)</span>", text.split("</div>")[0])
+            assert legend[:4] == [f"{name} {number:.3f}" for name, number in zip(wanted, numbers, strict=True)]
 
 
 def test_card_is_one_that_the_hub_reads(runs: dict[str, Path]) -> None:
@@ -238,11 +311,15 @@ def test_escaping_leaves_nothing_that_is_markup_or_cannot_be_written() -> None:
     assert esc("<a href='x'>&\"") == "&lt;a href=&#x27;x&#x27;&gt;&amp;&quot;"
     assert esc("a\x00b\ud83dc").encode() == "a\ufffdb?c".encode()
     assert esc(esc("<")) == "&lt;"
+    assert esc("a\r\nb\rc") == "a\nb\nc"
 
 
 def test_ticks_and_curves() -> None:
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert [short(v) for v in (0, 5e-5, 0.25, 1500, 25_000, 3e6)] == ["0", "5e-5", "0.25", "1500", "25k", "3M"]
+    assert short(3e38) == "3e38" and short(-2e12) == "-2e12"
+    low, high = rounded(spread([np.array([0.9, 0.9000000000000001])]))  # two ways to add up the same
+    assert low <= 0.5 and high >= 1
     x = np.linspace(0, 1, 100_000)
     thin = finite(Series("steep", x, np.minimum(x * 1000, 1)))
     assert len(thin.x) < 300 and thin.y[-1] == 1 and (thin.x < 0.001).sum() > 50  # the steep part keeps its points

@@ -210,6 +210,7 @@ def test_the_baseline_is_that_of_a_constant_answer() -> None:
         ([0.85, None], None, False, ["", "collapsed"]),  # a correlation of equal predictions
         ([0.5, 2.19, 0.6], 2.2, True, ["", "collapsed", ""]),
         ([0.5, 1.6, 0.6], 2.2, True, ["", "far below", ""]),
+        ([1.0, 1.0], 1.0, False, ["", ""]),  # rows of one class: any answer may be as good
     ],
 )
 def test_what_counts_as_collapsed(

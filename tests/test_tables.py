@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minibert import tables
+from minibert import sources, tables
 from minibert.errors import UserError
 from minibert.tables import read_table, stream_table
 
@@ -80,7 +80,7 @@ def test_encoding_flag_wins_and_must_exist(tmp_path: Path) -> None:
         read_table(path, encoding="utf-8")
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "^", "~"])
 @pytest.mark.parametrize("name", ["data.csv", "data.tsv"])
 def test_delimiters_are_found(tmp_path: Path, delimiter: str, name: str) -> None:
     lines = [["text", "label"], ["one and more", "x"], ["two", "y"]]
@@ -126,10 +126,16 @@ def test_packed_files(tmp_path: Path, pack: str, name: str) -> None:
         json.dumps([{"text": "a", "label": 1}, {"text": "b", "label": None}]),
         json.dumps({"text": ["a", "b"], "label": [1, None]}),
         '{"text": "a", "label": 1}\n{"text": "b"}\n',
+        '{"text": {"0": "a", "1": "b"}, "label": {"0": 1, "1": null}}',  # pandas: orient="columns", "index", "split"
+        '{"0": {"text": "a", "label": 1}, "1": {"text": "b", "label": null}, "2": {"text": "c", "label": 2}}',
+        '{"columns": ["text", "label"], "index": [0, 1], "data": [["a", 1], ["b", null]]}',
+        '{"version": 1, "data": [{"text": "a", "label": 1}, {"text": "b"}]}',
+        '{"data": [{"text": "a", "label": 1}, {"text": "b"}]}',
     ],
 )
-def test_json_in_its_three_forms(tmp_path: Path, content: str) -> None:
-    assert read_table(write(tmp_path, content, "a.json")).columns == {"text": ["a", "b"], "label": [1, None]}
+def test_json_in_its_forms(tmp_path: Path, content: str) -> None:
+    columns = read_table(write(tmp_path, content, "a.json")).columns
+    assert {name: values[:2] for name, values in columns.items()} == {"text": ["a", "b"], "label": [1, None]}
 
 
 def test_parquet_keeps_types(tmp_path: Path) -> None:
@@ -220,12 +226,12 @@ def test_random_damage_never_gives_another_error(tmp_path: Path) -> None:
 
 
 def test_longest_line_is_a_limit_not_a_crash() -> None:
-    assert tables.LONGEST_LINE < 1 << 30
+    assert sources.LONGEST_LINE < 1 << 30
 
 
 def test_bad_rows_are_counted_by_reason_and_left_out_when_asked(tmp_path: Path) -> None:
     path = write(tmp_path, "text,label\none,x\na,b,c\ntwo,y\nd,e,f\nalone\n")
-    with pytest.raises(UserError, match=r"line 3, 5: 2 rows: 3 cells where the header has 2; line 6: 1 cells where"):
+    with pytest.raises(UserError, match=r"line 3, 5: 2 rows: 3 cells where the header has 2; line 6: 1 cell where"):
         read_table(path)
     table = read_table(path, on_bad_rows="skip")
     assert table.columns == {"text": ["one", "two"], "label": ["x", "y"]} and table.lines == [2, 4]
@@ -245,7 +251,7 @@ def test_bad_rows_of_json_lines(tmp_path: Path) -> None:
 
 def test_a_quote_never_closed_says_how_many_lines_it_took(tmp_path: Path) -> None:
     path = write(tmp_path, 'text,label\none,x\n"two,y\nthree,x\nfour,y\n')
-    with pytest.raises(UserError, match="line 3: 1 cells where the header has 2 and 2 more lines; is a quote not clos"):
+    with pytest.raises(UserError, match="line 3: 1 cell where the header has 2 and 2 more lines; is a quote not clos"):
         read_table(path)
 
 
@@ -306,6 +312,42 @@ def test_packed_parquet(tmp_path: Path, pack: str) -> None:
     assert read_table(path).columns == ROWS
 
 
-def test_json_with_its_rows_under_one_key(tmp_path: Path) -> None:
-    path = write(tmp_path, '{"version": 1, "data": [{"text": "a", "label": 0}]}', "a.json")
-    assert read_table(path).columns == {"text": ["a"], "label": [0]}
+@pytest.mark.parametrize(
+    "content",
+    [
+        '"text", "label"\n"one, two", "x"\n"three", "y"\n',
+        "sep=;\ntext;label\none, two;x\nthree;y\n",
+        'text,label\n"one, two",x,,\nthree,y,\n',
+    ],
+)
+def test_spaces_before_quotes_a_spreadsheets_first_line_and_empty_cells_too_many(tmp_path: Path, content: str) -> None:
+    table = read_table(write(tmp_path, content))
+    assert table.columns == {"text": ["one, two", "three"], "label": ["x", "y"]}
+
+
+def test_of_an_archive_the_one_data_file_is_read(tmp_path: Path) -> None:
+    for others, fine in ((["README.md", ".DS_Store", "__MACOSX/._a.csv"], True), (["b.csv"], False)):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            for name in ["a.csv", *others]:
+                archive.writestr(name, CSV)
+        if fine:
+            assert read_table(tmp_path / "a.zip").columns == ROWS
+        else:
+            with pytest.raises(UserError, match="holds 2 files"):
+                read_table(tmp_path / "a.zip")
+
+
+def test_a_quoted_tsv_is_found_out_though_the_sample_ends_inside_quotes(tmp_path: Path) -> None:
+    rows = [f"a text\tof row {i}" for i in range(20_000)]
+    path = write(tmp_path, '"text"\t"label"\n' + "".join(f'"{row}"\t"x"\n' for row in rows), "a.tsv")
+    assert path.stat().st_size > tables.SAMPLE and read_table(path).columns["text"] == rows
+
+
+def test_lines_with_labels_and_without(tmp_path: Path) -> None:
+    lines = "__label__a one\n__label__b __label__c two three\n"
+    table = read_table(write(tmp_path, lines, "a.txt"))
+    assert table.columns == {"label": ["__label__a", ["__label__b", "__label__c"]], "text": ["one", "two three"]}
+    for plain in ("http://example.org is a link\n12:30 is a time\n", "10 things\n10 ways\n", "RT @you: hi\nRT hi\n"):
+        assert read_table(write(tmp_path, plain, "a.txt")).columns == {"text": plain.splitlines()}
+    ragged = read_table(write(tmp_path, "x\tone\ny\ttwo\tthree\n", "a.txt"), header=False)
+    assert ragged.columns == {"0": ["x", "y"], "1": ["one", "two"], "2": [None, "three"]}

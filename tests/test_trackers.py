@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +192,10 @@ def test_a_missing_package_is_said_before_anything_is_read(monkeypatch: pytest.M
             check_tracker(RunConfig(report_to=name))
         with pytest.raises(UserError, match=f"--report-to {name}"):
             minibert.finetune(["a", "b"], [0, 1], report_to=name, model="/none", output=str(tmp_path / "x"))
+    folder = ModuleSpec("wandb", None, is_package=True)  # what Python takes a folder for that wandb left
+    monkeypatch.setattr(minibert.trackers, "find_spec", lambda name: folder)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        check_tracker(RunConfig(report_to="wandb"))
     check_tracker(RunConfig())
     assert not (tmp_path / "x").exists()
 
@@ -224,3 +230,6 @@ def test_names_of_values() -> None:
     assert curve_values(line) == {"train/grad_norm": 2.0, "validation/macro_f1": 0.5}
     metrics = {"test": {"accuracy": 1.0, "confusion_matrix": [[1]], "per_class": {"a/b é": {"f1": 0.5}}}, "x": 1.0}
     assert final_values(metrics) == {"final/test/accuracy": 1.0, "final/test/f1/a_b _": 0.5}
+    odd = {"test": {"per_class": {name: {"f1": 0.5} for name in ("é", "è", "..", "", "x" * 999)}}}
+    names = [name.removeprefix("final/test/f1/") for name in final_values(odd)]
+    assert len(set(names)) == 5 and all(re.fullmatch(r"[\w-][\w .-]{0,110}", name, re.ASCII) for name in names)

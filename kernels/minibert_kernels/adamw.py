@@ -20,6 +20,7 @@ from torch import Tensor
 from minibert_kernels.backend import cdiv, jit, reduction_programs, tl, use_triton
 
 BLOCK = 1024  # elements of a block, which all belong to one group
+MOST_PARTIALS = 1024  # sums of squares, which one program adds up
 NORM, DIVISOR, FOUND_INF, CORRECTION_1, CORRECTION_2 = range(5)  # places in `control`
 
 
@@ -147,6 +148,7 @@ def adamw_kernel(
         if shadow_ptr is not None:
             tl.store(shadow_ptr + places, param.to(shadow_ptr.dtype.element_ty))
     if ZERO_GRAD:
+        tl.debug_barrier()  # other threads of the program may load what this one clears
         tl.store(grad_ptr + places, tl.zeros([BLOCK_SIZE], grad_ptr.dtype.element_ty))
 
 
@@ -166,13 +168,13 @@ def prepare_update_(
     if not use_triton(grad):
         return prepare_update_reference_(grad, step, betas=betas, max_norm=max_norm, loss_scale=loss_scale)
     block = 4096 if grad.is_cuda else 1 << 14
-    programs = reduction_programs(grad, cdiv(grad.numel(), block))
+    programs = min(reduction_programs(grad, cdiv(grad.numel(), block)), MOST_PARTIALS)
     partials = torch.empty(programs, dtype=torch.float32, device=grad.device)
     control = torch.empty(5, dtype=torch.float32, device=grad.device)
     sum_of_squares_kernel[(programs,)](grad, partials, grad.numel(), BLOCK_SIZE=block, num_warps=8)
     log2_beta1, log2_beta2 = math.log2(betas[0]), math.log2(betas[1])
     control_kernel[(1,)](
-        partials, programs, step, loss_scale, control, log2_beta1, log2_beta2, float(max_norm), BLOCK_SIZE=1024
+        partials, programs, step, loss_scale, control, log2_beta1, log2_beta2, float(max_norm), BLOCK_SIZE=MOST_PARTIALS
     )
     return control
 

@@ -45,11 +45,16 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def reduction_programs(tensor: Tensor, wanted: int) -> int:
-    """How many programs add up rows on their own before their sums are added: enough to fill the device."""
+def reduction_programs(tensor: Tensor, tiles: int) -> int:
+    """How many programs add up tiles on their own before their sums are added.
+
+    Two for each multiprocessor fill the device and leave few sums. With many tiles it is up to eight: while one waits
+    for memory, the others compute.
+    """
     if not tensor.is_cuda:
-        return min(wanted, 3)
-    return min(wanted, 2 * torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+        return min(tiles, 3)
+    processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return min(tiles, max(2 * processors, min(8 * processors, tiles // 16)))
 
 
 @jit()
@@ -62,10 +67,12 @@ def _add_up(partials_ptr, out_ptr, num_partials, stride, SIZE: tl.constexpr, ROW
         mask = (rows < num_partials)[:, None] & (cols < SIZE)[None, :]
         total += tl.load(partials_ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
     before = tl.load(out_ptr + cols, mask=cols < SIZE, other=0.0).to(tl.float32)
-    tl.store(out_ptr + cols, (before + tl.sum(total, axis=0)).to(out_ptr.dtype.element_ty), mask=cols < SIZE)
+    total = before + tl.sum(total, axis=0)
+    tl.debug_barrier()  # no thread may store what another has yet to load
+    tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < SIZE)
 
 
-@jit()
+@jit(do_not_specialize=("num_partials",))
 def add_partials_kernel(
     partials_ptr,  # [num_partials, V, SIZE] fp32
     first_ptr,  # [SIZE], and so on for V vectors of at most three
@@ -92,9 +99,9 @@ def add_partials_kernel(
 def add_partials(partials: Tensor, first: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> None:
     """Add the sum of [programs, V, SIZE] to V vectors, always in the same order, so equal bits from run to run."""
     programs, vectors, size = partials.shape
-    cols = 64 if partials.is_cuda else next_power_of_2(size)
+    rows, cols = (128, 32) if partials.is_cuda else (4, next_power_of_2(size))  # many rows at once: few waits
     add_partials_kernel[(cdiv(size, cols), vectors)](
-        *(partials, first, second, third, programs, size, vectors, 32 if partials.is_cuda else 4, cols), num_warps=4
+        *(partials, first, second, third, programs, size, vectors, rows, cols), num_warps=8
     )
 
 

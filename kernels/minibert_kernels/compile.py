@@ -25,7 +25,7 @@ from minibert_kernels.philox import drop_threshold
 
 ARCHITECTURES = (80, 90)
 TYPES = {  # of kernel arguments by name; every other pointer is to the data type
-    **dict.fromkeys(["mean_ptr", "rstd_ptr", "partials_ptr", "lse_ptr", "delta_ptr", "lr_ptr"], "*fp32"),
+    **dict.fromkeys(["mean_ptr", "rstd_ptr", "partials_ptr", "lse_ptr", "softmax_ptr", "delta_ptr", "lr_ptr"], "*fp32"),
     **dict.fromkeys(["param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "group_table_ptr", "control_ptr"], "*fp32"),
     **dict.fromkeys(["loss_scale_ptr"], "*fp32"),
     **dict.fromkeys(["rng_ptr", "step_ptr", "input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr"], "*i64"),
@@ -61,22 +61,18 @@ def configurations() -> list[Configuration]:
     """What training BERT base and large and MiniLM in bf16 with dropout 0.1 launches, and attention of each kind."""
     dropped = drop_threshold(0.1)
     block = adamw.BLOCK
-    adam = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "BLOCK_SIZE": block, "ZERO_GRAD": False}
+    adam = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "BLOCK_SIZE": block, "ZERO_GRAD": True}
     logs = {"log2_beta1": math.log2(0.9), "log2_beta2": math.log2(0.999), "MAX_NORM": 1.0, "loss_scale_ptr": None}
     found = [
         Configuration("adamw", adamw.adamw_kernel, adam),
         Configuration("adamw fp32 grad", adamw.adamw_kernel, adam, types={"grad_ptr": "*fp32"}),
         Configuration("adamw norm", adamw.sum_of_squares_kernel, {"BLOCK_SIZE": 4096}, 8),
-        Configuration("adamw control", adamw.control_kernel, {**logs, "BLOCK_SIZE": 1024}),
+        Configuration("adamw control", adamw.control_kernel, {**logs, "BLOCK_SIZE": adamw.MOST_PARTIALS}),
     ]
-    sums = {"ROWS": 32, "COLS": 64}
+    sums, none = {"ROWS": 128, "COLS": 32}, {"second_ptr": None, "third_ptr": None}
     found += [
-        Configuration("add_partials 3", backend.add_partials_kernel, {"SIZE": 768, "V": 3, **sums}),
-        Configuration(
-            "add_partials 1",
-            backend.add_partials_kernel,
-            {"SIZE": 3072, "V": 1, "second_ptr": None, "third_ptr": None, **sums},
-        ),
+        Configuration("add_partials 3", backend.add_partials_kernel, {"SIZE": 768, "V": 3, **sums}, 8),
+        Configuration("add_partials 1", backend.add_partials_kernel, {"SIZE": 3072, "V": 1, **none, **sums}, 8),
     ]
     tile: dict[str, Any]
     for size in (384, 768, 1024):

@@ -193,7 +193,9 @@ def scatter_kernel(
             total += tl.load(grad_ptr + rows[:, None] * SIZE + cols[None, :], mask=mask, other=0.0).to(tl.float32)
         places = out_ptr + row * SIZE + cols
         before = tl.load(places, mask=cols < SIZE, other=0.0).to(tl.float32)
-        tl.store(places, (before + tl.sum(total, axis=0)).to(out_ptr.dtype.element_ty), mask=cols < SIZE)
+        sums = before + tl.sum(total, axis=0)
+        tl.debug_barrier()  # no thread may store what another has yet to load
+        tl.store(places, sums.to(out_ptr.dtype.element_ty), mask=cols < SIZE)
 
 
 def scatter_rows_(out: Tensor, grad: Tensor, ids: Tensor | None) -> None:
@@ -237,6 +239,7 @@ class EmbeddingLayerNorm(torch.autograd.Function):
         out = torch.empty(num_rows, size, dtype=word.dtype, device=word.device)
         mean, rstd = torch.empty(2, num_rows, dtype=torch.float32, device=word.device)
         ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type)
+        assert all(tensor is None or tensor.is_contiguous() for tensor in (*ids, *tables))
         forward_kernel[(cdiv(num_rows, block_rows),)](
             *(*ids, *tables, weight, bias, out, mean, rstd, rng, site, num_rows),
             *(eps, size, dropped, block_rows, block_cols),

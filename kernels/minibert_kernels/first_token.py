@@ -47,7 +47,7 @@ def forward_kernel(
     key_value_ptr,  # [T, 2, N, D]
     cu_seqlens_ptr,  # [B + 1] int32
     out_ptr,  # [B, N, D]
-    lse_ptr,  # [B, N] fp32, log2 of the softmax's denominator
+    softmax_ptr,  # [B, N, 2] fp32: the highest score in base 2, and the denominator of the softmax below it
     rng_ptr,  # [2] int64, or None without dropout
     site,
     scale,  # of the scores, times log2(e)
@@ -62,7 +62,7 @@ def forward_kernel(
     width: tl.constexpr = HEADS * HEAD_SIZE
     row = tl.program_id(0) * HEADS + head
     base = key_value_ptr + start.to(tl.int64) * 2 * width + head * HEAD_SIZE
-    query = _load_row(query_ptr + row.to(tl.int64) * HEAD_SIZE, HEAD_SIZE) * scale
+    query = _load_row(query_ptr + row.to(tl.int64) * HEAD_SIZE, HEAD_SIZE)
     highest = tl.full([], float("-inf"), tl.float32)
     denominator = tl.zeros([], tl.float32)
     context = tl.zeros([HEAD_SIZE], tl.float32)
@@ -70,7 +70,7 @@ def forward_kernel(
         keys = first_key + tl.arange(0, BLOCK_K)
         key = _load_keys(base, keys, length, 2 * width, HEAD_SIZE)
         value = _load_keys(base + width, keys, length, 2 * width, HEAD_SIZE)
-        scores = tl.where(keys < length, tl.sum(key * query[None, :], axis=1), float("-inf"))
+        scores = tl.where(keys < length, tl.sum(key * query[None, :], axis=1) * scale, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=0))
         shrink = tl.exp2(highest - new_highest)
         weights = tl.exp2(scores - new_highest)
@@ -83,7 +83,8 @@ def forward_kernel(
     denominator = tl.where(length > 0, denominator, 1.0)  # a text that only fills up has no keys, and 0 as its context
     context = context * ((65536.0 / (65536 - DROPPED)) / denominator)
     tl.store(out_ptr + row.to(tl.int64) * HEAD_SIZE + tl.arange(0, HEAD_SIZE), context.to(out_ptr.dtype.element_ty))
-    tl.store(lse_ptr + row, highest + tl.log2(denominator))
+    tl.store(softmax_ptr + 2 * row, highest)
+    tl.store(softmax_ptr + 2 * row + 1, denominator)
 
 
 @jit(do_not_specialize=("site",))
@@ -93,7 +94,7 @@ def backward_kernel(
     key_value_ptr,
     cu_seqlens_ptr,
     out_ptr,
-    lse_ptr,
+    softmax_ptr,
     grad_query_ptr,  # [B, N, D]
     grad_key_value_ptr,  # [T, 2, N, D]
     rng_ptr,
@@ -111,31 +112,31 @@ def backward_kernel(
     row = tl.program_id(0) * HEADS + head
     offset = start.to(tl.int64) * 2 * width + head * HEAD_SIZE
     of_query = row.to(tl.int64) * HEAD_SIZE
-    query = _load_row(query_ptr + of_query, HEAD_SIZE) * scale
+    query = _load_row(query_ptr + of_query, HEAD_SIZE)
     grad_out = _load_row(grad_out_ptr + of_query, HEAD_SIZE)
     delta = tl.sum(grad_out * _load_row(out_ptr + of_query, HEAD_SIZE), axis=0)
-    lse = tl.load(lse_ptr + row)
+    highest, denominator = tl.load(softmax_ptr + 2 * row), tl.load(softmax_ptr + 2 * row + 1)
     grad_query = tl.zeros([HEAD_SIZE], tl.float32)
     for first_key in range(0, length, BLOCK_K):
         keys = first_key + tl.arange(0, BLOCK_K)
         key = _load_keys(key_value_ptr + offset, keys, length, 2 * width, HEAD_SIZE)
         value = _load_keys(key_value_ptr + offset + width, keys, length, 2 * width, HEAD_SIZE)
-        weights = tl.exp2(tl.where(keys < length, tl.sum(key * query[None, :], axis=1), float("-inf")) - lse)
+        scores = tl.where(keys < length, tl.sum(key * query[None, :], axis=1) * scale, float("-inf"))
+        weights = tl.exp2(scores - highest) / denominator
         dropped = weights
         grad_weights = tl.sum(value * grad_out[None, :], axis=1)
         if DROPPED > 0:
             keep = _keep(rng_ptr, site, row, first_key, BLOCK_K, DROPPED)
             dropped = tl.where(keep, weights * (65536.0 / (65536 - DROPPED)), 0.0)
             grad_weights = tl.where(keep, grad_weights * (65536.0 / (65536 - DROPPED)), 0.0)
-        grad_scores = weights * (grad_weights - delta)
+        grad_scores = weights * (grad_weights - delta) * (scale / 1.4426950408889634)
         grad_query += tl.sum(grad_scores[:, None] * key, axis=0)
-        grad_key = grad_scores[:, None] * (query * 0.6931471805599453)[None, :]  # the query holds scale * log2(e)
+        grad_key = grad_scores[:, None] * query[None, :]
         grad_value = dropped[:, None] * grad_out[None, :]
         places = offset + keys.to(tl.int64)[:, None] * 2 * width + tl.arange(0, HEAD_SIZE)[None, :]
         dtype = grad_key_value_ptr.dtype.element_ty
         tl.store(grad_key_value_ptr + places, grad_key.to(dtype), mask=(keys < length)[:, None])
         tl.store(grad_key_value_ptr + places + width, grad_value.to(dtype), mask=(keys < length)[:, None])
-    grad_query = grad_query * (scale * 0.6931471805599453)
     tl.store(grad_query_ptr + of_query + tl.arange(0, HEAD_SIZE), grad_query.to(grad_query_ptr.dtype.element_ty))
 
 
@@ -146,22 +147,23 @@ class FirstTokenAttention(torch.autograd.Function):
         texts, heads, head_size = query.shape
         dropped = drop_threshold(p) if rng is not None else 0
         out = torch.empty_like(query)
-        lse = torch.empty(texts, heads, dtype=torch.float32, device=query.device)
+        softmax = torch.empty(texts, heads, 2, dtype=torch.float32, device=query.device)
         scale = head_size**-0.5 * LOG2_E
         forward_kernel[(texts, heads)](
-            *(query, key_value, cu_seqlens, out, lse, rng, site, scale, heads, head_size, BLOCK, dropped), num_warps=2
+            *(query, key_value, cu_seqlens, out, softmax, rng, site, scale, heads, head_size, BLOCK, dropped),
+            num_warps=2,
         )
-        ctx.save_for_backward(query, key_value, cu_seqlens, out, lse, rng)
+        ctx.save_for_backward(query, key_value, cu_seqlens, out, softmax, rng)
         ctx.site, ctx.scale, ctx.dropped = site, scale, dropped
         return out
 
     @staticmethod
     def backward(ctx, grad_out):
-        query, key_value, cu_seqlens, out, lse, rng = ctx.saved_tensors
+        query, key_value, cu_seqlens, out, softmax, rng = ctx.saved_tensors
         texts, heads, head_size = query.shape
         grad_query, grad_key_value = torch.empty_like(query), torch.empty_like(key_value)
         backward_kernel[(texts, heads)](
-            *(grad_out.contiguous(), query, key_value, cu_seqlens, out, lse, grad_query, grad_key_value, rng),
+            *(grad_out.contiguous(), query, key_value, cu_seqlens, out, softmax, grad_query, grad_key_value, rng),
             *(ctx.site, ctx.scale, heads, head_size, BLOCK, ctx.dropped),
             num_warps=2,
         )

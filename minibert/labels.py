@@ -1,0 +1,153 @@
+"""Label values as files and lists have them -> the problem type they make, and names or numbers for each row."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from minibert.problem import MULTI, REGRESSION, SINGLE, label_text
+
+LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
+FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}  # in a column of one label
+MISSING_NUMBERS = ("nan", "na", "n/a", "null", "none", "inf", "-inf", "-")  # among numbers, a value that is not there
+LARGEST = float(np.finfo(np.float32).max)
+
+
+def is_missing(value: Any) -> bool:
+    """Nothing, as JSON, CSV (a blank cell) and pandas (NaN or NA) write it."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
+
+
+def guess_kind(values: Sequence[Any], columns: int, delimiter: str | None) -> tuple[str, str]:
+    """The problem type of a part's labels, as read from so many columns, and why."""
+    if columns > 1:
+        return MULTI, "as each label has a column of 0 and 1"
+    if delimiter:
+        return MULTI, "as --label-delimiter is given"
+    if indicator_length(values):
+        return MULTI, "as each row has a list of 0 and 1, a place for each label"
+    if any(isinstance(value, list | tuple) for value in values) or _are_written_lists(values):
+        return MULTI, "as the labels are lists"
+    texts = [label_text(value) for value in values]
+    names = dict.fromkeys(texts)
+    fraction = next((name for name in names if _is_fraction(name)), None)
+    if fraction is not None and len(names) > 2 and _are_numbers(texts):
+        return REGRESSION, f"as the labels are numbers with fractions, such as {fraction}"
+    return SINGLE, "as each row has one label"
+
+
+def indicator_length(values: Sequence[Any]) -> int:
+    """The length of rows of 0 and 1, a place for each label; 0 if they are none, or lists of the labels 0 and 1."""
+    if not values or not isinstance(_as_list(values[0]), list | tuple):
+        return 0
+    rows = [_as_list(value) for value in values]
+    if not all(isinstance(row, list | tuple) for row in rows) or len({len(row) for row in rows}) > 1:
+        return 0
+    are_flags = all(item in (0, 1) for row in rows for item in row)
+    return len(rows[0]) if are_flags and any(len(set(row)) < len(row) for row in rows) else 0
+
+
+def read_label(value: Any, kind: str, places: Sequence[str], delimiter: str | None) -> Any:
+    """A name, a list of names (multi-label) or a number; ValueError says why a value is none.
+
+    places: what the 0s and 1s of a row stand for, where a row has one for each label.
+    """
+    if kind == REGRESSION:
+        return _number(value)
+    if kind == MULTI:
+        return _of_flags(_as_list(value), places) if places else _several(value, delimiter)
+    if isinstance(value, list | tuple):
+        if len(value) != 1:
+            raise ValueError(f"{len(value)} labels where {SINGLE} takes one")
+        value = value[0]
+    if isinstance(value, dict):
+        raise ValueError("an object where a label is expected")
+    return label_text(value)
+
+
+def second_thoughts(labels: list[str]) -> list[str]:
+    """What looks as if single labels were meant in another way."""
+    names = set(labels)
+    for delimiter in ",|;":
+        several = sorted(name for name in names if delimiter in name)
+        pieces = {piece.strip() for name in several for piece in name.split(delimiter)}
+        if several and pieces <= names:
+            return [
+                f"labels such as {several[0]!r} look like several: --label-delimiter {delimiter!r} takes them apart"
+            ]
+    if blank := sorted(name for name in names if name.lower() in ("nan", "<na>", "null")):
+        return [f"label {blank[0]!r} is taken for a name; empty these cells if they mean that there is none"]
+    if len(labels) >= 50 and len(names) > len(labels) / 2:
+        return [f"{len(names)} different labels in {len(labels)} rows: is --label-column right?"]
+    if len(names) > 2 and all(map(is_number, names)):
+        return ["numbers without fractions are classes; --problem-type regression takes them as values"]
+    return []
+
+
+def is_number(text: str) -> bool:
+    """A number that fp32 holds, written as files write it."""
+    try:
+        return abs(float(text)) <= LARGEST and "_" not in text
+    except ValueError:
+        return False
+
+
+def _are_numbers(texts: Sequence[str]) -> bool:
+    """Whether all are numbers, but for a few that say that there is none."""
+    rest = [text for text in texts if not is_number(text)]
+    return len(rest) <= len(texts) / 10 and all(text.lower() in MISSING_NUMBERS for text in rest)
+
+
+def _is_fraction(text: str) -> bool:
+    return is_number(text) and not float(text).is_integer()
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, list | tuple) or not is_number(label_text(value)):
+        raise ValueError(f"label {str(value)[:40]!r} is not a number, as regression needs")
+    return float(value)
+
+
+def _of_flags(row: Any, places: Sequence[str]) -> list[str]:
+    """The names of the places where a 1 stands."""
+    if not isinstance(row, list | tuple) or len(row) != len(places):
+        raise ValueError(f"expected {len(places)} values of 0 and 1, one for each label")
+    names = []
+    for name, value in zip(places, row, strict=True):
+        flag = FLAGS.get(label_text(value).lower())
+        if flag is None:
+            raise ValueError(f"column {name}: {str(value)[:40]!r} is neither 0 nor 1, as one column a label needs")
+        if flag:
+            names.append(name)
+    return names
+
+
+def _several(value: Any, delimiter: str | None) -> list[str]:
+    value = _as_list(value)
+    if isinstance(value, str):
+        value = value.split(delimiter) if delimiter else [value]
+    items = value if isinstance(value, list | tuple) else [value]
+    return sorted({label_text(item) for item in items if not is_missing(item)})
+
+
+def _are_written_lists(values: Sequence[Any]) -> bool:
+    return bool(values) and all(isinstance(_as_list(value), list) for value in values)
+
+
+def _as_list(value: Any) -> Any:
+    """A list in a text cell, as JSON or as Python writes it, becomes one; anything else stays."""
+    if not isinstance(value, str) or not LIST.fullmatch(value):
+        return value
+    for text in (value, value.replace("'", '"')):
+        try:
+            items = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        return value if any(isinstance(item, list | dict) for item in items) else items
+    return value
