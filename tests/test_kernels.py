@@ -141,6 +141,25 @@ def test_masks_drop_the_wanted_share() -> None:
         assert kept.mean(0).std() < 0.025 and kept.mean(1).std() < 0.075  # no column and no row is special
 
 
+def test_dropout_keeps_the_mean() -> None:
+    """Over many steps the references, whose masks the kernels share, come to what they give without dropout."""
+    x = random((7, 24), torch.float32, "cpu", 0)
+    qkv = random((7, 3, 1, 16), torch.float32, "cpu", 1)
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+    calls = (
+        lambda rng: philox.dropout_reference(x, rng, 1, 0.2),
+        lambda rng: attention.varlen_attention_reference(qkv, cu_seqlens, 4, p=0.2, rng=rng, site=2),
+        lambda rng: first_token.first_token_attention_reference(
+            qkv[cu_seqlens[:-1].long(), 0], qkv[:, 1:], cu_seqlens, p=0.2, rng=rng, site=3
+        ),
+    )
+    for call in calls:
+        drawn = torch.stack([call(torch.tensor([5, step])) for step in range(1500)])
+        error = drawn.std(0) / 1500**0.5
+        assert ((drawn.mean(0) - call(None)).abs() <= 5 * error + 1e-6).all()
+        assert (drawn.std(0) > 0).all()
+
+
 # -- AdamW ------------------------------------------------------------------------------------------------------------
 
 SHAPES = [torch.Size(s) for s in ((3, 700), (5,), (1, 1024), (1030,))]
