@@ -139,7 +139,7 @@ def saved_mlp_size(config: BertConfig) -> int:
     """Hidden units of the head that minibert saved; 0 for a plain linear one."""
     ours = config.source.get("minibert")
     size = ours.get("mlp_size", 0) if isinstance(ours, dict) else 0
-    return size if isinstance(size, int) and 0 <= size < 1 << 16 else 0
+    return size if type(size) is int and 0 <= size < 1 << 16 else 0  # true is an int, too
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -96,7 +96,7 @@ def _zip_member(path: Path) -> str:
     """The one data file of an archive, beside which others may lie that are none."""
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
+            entries = [entry for entry in archive.infolist() if not entry.filename.endswith("/")]
     except READ_ERRORS as error:
         raise UserError(f"{path}: cannot be read as zip ({one_line(error)})") from None
     visible = [e for e in entries if "__MACOSX" not in e.filename and not Path(e.filename).name.startswith(".")]

@@ -77,8 +77,15 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+def made(kind: str, **changes: object) -> transformers.PreTrainedModel:
+    """A tiny model of transformers' own random weights, the same whichever tests ran before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return getattr(transformers, kind)(tiny_config(**changes))
+
+
 def save_tiny(folder: Path, kind: str = "BertModel", **changes: object) -> Path:
-    lively(getattr(transformers, kind)(tiny_config(**changes))).save_pretrained(folder)
+    lively(made(kind, **changes)).save_pretrained(folder)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789.,!?"]
     words += [f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz0123456789"]
     words += "the a of and good bad film very not is was spam free call now see you at money win prize".split()
@@ -105,7 +112,7 @@ def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def film_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT of random weights, with the words of the reviews in its vocabulary."""
     folder = tmp_path_factory.mktemp("model")
-    transformers.BertModel(tiny_config()).save_pretrained(folder)
+    made("BertModel").save_pretrained(folder)
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] the a of and film very is was see you at now good bad".split()
     words += [prefix + digit for prefix in ("", "##") for digit in "0123456789"]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
