@@ -13,7 +13,7 @@ from tqdm import tqdm
 from minibert import __version__
 from minibert.checkpoint import LoadReport
 from minibert.config import RunConfig
-from minibert.device import Hardware
+from minibert.device import Hardware, duration
 from minibert.train import Training
 
 Say = Callable[[str], None]
@@ -60,10 +60,6 @@ class Progress:
         where = f"epoch {line['epoch']:<4.3g}step {line['step']} of {total}"
         with tqdm.external_write_mode():
             self.say(f"{where} · {self.loss}{name.replace('_', ' ', 1)} {value}{best} · {times}")
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, verdict: str) -> None:
