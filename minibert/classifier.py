@@ -14,7 +14,7 @@ from torch import Tensor
 from minibert.batching import collate, halving, plan_evaluation
 from minibert.checkpoint import load_model, model_folder, save_model
 from minibert.config import PROBLEM_TYPES, TRUNCATIONS, BertConfig, RunConfig
-from minibert.device import Hardware, choose
+from minibert.device import Hardware, choose, fit_attention
 from minibert.errors import UserError
 from minibert.model import BertForSequenceClassification, BertModel, PackedInput
 from minibert.problem import REGRESSION, SINGLE, Problem
@@ -133,7 +133,7 @@ def load(folder: str | Path, device: str = "auto", temperature: bool = True) -> 
     model, report = load_model(path, BertForSequenceClassification)
     if any(name.startswith("classifier.") for name in report.new):
         raise UserError(f"{folder}: this model has no classification head; train one with python -m minibert.finetune")
-    hardware = choose(RunConfig(device=device))
+    hardware = _hardware(device, model.config)
     tokenizer = fitting_tokenizer(path, path, model.config)
     ours = _saved_settings(model.config)
     problem = _saved_problem(model.config, model.num_labels, ours, path)
@@ -147,13 +147,19 @@ def load_encoder(folder: str | Path, device: str = "auto", max_length: int | Non
     """Load any BERT for embeddings; `max_length` in tokens, default as trained, or 512 or the model's limit."""
     path = model_folder(folder)
     model, _ = load_model(path, BertModel)
-    hardware = choose(RunConfig(device=device))
+    hardware = _hardware(device, model.config)
     length, truncation, stride = _saved_length(model.config)
     if max_length is not None and not 8 <= max_length <= model.config.max_position_embeddings:
         raise UserError(f"--max-length {max_length}: give 8 to {model.config.max_position_embeddings}")
     tokenizer = fitting_tokenizer(path, path, model.config)
     model.to(hardware.device)
     return TextEncoder(model, tokenizer, max_length or length, truncation, hardware, window_stride=stride)
+
+
+def _hardware(device: str, config: BertConfig) -> Hardware:
+    """Where and how a model that is not trained computes."""
+    flags, longest = RunConfig(device=device, engine="eager"), config.max_position_embeddings
+    return fit_attention(choose(flags), flags, config.hidden_size // config.num_attention_heads, longest, longest)
 
 
 def fitting_tokenizer(folder: Path, model: Path, config: BertConfig) -> Tokenizer:

@@ -131,6 +131,8 @@ class FixedSteps:
         self.denominator = torch.ones((), device=device)
         self.rng = torch.tensor([config.seed, 0], device=device)  # of the kernels' dropout
         self.places: dict[tuple[Bucket, bool], Place] = {}
+        # One stream for all captures: memory that a graph frees serves the next one only on the same stream.
+        self.stream = torch.cuda.Stream(device) if hardware.engine == "graph" else None
         self.forward: Callable[[PackedInput, Tensor, Tensor], Tensor] = self._loss
         if hardware.engine == "compile":
             self.forward = compiled(self._loss)
@@ -243,8 +245,8 @@ class FixedSteps:
 
     def _capture(self, place: Place, last: bool) -> None:
         """Record `_work` on this place as a CUDA graph. Nothing is trained by it: the gradients so far come back."""
-        gradients = self.optimizer.grad.clone()
-        stream = torch.cuda.Stream()
+        gradients, stream = self.optimizer.grad.clone(), self.stream
+        assert stream is not None
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
