@@ -136,6 +136,27 @@ def test_real_weights_equal_transformers(minilm: Path) -> None:
     assert largest_difference(ours.pooler_output, theirs.pooler_output) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_further_from_fp32_than_transformers(minilm: Path, dtype: torch.dtype) -> None:
+    """Root mean square errors against fp32, of hidden states and of gradients: at most twice transformers' own."""
+    batch = ragged_batch(30000, lengths=(60, 33, 7, 120), seed=3)
+    keep = batch["attention_mask"].bool()
+
+    def run(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = model.eval()(**batch).last_hidden_state[keep]
+        hidden.float().square().sum().backward()
+        weight = model.get_input_embeddings().weight if hasattr(model, "get_input_embeddings") else None
+        weight = model.encoder.embeddings.word_embeddings.weight if weight is None else weight
+        return hidden.detach().float(), weight.grad.float()
+
+    exact = run(transformers.BertModel.from_pretrained(minilm, dtype=torch.float32))
+    theirs = run(transformers.BertModel.from_pretrained(minilm, dtype=dtype))
+    ours = run(BertModel.from_pretrained(minilm).to(dtype))
+    for value, their_value, true in zip(ours, theirs, exact, strict=True):
+        error, allowed = (float((x - true).square().mean().sqrt()) for x in (value, their_value))
+        assert 0 < error <= 2 * allowed
+
+
 def test_wrong_input_is_a_clear_error(tiny: Callable[..., Path]) -> None:
     model = BertModel.from_pretrained(tiny())
     ids = torch.ones(2, 5, dtype=torch.long)
