@@ -33,7 +33,7 @@ class Prediction:
     probabilities: dict[str, float]
 
 
-@dataclass
+@dataclass(repr=False)
 class TextEncoder:
     """A BERT with its tokenizer: sentence embeddings, with or without a classification head."""
 
@@ -43,6 +43,10 @@ class TextEncoder:
     truncation: str
     hardware: Hardware
     window_stride: int | None = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        size, device = self.model.config.hidden_size, self.hardware.device
+        return f"TextEncoder({size} dimensions, texts up to {self.max_length} tokens, on {device})"
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tokens:
         return self.tokenizer.encode(texts, pairs, self.max_length, self.truncation, self.window_stride)
@@ -76,12 +80,16 @@ def pooled(model: BertModel | BertForSequenceClassification, x: PackedInput, poo
     return model.pooler(first) if pooling == "pooler" else first
 
 
-@dataclass
+@dataclass(repr=False)
 class Classifier(TextEncoder):
     """A trained classifier: model, tokenizer and what the labels are."""
 
     model: BertForSequenceClassification
     problem: Problem
+
+    def __repr__(self) -> str:
+        labels = ", ".join(self.problem.labels[:6]) + (", ..." if len(self.problem.labels) > 6 else "")
+        return f"Classifier({self.problem.kind}: {labels}; texts up to {self.max_length} tokens)"
 
     def logits(self, texts: Iterable[Any], pairs: Sequence[str] | None = None) -> np.ndarray:
         """[n, num_labels] float32, in the order of `texts`; a text may be a (first, second) tuple."""

@@ -101,6 +101,7 @@ def test_texts_top_k_and_the_planted_word(planted: Path) -> None:
 def test_an_effect_is_what_leaving_the_word_out_changes(planted: Path) -> None:
     """Also in second texts, with temperature, and for words outside ASCII."""
     classifier = minibert.load(planted)
+    assert repr(classifier).startswith("Classifier(single_label_classification: ") and len(repr(classifier)) < 200
     classifier.problem.temperature = 2.0
     texts, pairs = ["A zebra, für uns!", ""], ["the coffee", "notes 咖啡"]
     words = explain(classifier, texts, pairs, classifier.logits(texts, pairs))
