@@ -30,7 +30,7 @@ LOG2_E = 1.4426950408889634
 
 
 @jit()
-def _load_rows(pointer, rows, length, stride, HEAD_SIZE: tl.constexpr, UPCAST: tl.constexpr):
+def load_rows(pointer, rows, length, stride, HEAD_SIZE: tl.constexpr, UPCAST: tl.constexpr):
     """[rows, D] of a text, 0 past its end."""
     places = rows.to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_SIZE)[None, :]
     tile = tl.load(pointer + places, mask=(rows < length)[:, None], other=0.0)
@@ -40,7 +40,7 @@ def _load_rows(pointer, rows, length, stride, HEAD_SIZE: tl.constexpr, UPCAST: t
 
 
 @jit()
-def _store_rows(pointer, tile, rows, length, stride, HEAD_SIZE: tl.constexpr):
+def store_rows(pointer, tile, rows, length, stride, HEAD_SIZE: tl.constexpr):
     places = rows.to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_SIZE)[None, :]
     tl.store(pointer + places, tile.to(pointer.dtype.element_ty), mask=(rows < length)[:, None])
 
@@ -86,14 +86,14 @@ def forward_kernel(
         width: tl.constexpr = HEADS * HEAD_SIZE
         base = qkv_ptr + start.to(tl.int64) * 3 * width + head * HEAD_SIZE
         queries = first_query + tl.arange(0, BLOCK_Q)
-        query = _load_rows(base, queries, length, 3 * width, HEAD_SIZE, UPCAST)
+        query = load_rows(base, queries, length, 3 * width, HEAD_SIZE, UPCAST)
         highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         denominator = tl.zeros([BLOCK_Q], tl.float32)
         context = tl.zeros([BLOCK_Q, HEAD_SIZE], tl.float32)
         for first_key in range(0, length, BLOCK_K):
             keys = first_key + tl.arange(0, BLOCK_K)
-            key = _load_rows(base + width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
-            value = _load_rows(base + 2 * width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
+            key = load_rows(base + width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
+            value = load_rows(base + 2 * width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
             scores = _scores(query, key, keys, length, scale)
             new_highest = tl.maximum(highest, tl.max(scores, axis=1))
             shrink = tl.exp2(highest - new_highest)
@@ -106,7 +106,7 @@ def forward_kernel(
             context += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
             highest = new_highest
         context = context * ((65536.0 / (65536 - DROPPED)) / denominator)[:, None]
-        _store_rows(out_ptr + start.to(tl.int64) * width + head * HEAD_SIZE, context, queries, length, width, HEAD_SIZE)
+        store_rows(out_ptr + start.to(tl.int64) * width + head * HEAD_SIZE, context, queries, length, width, HEAD_SIZE)
         if lse_ptr is not None:
             lse = highest + tl.log2(denominator)
             tl.store(lse_ptr + head.to(tl.int64) * num_tokens + start + queries, lse, mask=queries < length)
@@ -137,14 +137,14 @@ def short_backward_kernel(
     grad_base = grad_qkv_ptr + start.to(tl.int64) * 3 * width + head * HEAD_SIZE
     grad_out_base = grad_out_ptr + start.to(tl.int64) * width + head * HEAD_SIZE
     keys = tl.arange(0, BLOCK)
-    key = _load_rows(base + width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
-    value = _load_rows(base + 2 * width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
+    key = load_rows(base + width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
+    value = load_rows(base + 2 * width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
     grad_key = tl.zeros([BLOCK, HEAD_SIZE], tl.float32)
     grad_value = tl.zeros([BLOCK, HEAD_SIZE], tl.float32)
     for first_query in range(0, length, BLOCK_Q):
         queries = first_query + tl.arange(0, BLOCK_Q)
-        query = _load_rows(base, queries, length, 3 * width, HEAD_SIZE, UPCAST)
-        grad_out = _load_rows(grad_out_base, queries, length, width, HEAD_SIZE, UPCAST)
+        query = load_rows(base, queries, length, 3 * width, HEAD_SIZE, UPCAST)
+        grad_out = load_rows(grad_out_base, queries, length, width, HEAD_SIZE, UPCAST)
         scores = _scores(query, key, keys, length, scale)
         weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
         weights = weights / tl.sum(weights, axis=1)[:, None]
@@ -158,11 +158,11 @@ def short_backward_kernel(
         grad_scores = weights * (grad_weights - tl.sum(weights * grad_weights, axis=1)[:, None])
         grad_scores = grad_scores.to(query.dtype)
         grad_query = tl.dot(grad_scores, key, input_precision="ieee") * (scale / 1.4426950408889634)
-        _store_rows(grad_base, grad_query, queries, length, 3 * width, HEAD_SIZE)
+        store_rows(grad_base, grad_query, queries, length, 3 * width, HEAD_SIZE)
         grad_key += tl.dot(tl.trans(grad_scores), query, input_precision="ieee")
     grad_key = grad_key * (scale / 1.4426950408889634)
-    _store_rows(grad_base + width, grad_key, keys, length, 3 * width, HEAD_SIZE)
-    _store_rows(grad_base + 2 * width, grad_value, keys, length, 3 * width, HEAD_SIZE)
+    store_rows(grad_base + width, grad_key, keys, length, 3 * width, HEAD_SIZE)
+    store_rows(grad_base + 2 * width, grad_value, keys, length, 3 * width, HEAD_SIZE)
 
 
 @jit(do_not_specialize=("site", "num_tokens"))
@@ -197,17 +197,17 @@ def query_backward_kernel(
         out_offset = start.to(tl.int64) * width + head * HEAD_SIZE
         row_offset = head.to(tl.int64) * num_tokens + start
         queries = first_query + tl.arange(0, BLOCK_Q)
-        query = _load_rows(base, queries, length, 3 * width, HEAD_SIZE, UPCAST)
-        grad_out = _load_rows(grad_out_ptr + out_offset, queries, length, width, HEAD_SIZE, UPCAST)
-        out = _load_rows(out_ptr + out_offset, queries, length, width, HEAD_SIZE, UPCAST)
+        query = load_rows(base, queries, length, 3 * width, HEAD_SIZE, UPCAST)
+        grad_out = load_rows(grad_out_ptr + out_offset, queries, length, width, HEAD_SIZE, UPCAST)
+        out = load_rows(out_ptr + out_offset, queries, length, width, HEAD_SIZE, UPCAST)
         delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), axis=1)
         tl.store(delta_ptr + row_offset + queries, delta, mask=queries < length)
         lse = tl.load(lse_ptr + row_offset + queries, mask=queries < length, other=0.0)
         grad_query = tl.zeros([BLOCK_Q, HEAD_SIZE], tl.float32)
         for first_key in range(0, length, BLOCK_K):
             keys = first_key + tl.arange(0, BLOCK_K)
-            key = _load_rows(base + width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
-            value = _load_rows(base + 2 * width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
+            key = load_rows(base + width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
+            value = load_rows(base + 2 * width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
             weights = tl.exp2(_scores(query, key, keys, length, scale) - lse[:, None])
             grad_weights = tl.dot(grad_out, tl.trans(value), input_precision="ieee")
             if DROPPED > 0:
@@ -216,7 +216,7 @@ def query_backward_kernel(
             grad_scores = weights * (grad_weights - delta[:, None])
             grad_query += tl.dot(grad_scores.to(key.dtype), key, input_precision="ieee")
         grad_query = grad_query * (scale / 1.4426950408889634)
-        _store_rows(grad_base, grad_query, queries, length, 3 * width, HEAD_SIZE)
+        store_rows(grad_base, grad_query, queries, length, 3 * width, HEAD_SIZE)
 
 
 @jit(do_not_specialize=("site", "num_tokens"))
@@ -250,14 +250,14 @@ def key_backward_kernel(
         grad_out_base = grad_out_ptr + start.to(tl.int64) * width + head * HEAD_SIZE
         row_offset = head.to(tl.int64) * num_tokens + start
         keys = first_key + tl.arange(0, BLOCK_K)
-        key = _load_rows(base + width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
-        value = _load_rows(base + 2 * width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
+        key = load_rows(base + width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
+        value = load_rows(base + 2 * width, keys, length, 3 * width, HEAD_SIZE, UPCAST)
         grad_key = tl.zeros([BLOCK_K, HEAD_SIZE], tl.float32)
         grad_value = tl.zeros([BLOCK_K, HEAD_SIZE], tl.float32)
         for first_query in range(0, length, BLOCK_Q):
             queries = first_query + tl.arange(0, BLOCK_Q)
-            query = _load_rows(base, queries, length, 3 * width, HEAD_SIZE, UPCAST)
-            grad_out = _load_rows(grad_out_base, queries, length, width, HEAD_SIZE, UPCAST)
+            query = load_rows(base, queries, length, 3 * width, HEAD_SIZE, UPCAST)
+            grad_out = load_rows(grad_out_base, queries, length, width, HEAD_SIZE, UPCAST)
             lse = tl.load(lse_ptr + row_offset + queries, mask=queries < length, other=0.0)
             delta = tl.load(delta_ptr + row_offset + queries, mask=queries < length, other=0.0)
             weights = tl.exp2(_scores(query, key, keys, length, scale) - lse[:, None])
@@ -271,8 +271,8 @@ def key_backward_kernel(
             grad_scores = (weights * (grad_weights - delta[:, None])).to(query.dtype)
             grad_key += tl.dot(tl.trans(grad_scores), query, input_precision="ieee")
         grad_key = grad_key * (scale / 1.4426950408889634)
-        _store_rows(grad_base + width, grad_key, keys, length, 3 * width, HEAD_SIZE)
-        _store_rows(grad_base + 2 * width, grad_value, keys, length, 3 * width, HEAD_SIZE)
+        store_rows(grad_base + width, grad_key, keys, length, 3 * width, HEAD_SIZE)
+        store_rows(grad_base + 2 * width, grad_value, keys, length, 3 * width, HEAD_SIZE)
 
 
 def short_blocks(max_seqlen: int) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from minibert_kernels.attention import LOG2_E
+from minibert_kernels.attention import LOG2_E, load_rows, store_rows
 from minibert_kernels.backend import jit, tl, use_triton
 from minibert_kernels.philox import LEVELS, drop_threshold, keep_mask, keep_mask_kernel
 
@@ -24,13 +24,6 @@ BLOCK = 32  # keys at once
 @jit()
 def _load_row(pointer, HEAD_SIZE: tl.constexpr):
     return tl.load(pointer + tl.arange(0, HEAD_SIZE)).to(tl.float32)
-
-
-@jit()
-def _load_keys(pointer, keys, length, stride, HEAD_SIZE: tl.constexpr):
-    """[keys, D] of a text in fp32, 0 past its end."""
-    places = keys.to(tl.int64)[:, None] * stride + tl.arange(0, HEAD_SIZE)[None, :]
-    return tl.load(pointer + places, mask=(keys < length)[:, None], other=0.0).to(tl.float32)
 
 
 @jit()
@@ -68,8 +61,8 @@ def forward_kernel(
     context = tl.zeros([HEAD_SIZE], tl.float32)
     for first_key in range(0, length, BLOCK_K):
         keys = first_key + tl.arange(0, BLOCK_K)
-        key = _load_keys(base, keys, length, 2 * width, HEAD_SIZE)
-        value = _load_keys(base + width, keys, length, 2 * width, HEAD_SIZE)
+        key = load_rows(base, keys, length, 2 * width, HEAD_SIZE, True)
+        value = load_rows(base + width, keys, length, 2 * width, HEAD_SIZE, True)
         scores = tl.where(keys < length, tl.sum(key * query[None, :], axis=1) * scale, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=0))
         shrink = tl.exp2(highest - new_highest)
@@ -119,8 +112,8 @@ def backward_kernel(
     grad_query = tl.zeros([HEAD_SIZE], tl.float32)
     for first_key in range(0, length, BLOCK_K):
         keys = first_key + tl.arange(0, BLOCK_K)
-        key = _load_keys(key_value_ptr + offset, keys, length, 2 * width, HEAD_SIZE)
-        value = _load_keys(key_value_ptr + offset + width, keys, length, 2 * width, HEAD_SIZE)
+        key = load_rows(key_value_ptr + offset, keys, length, 2 * width, HEAD_SIZE, True)
+        value = load_rows(key_value_ptr + offset + width, keys, length, 2 * width, HEAD_SIZE, True)
         scores = tl.where(keys < length, tl.sum(key * query[None, :], axis=1) * scale, float("-inf"))
         weights = tl.exp2(scores - highest) / denominator
         dropped = weights
@@ -133,10 +126,8 @@ def backward_kernel(
         grad_query += tl.sum(grad_scores[:, None] * key, axis=0)
         grad_key = grad_scores[:, None] * query[None, :]
         grad_value = dropped[:, None] * grad_out[None, :]
-        places = offset + keys.to(tl.int64)[:, None] * 2 * width + tl.arange(0, HEAD_SIZE)[None, :]
-        dtype = grad_key_value_ptr.dtype.element_ty
-        tl.store(grad_key_value_ptr + places, grad_key.to(dtype), mask=(keys < length)[:, None])
-        tl.store(grad_key_value_ptr + places + width, grad_value.to(dtype), mask=(keys < length)[:, None])
+        store_rows(grad_key_value_ptr + offset, grad_key, keys, length, 2 * width, HEAD_SIZE)
+        store_rows(grad_key_value_ptr + offset + width, grad_value, keys, length, 2 * width, HEAD_SIZE)
     tl.store(grad_query_ptr + of_query + tl.arange(0, HEAD_SIZE), grad_query.to(grad_query_ptr.dtype.element_ty))
 
 
