@@ -242,3 +242,10 @@ class StopRequest:
                 return False
             before[0].wait()
         return bool(before[1].item())
+
+    def close(self) -> None:
+        """Wait for the last answer, so that no exchange is under way when the process ends."""
+        if self.asked is not None:
+            with _others_needed():
+                self.asked[0].wait()
+            self.asked = None

@@ -219,8 +219,8 @@ class Training:
         from minibert.engine import FixedSteps  # imports Triton, where it is
 
         fixed = FixedSteps(self.model, self.problem, config, hardware, self.total_steps, self.weights)
-        rows = self._steps_of_epoch(0)[0].batches[0][:ROWS_TRIED]
         train = self.data["train"]
+        rows = np.arange(min(ROWS_TRIED, len(train)))
         fault = fixed.fault(train.batch(rows), train.targets_of(rows, torch.device("cpu")))
         if fault is None:
             return fixed
@@ -266,7 +266,9 @@ class Training:
                     save()
                     last_save = time.monotonic()
                 if stop and not at_end:
+                    stop_request.close()
                     raise Interrupted
+        stop_request.close()
         if self.fixed is not None and not self.config.quiet:
             tqdm.write(f"engine {self.hardware.engine}: {self.fixed.report()}")
         if self.state.step == int(self.optimizer.skipped) > 0 and self.optimizer.loss_scale is None:
@@ -275,12 +277,13 @@ class Training:
 
     def _foretell(self) -> None:
         """Say what is to be expected, by the steps so far; --check says it before, of evaluations too."""
+        if self.config.quiet:
+            return
         self._settle()
-        per_token, device = self.state.seconds / self.state.tokens, self.hardware.device
-        tokens = sum(step.tokens for step in self._steps_of_epoch(0)) / self.steps_per_epoch * self.total_steps
+        device, epochs = self.hardware.device, self.total_steps / self.steps_per_epoch
+        seconds = self.state.seconds / self.state.tokens * int(self.data["train"].lengths.sum()) * epochs
         memory = f"{peak_memory(device) / 2**30:.1f} GiB of {'GPU ' * (device.type == 'cuda')}memory so far"
-        if not self.config.quiet:
-            tqdm.write(f"expect  {duration(per_token * tokens)} for {self.total_steps} steps; {memory}")
+        tqdm.write(f"expect  {duration(seconds)} for {self.total_steps} steps; {memory}")
 
     def _step(self, step: Step) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
