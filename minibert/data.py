@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from minibert.columns import Columns, as_trained, find_columns, has_header, refuse_unlike_training
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.labels import guess_kind, indicator_length, is_missing, is_number, read_label, second_thoughts
+from minibert.labels import guess_kind, indicator_length, is_missing, read_label, second_thoughts
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, sorted_labels
 from minibert.splits import split
 from minibert.tables import BadRow, Table, bad_rows_error, describe_bad, read_table, stream_table
@@ -20,22 +20,6 @@ from minibert.tokens import valid_unicode
 
 ROOM_FOR_LABELS = 30  # characters
 HEADER_ROWS = 200  # looked at to tell whether there is a header
-
-# What people call their columns, in the order of trust, as `_plain_name` writes them.
-TEXT_NAMES = """text sentence review review_text reviewtext question_text message sms tweet comment comment_text content
-question body description document resume utterance statement headline title v2 texts""".split()
-LABEL_NAMES = """label labels target category class sentiment intent topic quality score rating stars y is_duplicate
-spam v1 gold_label emotion output polarity overall class_index coarse_label fine_label""".split()
-PAIR_NAMES = (
-    ("sentence1", "sentence2"),
-    ("text_a", "text_b"),
-    ("question1", "question2"),
-    ("premise", "hypothesis"),
-    ("text1", "text2"),
-    ("query", "passage"),
-    ("#1_string", "#2_string"),
-)
-KNOWN_NAMES = {*TEXT_NAMES, *LABEL_NAMES, *(name for pair in PAIR_NAMES for name in pair)}
 
 
 @dataclass
@@ -61,22 +45,6 @@ class Examples:
         return Examples(self.source, pick(self.texts), pick(self.pairs), pick(self.labels), pick(self.lines))
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table are which."""
-
-    text: tuple[str, ...]
-    pair: str | None
-    label: tuple[str, ...]
-
-    def names(self) -> list[str]:
-        return [*self.text, *([self.pair] if self.pair else []), *self.label]
-
-    def __str__(self) -> str:
-        pair = f" + {self.pair}" if self.pair else ""
-        return f"text: {' + '.join(self.text)}{pair} · label: {', '.join(self.label)}"
-
-
 @dataclass
 class RunData:
     """Everything a run reads: the parts, and what the labels are."""
@@ -94,82 +62,6 @@ def text_keys(examples: Examples) -> list[str]:
     if examples.pairs is None:
         return keys
     return [f"{key}\n{' '.join(pair.split()).casefold()}" for key, pair in zip(keys, examples.pairs, strict=True)]
-
-
-def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Columns:
-    """The columns named by flags, or else by the names that people use; UserError lists what is there."""
-    found = {_plain_name(name): name for name in reversed(table.columns)}
-    text = tuple(_asked(table, name, found) for name in config.text_column)
-    label = tuple(_asked(table, name, found) for name in config.label_column)
-    pair = _asked(table, config.text_pair_column, found) if config.text_pair_column else None
-    if not text and not pair:
-        first, second = next(((a, b) for a, b in PAIR_NAMES if a in found and b in found), ("", ""))
-        text, pair = ((found[first],), found[second]) if first else ((), None)
-    label = label or _first_of(LABEL_NAMES, found, {*text, pair})
-    text = text or _first_of(TEXT_NAMES, found, {*label, pair})
-    if len(table.columns) == 2 and not pair and not (text and (label or not need_label)):
-        text, label = _two_columns(table, text, label)
-    if need_label and text and not label:
-        label = _columns_of_flags(table, {*text, pair})
-    if not text or (need_label and not label):
-        raise _not_found(table, "--label-column" if text else "--text-column")
-    columns = Columns(text, pair, label)
-    for name in columns.names():
-        if columns.names().count(name) > 1:
-            raise UserError(f"{table.path}: column {name!r} is asked for twice; text, second text and label differ")
-    return columns
-
-
-def _plain_name(name: str) -> str:
-    """One spelling: `Review Text` is review_text."""
-    return re.sub(r"[\s_-]+", "_", name.strip().lower())
-
-
-def _asked(table: Table, name: str, found: dict[str, str]) -> str:
-    """A column named by a flag; another letter case will do."""
-    if name in table.columns:
-        return name
-    if _plain_name(name) not in found:
-        raise UserError(f"{table.path}: no column {name!r}; its columns are {', '.join(table.columns)}")
-    return found[_plain_name(name)]
-
-
-def _first_of(known: Sequence[str], found: dict[str, str], taken: set[str | None]) -> tuple[str, ...]:
-    return tuple(found[name] for name in known if name in found and found[name] not in taken)[:1]
-
-
-def _two_columns(
-    table: Table, text: tuple[str, ...], label: tuple[str, ...]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of two columns the one with fewer different values is the label, unless its name says otherwise."""
-    first, second = table.columns
-    known = text or label
-    if known:
-        other = second if known == (first,) else first
-        return (text or (other,)), (label or (other,))
-    different = {name: len({str(value) for value in table.columns[name]}) for name in (first, second)}
-    fewer = min(different, key=lambda name: different[name])
-    return (first if fewer == second else second,), (fewer,)
-
-
-def _columns_of_flags(table: Table, taken: set[str | None]) -> tuple[str, ...]:
-    """Two or more columns of nothing but 0 and 1: one for each label."""
-    if not table.lines:
-        return ()
-    found = [name for name, values in table.columns.items() if {str(value) for value in values} <= {"0", "1"}]
-    names = tuple(name for name in found if name not in taken)
-    return names if len(names) > 1 else ()
-
-
-def _not_found(table: Table, flag: str) -> UserError:
-    names, hint = list(table.columns), ""
-    if names == ["text"] and table.path.lower().endswith(".txt"):
-        hint = "; name a file of `label text` lines .label"
-    if names != [str(i) for i in range(len(names))]:
-        return UserError(f"{table.path}: give {flag}; the columns are {', '.join(names) or 'none'}{hint}")
-    first = {name: " ".join(str(cells[0]).split()) if cells else "" for name, cells in table.columns.items()}
-    shown = ", ".join(f"{name} ({cell[:24]}{'...' if len(cell) > 24 else ''})" for name, cell in first.items())
-    return UserError(f"{table.path}: give {flag}; there is no header; the columns are {shown}")
 
 
 def examples_from_table(table: Table, columns: Columns, with_labels: bool = True) -> Examples:
@@ -234,20 +126,28 @@ def _columns_like(columns: Columns, table: Table, config: RunConfig) -> Columns:
     return own
 
 
-def stream_examples(path: str, config: RunConfig, with_labels: bool = False) -> Iterator[Examples]:
-    """Rows of a file, chunk by chunk, so that it may be larger than memory; the first chunk decides on the columns."""
+def stream_examples(
+    path: str, config: RunConfig, with_labels: bool = False, trained: RunConfig | None = None
+) -> Iterator[Examples]:
+    """Rows of a file, chunk by chunk, so that it may be larger than memory; the first chunk decides on the columns.
+
+    `trained`: where the model's training found its texts, for the columns that no flag names.
+    """
+    config, header = as_trained(config, trained, _first_rows(path, config))
 
     def checked(examples: Examples, columns: Columns) -> Examples:
+        refuse_unlike_training(columns, path, trained)
         return usable(examples, config, _may_lack_labels(columns, config)) if with_labels else examples
 
-    header = _has_header(_first_rows(path, config), config)
     yield from _stream(path, header, config, with_labels, checked)
 
 
-def stream_labelled(path: str, problem: Problem, config: RunConfig) -> Iterator[Examples]:
+def stream_labelled(
+    path: str, problem: Problem, config: RunConfig, trained: RunConfig | None = None
+) -> Iterator[Examples]:
     """`stream_examples` with labels that a trained model knows, for `evaluate`."""
     first = _first_rows(path, config)
-    header = _has_header(first, config)
+    config, header = as_trained(config, trained, first)
     names = set(first.columns)
     if header and first.delimited:
         names = {str(cells[0]).strip() for cells in first.columns.values() if cells}
@@ -255,6 +155,7 @@ def stream_labelled(path: str, problem: Problem, config: RunConfig) -> Iterator[
         config = replace(config, label_column=tuple(problem.labels))
 
     def named(examples: Examples, columns: Columns) -> Examples:
+        refuse_unlike_training(columns, path, trained)
         places = columns.label if len(columns.label) > 1 else ()
         examples = usable(examples, config, _may_lack_labels(columns, config))
         if not places and indicator_length(examples.labels or []) == len(problem.labels):
@@ -297,7 +198,7 @@ def _refuse_unknown(examples: Examples, problem: Problem) -> None:
 
 
 def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
-    header = _has_header(_first_rows(path, config), config)
+    header = has_header(_first_rows(path, config), config)
     if not header and not config.no_header:
         notes.append(f"{path} has no header: its first row looks like the others")
     table = read_table(path, header=header, encoding=config.encoding, on_bad_rows="skip")
@@ -311,26 +212,6 @@ def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
 def _first_rows(path: str, config: RunConfig) -> Table:
     """The first rows, a header among them as a row of cells."""
     return next(stream_table(path, header=False, encoding=config.encoding, rows=HEADER_ROWS, on_bad_rows="skip"))
-
-
-def _has_header(first: Table, config: RunConfig) -> bool:
-    """Whether the first row holds names: one is known and no value of its column, or none at all is such a value."""
-    if config.no_header:
-        return False
-    if not first.delimited or not first.lines or any(row.line < first.lines[0] for row in first.bad):
-        return True
-    columns = [[str(value or "").strip() for value in values] for values in first.columns.values()]
-    asked = {*config.text_column, *config.label_column, *filter(None, [config.text_pair_column])}
-    known = {*map(_plain_name, asked), *KNOWN_NAMES}
-    values = [name for name, *below in columns if name and _is_one_of(name, below)]
-    return not values or any(_plain_name(name) in known and name not in values for name, *_ in columns)
-
-
-def _is_one_of(name: str, values: list[str]) -> bool:
-    """A name that occurs below itself, in a column of few values or of numbers, is no name."""
-    if is_number(name):
-        return name in values or (bool(values) and all(map(is_number, values)))
-    return name in values and len(set(values)) <= len(values) / 2
 
 
 def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, notes: list[str]) -> RunData:

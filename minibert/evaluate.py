@@ -28,12 +28,14 @@ def main(argv: Sequence[str]) -> None:
     import numpy as np
 
     from minibert.classifier import load
+    from minibert.columns import trained_columns
     from minibert.data import stream_labelled
 
     classifier = load(arguments.run, arguments.device)
     problem = classifier.problem
     logits, targets = [], []
-    for examples in stream_labelled(arguments.file, problem, column_config(arguments)):  # a chunk at a time
+    trained = trained_columns(arguments.run)
+    for examples in stream_labelled(arguments.file, problem, column_config(arguments), trained):  # a chunk at a time
         logits.append(classifier.logits(examples.texts, examples.pairs))
         targets.append(problem.targets(examples.labels or []))
     if not sum(map(len, targets)):

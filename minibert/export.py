@@ -183,11 +183,13 @@ def _change(problem: Problem, before: np.ndarray, after: np.ndarray) -> str:
 
 
 def _comparison_texts(classifier: Classifier, arguments: Any) -> Iterator[Examples]:
+    from minibert.columns import trained_columns
     from minibert.data import stream_examples, stream_labelled
     from minibert.run import DEMO_DATA
 
     if arguments.file:
-        yield from stream_labelled(arguments.file, classifier.problem, column_config(arguments))
+        trained = trained_columns(arguments.run)
+        yield from stream_labelled(arguments.file, classifier.problem, column_config(arguments), trained)
     else:
         yield from stream_examples(str(DEMO_DATA), column_config(parser().parse_args(["-"])))
 

@@ -159,12 +159,13 @@ def predicted_chunks(classifier: Classifier, arguments: argparse.Namespace) -> I
 
 
 def read_chunks(arguments: argparse.Namespace) -> Iterator[Examples]:
+    from minibert.columns import trained_columns
     from minibert.data import Examples, stream_examples
 
     if arguments.text is not None:
         yield Examples("--text", arguments.text, lines=list(range(1, len(arguments.text) + 1)))
     elif arguments.file not in (None, STANDARD_INPUT):
-        yield from stream_examples(arguments.file, column_config(arguments))
+        yield from stream_examples(arguments.file, column_config(arguments), trained=trained_columns(arguments.run))
     else:
         encoding = column_config(arguments).encoding or "utf-8-sig"
         empty = True

@@ -22,9 +22,10 @@ from minibert.card import write_card
 from minibert.checkpoint import LoadReport, load_model, model_folder
 from minibert.classifier import Classifier, as_texts, finite, fitting_tokenizer, load, saved_labels
 from minibert.cli import checked_values
+from minibert.columns import Columns
 from minibert.config import BertConfig, RunConfig
 from minibert.console import Progress, describe, silence, summarise, terminal_name
-from minibert.data import Columns, Examples, RunData, load_data, prepare
+from minibert.data import Examples, RunData, load_data, prepare
 from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
 from minibert.files import read_json, write_json, write_text, writing

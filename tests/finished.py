@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from minibert.calibration import calibration_metrics
+from minibert.columns import Columns
 from minibert.config import RunConfig
-from minibert.data import Columns, Examples, RunData
+from minibert.data import Examples, RunData
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.report import Finished
 from minibert.tokens import Tokens, offsets_of

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minibert.columns import Columns, as_trained, find_columns, trained_columns
 from minibert.config import RunConfig
 from minibert.data import (
-    Columns,
     Examples,
     RunData,
     examples_from_table,
-    find_columns,
     load_data,
     prepare,
     stream_examples,
@@ -399,3 +398,63 @@ def test_evaluation_finds_label_columns_and_skips_a_chunk_of_bad_rows(
     assert (streamed[0].labels or [])[:4] == [[], ["rude"], ["loud"], ["loud", "rude"]]
     with pytest.raises(UserError, match="no row can be used"):
         list(stream_examples(write(tmp_path / "b.csv", "text,label\n,a\n"), RunConfig(on_bad_rows="skip"), True))
+
+
+TRAINED = RunConfig(text_column=("Body",), text_pair_column="Reply", label_column=("Mood",), label_delimiter="|")
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "expected", "header"),
+    [
+        ("id,body,reply,mood\n1,a,b,x\n", {}, TRAINED, True),
+        ("body,reply\na,b\nc,d\n", {}, dataclasses.replace(TRAINED, label_column=()), True),
+        ("text,label\na,x\n", {}, RunConfig(label_delimiter="|"), True),
+        ("1,a b,x\n2,c d,x\n3,e f,x\n", {}, RunConfig(label_delimiter="|"), False),
+        ("body,reply,mood\na,b,x\n", {"no_header": True}, RunConfig(label_delimiter="|", no_header=True), False),
+        (
+            "body,reply,mood,text\na,b,x,c\n",
+            {"text_column": ("text",), "label_delimiter": ";"},
+            RunConfig(text_column=("text",), label_column=("Mood",), label_delimiter=";"),
+            True,
+        ),
+        (
+            "body,reply,mood\na,b,x\n",
+            {"text_column": ("Mood",)},
+            RunConfig(text_column=("Mood",), label_delimiter="|"),
+            True,
+        ),
+    ],
+)
+def test_columns_of_training_are_taken_where_the_file_has_them(
+    tmp_path: Path, content: str, flags: dict[str, Any], expected: RunConfig, header: bool
+) -> None:
+    first = next(stream_table(write(tmp_path / "a.csv", content), header=False))
+    assert as_trained(RunConfig(**flags), TRAINED, first) == (expected, header)
+    assert as_trained(RunConfig(**flags), None, first)[0] == RunConfig(**flags)
+
+
+def test_columns_named_by_numbers_do_not_make_a_header_of_a_row(tmp_path: Path) -> None:
+    first = next(stream_table(write(tmp_path / "a.csv", "text,label\na,x\nb,x\nc,y\n"), header=False))
+    trained = RunConfig(text_column=("0",), label_column=("1",))
+    assert as_trained(RunConfig(), trained, first) == (RunConfig(), True)
+
+
+@pytest.mark.parametrize(
+    "record", ["", "[]", "{}", '{"columns": null, "flags": {}}', '{"columns": 3, "flags": 3}', "[" * 100_000]
+)
+def test_a_record_without_columns_says_nothing(tmp_path: Path, record: str) -> None:
+    assert trained_columns(tmp_path) is None
+    (tmp_path / "run.json").write_text(record, encoding="utf-8")
+    assert trained_columns(tmp_path) is None
+
+
+def test_a_file_of_single_texts_is_refused_for_a_model_of_pairs(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,label\na,x\n")
+    with pytest.raises(
+        UserError, match=r"one text a row .*, unlike training \(Body \+ Reply\); give --text-column and"
+    ):
+        list(stream_examples(path, RunConfig(), trained=TRAINED))
+    pairs = write(tmp_path / "b.csv", "question1,question2,label\na,b,x\n")
+    with pytest.raises(UserError, match=r"two texts a row .*, unlike training \(words\); give --text-column"):
+        list(stream_labelled(pairs, Problem(MULTI, ["x"]), RunConfig(), RunConfig(text_column=("words",))))
+    assert len(list(stream_examples(pairs, RunConfig(), trained=TRAINED))) == 1

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import minibert
+from minibert.columns import Columns
 from minibert.config import RunConfig
-from minibert.data import Columns, Examples, RunData, load_data, prepare
+from minibert.data import Examples, RunData, load_data, prepare
 from minibert.metrics import tune_thresholds
 from minibert.problem import MULTI, SINGLE, Problem
 

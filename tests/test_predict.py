@@ -20,8 +20,11 @@ from pyarrow import parquet
 import minibert
 from minibert.data import Examples
 from minibert.errors import UserError
+from minibert.evaluate import main as evaluate_main
 from minibert.explain import explain, marked, word_spans
+from minibert.finetune import main as finetune_main
 from minibert.predict import described, stream_lines
+from minibert.predict import main as predict_main
 from minibert.predictions import columns, plain_cell, safe_cell, write_csv
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 
@@ -312,3 +315,24 @@ def test_the_input_is_never_overwritten_and_a_failure_leaves_nothing(untrained: 
     done = predict(str(untrained), *arguments, check=False)
     assert done.returncode == 2 and "line 10002: not JSON" in done.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["bad.jsonl", "in.csv"]
+
+
+def test_the_columns_of_training_need_not_be_named_again(
+    tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moods = ("glad|calm", "sad", "calm")
+    rows = [[f"good {i}", f"film {i % 7}", moods[i % 3], "title"] for i in range(30)]
+    with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("remark", "answer", "mood", "title"), *rows])
+    flags = "--text-column remark --text-pair-column answer --label-column mood --label-delimiter | --max-steps 2"
+    out, data = str(tmp_path / "run"), str(tmp_path / "a.csv")
+    finetune_main([*flags.split(), "--model", str(tiny()), "--train", data, "--output", out, "--quiet"])
+    capsys.readouterr()
+    evaluate_main([out, "--file", data])
+    assert set(json.loads(capsys.readouterr().out)["per_class"]) == {"calm", "glad", "sad"}
+    predict_main([out, "--file", data])
+    told = capsys.readouterr().out
+    predict_main([out, "--file", data, "--text-column", "remark", "--text-pair-column", "answer"])
+    assert told == capsys.readouterr().out and "film 1" in told
+    with pytest.raises(UserError, match=r"one text a row .*, unlike training \(remark \+ answer\)"):
+        predict_main([out, "--file", data, "--text-column", "remark"])

@@ -21,8 +21,9 @@ from sklearn.metrics import f1_score, log_loss, mean_squared_error
 
 import minibert
 from minibert.cli import run_command
+from minibert.columns import Columns
 from minibert.config import RunConfig
-from minibert.data import Columns, Examples, RunData
+from minibert.data import Examples, RunData
 from minibert.errors import UserError
 from minibert.finetune import main
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem

@@ -1,0 +1,192 @@
+"""Which columns of a file hold the texts and the labels: as asked for, as in training, or by the names people use."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from minibert.config import RunConfig
+from minibert.errors import UserError
+from minibert.labels import is_number
+from minibert.tables import Table
+
+# What people call their columns, in the order of trust, as `_plain_name` writes them.
+TEXT_NAMES = """text sentence review review_text reviewtext question_text message sms tweet comment comment_text content
+question body description document resume utterance statement headline title v2 texts""".split()
+LABEL_NAMES = """label labels target category class sentiment intent topic quality score rating stars y is_duplicate
+spam v1 gold_label emotion output polarity overall class_index coarse_label fine_label""".split()
+PAIR_NAMES = (
+    ("sentence1", "sentence2"),
+    ("text_a", "text_b"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("text1", "text2"),
+    ("query", "passage"),
+    ("#1_string", "#2_string"),
+)
+KNOWN_NAMES = {*TEXT_NAMES, *LABEL_NAMES, *(name for pair in PAIR_NAMES for name in pair)}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table are which."""
+
+    text: tuple[str, ...]
+    pair: str | None
+    label: tuple[str, ...]
+
+    def names(self) -> list[str]:
+        return [*self.text, *([self.pair] if self.pair else []), *self.label]
+
+    def __str__(self) -> str:
+        pair = f" + {self.pair}" if self.pair else ""
+        return f"text: {' + '.join(self.text)}{pair} · label: {', '.join(self.label)}"
+
+
+def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Columns:
+    """The columns named by flags, or else by the names that people use; UserError lists what is there."""
+    found = {_plain_name(name): name for name in reversed(table.columns)}
+    text = tuple(_asked(table, name, found) for name in config.text_column)
+    label = tuple(_asked(table, name, found) for name in config.label_column)
+    pair = _asked(table, config.text_pair_column, found) if config.text_pair_column else None
+    if not text and not pair:
+        first, second = next(((a, b) for a, b in PAIR_NAMES if a in found and b in found), ("", ""))
+        text, pair = ((found[first],), found[second]) if first else ((), None)
+    label = label or _first_of(LABEL_NAMES, found, {*text, pair})
+    text = text or _first_of(TEXT_NAMES, found, {*label, pair})
+    if len(table.columns) == 2 and not pair and not (text and (label or not need_label)):
+        text, label = _two_columns(table, text, label)
+    if need_label and text and not label:
+        label = _columns_of_flags(table, {*text, pair})
+    if not text or (need_label and not label):
+        raise _not_found(table, "--label-column" if text else "--text-column")
+    columns = Columns(text, pair, label)
+    for name in columns.names():
+        if columns.names().count(name) > 1:
+            raise UserError(f"{table.path}: column {name!r} is asked for twice; text, second text and label differ")
+    return columns
+
+
+def _plain_name(name: str) -> str:
+    """One spelling: `Review Text` is review_text."""
+    return re.sub(r"[\s_-]+", "_", name.strip().lower())
+
+
+def _asked(table: Table, name: str, found: dict[str, str]) -> str:
+    """A column named by a flag; another letter case will do."""
+    if name in table.columns:
+        return name
+    if _plain_name(name) not in found:
+        raise UserError(f"{table.path}: no column {name!r}; its columns are {', '.join(table.columns)}")
+    return found[_plain_name(name)]
+
+
+def _first_of(known: Sequence[str], found: dict[str, str], taken: set[str | None]) -> tuple[str, ...]:
+    return tuple(found[name] for name in known if name in found and found[name] not in taken)[:1]
+
+
+def _two_columns(
+    table: Table, text: tuple[str, ...], label: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of two columns the one with fewer different values is the label, unless its name says otherwise."""
+    first, second = table.columns
+    known = text or label
+    if known:
+        other = second if known == (first,) else first
+        return (text or (other,)), (label or (other,))
+    different = {name: len({str(value) for value in table.columns[name]}) for name in (first, second)}
+    fewer = min(different, key=lambda name: different[name])
+    return (first if fewer == second else second,), (fewer,)
+
+
+def _columns_of_flags(table: Table, taken: set[str | None]) -> tuple[str, ...]:
+    """Two or more columns of nothing but 0 and 1: one for each label."""
+    if not table.lines:
+        return ()
+    found = [name for name, values in table.columns.items() if {str(value) for value in values} <= {"0", "1"}]
+    names = tuple(name for name in found if name not in taken)
+    return names if len(names) > 1 else ()
+
+
+def _not_found(table: Table, flag: str) -> UserError:
+    names, hint = list(table.columns), ""
+    if names == ["text"] and table.path.lower().endswith(".txt"):
+        hint = "; name a file of `label text` lines .label"
+    if names != [str(i) for i in range(len(names))]:
+        return UserError(f"{table.path}: give {flag}; the columns are {', '.join(names) or 'none'}{hint}")
+    first = {name: " ".join(str(cells[0]).split()) if cells else "" for name, cells in table.columns.items()}
+    shown = ", ".join(f"{name} ({cell[:24]}{'...' if len(cell) > 24 else ''})" for name, cell in first.items())
+    return UserError(f"{table.path}: give {flag}; there is no header; the columns are {shown}")
+
+
+def has_header(first: Table, config: RunConfig) -> bool:
+    """Whether the first row holds names: one is known and no value of its column, or none at all is such a value."""
+    if config.no_header:
+        return False
+    if not first.delimited or not first.lines or any(row.line < first.lines[0] for row in first.bad):
+        return True
+    columns = [[str(value or "").strip() for value in values] for values in first.columns.values()]
+    asked = {*config.text_column, *config.label_column, *filter(None, [config.text_pair_column])}
+    known = {*map(_plain_name, asked), *KNOWN_NAMES}
+    values = [name for name, *below in columns if name and _is_one_of(name, below)]
+    return not values or any(_plain_name(name) in known and name not in values for name, *_ in columns)
+
+
+def _is_one_of(name: str, values: list[str]) -> bool:
+    """A name that occurs below itself, in a column of few values or of numbers, is no name."""
+    if is_number(name):
+        return name in values or (bool(values) and all(map(is_number, values)))
+    return name in values and len(set(values)) <= len(values) / 2
+
+
+def trained_columns(folder: str | Path) -> RunConfig | None:
+    """Where a run's training found its texts and labels, by its run.json; None for a model that has none."""
+    try:
+        record = json.loads((Path(folder).expanduser() / "run.json").read_text(encoding="utf-8"))
+        columns, delimiter = record["columns"], record["flags"]["label_delimiter"]
+        found = Columns(tuple(columns["text"]), columns["pair"], tuple(columns["label"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    if not all(isinstance(name, str) for name in [*found.names(), delimiter or ""]):
+        return None
+    return RunConfig(
+        text_column=found.text, text_pair_column=found.pair, label_column=found.label, label_delimiter=delimiter
+    )
+
+
+def as_trained(config: RunConfig, trained: RunConfig | None, first: Table) -> tuple[RunConfig, bool]:
+    """The flags, with training's columns for those not given where the file has them, and whether it has a header.
+
+    `first`: the file's first rows, read as if it had none.
+    """
+    header = has_header(first, config)
+    if trained is None:
+        return config, header
+    above = {_plain_name(str(cells[0])) for cells in first.columns.values() if cells}
+    header = header or (not config.no_header and {*map(_plain_name, trained.text_column)} <= above)
+    names = above if header and first.delimited else {*map(_plain_name, first.columns)}
+
+    def there(*columns: str | None) -> bool:
+        return all(column is None or _plain_name(column) in names for column in columns)
+
+    text, pair, label = config.text_column, config.text_pair_column, config.label_column
+    if not text and not pair and there(*trained.text_column, trained.text_pair_column):
+        text, pair = trained.text_column, trained.text_pair_column
+    if not label and there(*trained.label_column) and not {*text, pair} & {*trained.label_column}:
+        label = trained.label_column
+    delimiter = config.label_delimiter or trained.label_delimiter
+    known = replace(config, text_column=text, text_pair_column=pair, label_column=label, label_delimiter=delimiter)
+    return known, header
+
+
+def refuse_unlike_training(columns: Columns, path: str, trained: RunConfig | None) -> None:
+    """UserError where a file gives one text a row to a model of two, or the other way round."""
+    if trained is None or (columns.pair is None) == (trained.text_pair_column is None):
+        return
+    names = " + ".join([*trained.text_column, *filter(None, [trained.text_pair_column])])
+    flags = "--text-column and --text-pair-column" if trained.text_pair_column else "--text-column"
+    has = "one text" if columns.pair is None else "two texts"
+    raise UserError(f"{path}: {has} a row ({columns}), unlike training ({names}); give {flags}")
