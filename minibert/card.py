@@ -166,7 +166,8 @@ def classes(run: Finished, part: str) -> str:
 
 
 def use(run: Finished) -> str:
-    text = """## Intended use
+    example = '("a text", "its second text")' if run.data.columns.pair else '"a text"'
+    text = f"""## Intended use
 
 For texts like those it was trained on: same language, same kind of source, same meaning of the labels.
 
@@ -174,7 +175,7 @@ For texts like those it was trained on: same language, same kind of source, same
 import minibert
 
 classifier = minibert.load("path/to/this/folder")
-print(classifier.predict(["a text"])[0])
+print(classifier.predict([{example}])[0])
 ```"""
     if run.config.mlp_size():
         return text + "\n\nThe head has a hidden layer, which transformers lacks: load the folder with minibert."

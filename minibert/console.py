@@ -62,7 +62,7 @@ class Progress:
             self.say(f"{where} · {self.loss}{name.replace('_', ' ', 1)} {value}{best} · {times}")
 
 
-def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, verdict: str) -> None:
+def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, pairs: bool, verdict: str) -> None:
     """The end of a run: metrics, a row for each class, speed, and what to do next."""
     say("")
     say(verdict)
@@ -84,7 +84,8 @@ def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, ve
     if mlp_size:
         say("the mlp head is minibert's own: transformers cannot load this folder as a classifier")
     say(f"\nreport:  {output / 'report.html'}")
-    say(f'predict: python -m minibert.predict {output} --text "A text to classify"')
+    second = ' --text-pair "Its second text"' if pairs else ""
+    say(f'predict: python -m minibert.predict {output} --text "A text to classify"{second}')
 
 
 def class_lines(part: str, per_class: dict[str, dict[str, Any]]) -> list[str]:

@@ -38,6 +38,7 @@ def parser() -> Parser:
     result.add_argument("run", metavar="RUN", help="folder that finetune wrote, or any BERT classifier")
     source = result.add_mutually_exclusive_group()
     source.add_argument("--text", nargs="+", metavar="T", help="one or more texts")
+    result.add_argument("--text-pair", "--text_pair", nargs="+", metavar="T", help="the second text of each --text")
     source.add_argument("--file", metavar="F", help="data file with a text column; - is standard input, a text a line")
     result.add_argument("--output", metavar="FILE", help="where to write: .csv, .jsonl or .parquet (default: stdout)")
     result.add_argument("--format", choices=FORMATS[:2], help="of what goes to stdout (default csv)")
@@ -53,6 +54,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(list(argv))
     kind = output_format(arguments)
+    check_pairs(arguments)
     arguments.top_k = arguments.top_k or 0
     if arguments.text is None and arguments.file in (None, STANDARD_INPUT):
         check_standard_input(arguments)
@@ -90,6 +92,21 @@ def output_format(arguments: argparse.Namespace) -> str:
     return kind
 
 
+def check_pairs(arguments: argparse.Namespace) -> None:
+    """Second texts come one for each first; a model of pairs that is given one text a row says so and goes on."""
+    from minibert.columns import trained_columns
+
+    texts, pairs = arguments.text, arguments.text_pair
+    if pairs is not None and texts is None:
+        raise UserError("--text-pair: goes with --text; in a file --text-pair-column names the second texts")
+    if pairs is not None and len(pairs) != len(texts):
+        raise UserError(f"{len(texts)} texts after --text but {len(pairs)} after --text-pair; give one for each")
+    trained = trained_columns(arguments.run)
+    if trained is not None and trained.text_pair_column and pairs is None and arguments.file in (None, STANDARD_INPUT):
+        advice = "--text-pair gives the second" if texts else "give a --file with both"
+        print(f"warning: {arguments.run} was trained on two texts a row; {advice}", file=sys.stderr)
+
+
 def check_standard_input(arguments: argparse.Namespace) -> None:
     nothing = sys.stdin is None or (arguments.file is None and sys.stdin.isatty())
     if nothing:
@@ -104,13 +121,15 @@ def print_predictions(classifier: Classifier, arguments: argparse.Namespace) -> 
     from minibert.explain import explain, marked, strongest
     from minibert.predictions import most_probable
 
-    problem, texts = classifier.problem, arguments.text
-    logits = classifier.logits(texts)
-    words = explain(classifier, texts, None, logits) if arguments.explain else None
+    problem, texts, pairs = classifier.problem, arguments.text, arguments.text_pair
+    logits = classifier.logits(texts, pairs)
+    words = explain(classifier, texts, pairs, logits) if arguments.explain else None
     probabilities = problem.probabilities(logits)
     for i, decision in enumerate(problem.decisions(probabilities)):
-        text = texts[i] if words is None else marked(texts[i], words[i])
-        print(f"{described(decision, probabilities[i], problem)}\t{text}")
+        shown = [texts[i], *(pairs or [])[i : i + 1]]
+        if words is not None:
+            shown = [marked(text, words[i], in_pair=place > 0) for place, text in enumerate(shown)]
+        print("\t".join([described(decision, probabilities[i], problem), *shown]))
         for k in most_probable(probabilities[i : i + 1], arguments.top_k)[0] if arguments.top_k else ():
             print(f"\t{probabilities[i, k]:.4f}\t{problem.labels[k]}")
         if words is not None:
@@ -163,7 +182,7 @@ def read_chunks(arguments: argparse.Namespace) -> Iterator[Examples]:
     from minibert.data import Examples, stream_examples
 
     if arguments.text is not None:
-        yield Examples("--text", arguments.text, lines=list(range(1, len(arguments.text) + 1)))
+        yield Examples("--text", arguments.text, arguments.text_pair, lines=list(range(1, len(arguments.text) + 1)))
     elif arguments.file not in (None, STANDARD_INPUT):
         yield from stream_examples(arguments.file, column_config(arguments), trained=trained_columns(arguments.run))
     else:

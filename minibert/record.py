@@ -35,7 +35,7 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
         "command": command,
         "seed": config.seed,
         "data": {part: {"file": path, "sha256": file_hash(path)} for part, path in files.items()},
-        "columns": dataclasses.asdict(data.columns) if files else None,  # lists have none
+        "columns": dataclasses.asdict(data.columns),
         "rows": {part: len(examples) for part, examples in data.parts.items()},
         "skipped_rows": {part: skipped_record(bad) for part, bad in data.skipped.items()},
         "labels": data.problem.labels,

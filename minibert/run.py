@@ -98,7 +98,8 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
                 raise UserError(f"{part}: {len(first)} texts but {len(values)} labels; give one label for each text")
             parts[part] = Examples(f"{part} list", first, second, values, list(range(len(first))))
         notes: list[str] = []
-        data = prepare(parts, Columns(("text",), None, ("label",)), config, notes)
+        pair = "text_pair" if parts["train"].pairs is not None else None
+        data = prepare(parts, Columns(("text",), pair, ("label",)), config, notes)
         return run(config, data, ["minibert.finetune(...)"])
 
 
@@ -142,7 +143,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     if distributed.is_first():
         judged = finish(job, training, classifier, output, record, metrics, logits, moments)
         tracker.finish(metrics, output)
-        summarise(say, output, metrics, job.model.mlp_size, judged)
+        summarise(say, output, metrics, job.model.mlp_size, data.columns.pair is not None, judged)
     return classifier
 
 

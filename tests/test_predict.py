@@ -336,3 +336,21 @@ def test_the_columns_of_training_need_not_be_named_again(
     assert told == capsys.readouterr().out and "film 1" in told
     with pytest.raises(UserError, match=r"one text a row .*, unlike training \(remark \+ answer\)"):
         predict_main([out, "--file", data, "--text-column", "remark"])
+    predict_main([out, "--text", "good 1", "--text-pair", "film 1"])
+    line = capsys.readouterr().out.rstrip("\n").split("\t")
+    probability = minibert.load(out).predict([("good 1", "film 1")])[0].probabilities
+    given = [name for name in probability if f"{name} {probability[name]:.4f}" in line[0]]
+    assert line[1:] == ["good 1", "film 1"] and given
+    predict_main([out, "--text", "good 1", "--text-pair", "film 1", "--format", "jsonl"])
+    assert json.loads(capsys.readouterr().out)["text_pair"] == "film 1"
+    predict_main([out, "--text", "good 1", "good 2", "--text-pair", "film 1", "film 2", "--explain"])
+    told = capsys.readouterr().out
+    classifier = minibert.load(out)
+    logits = classifier.logits(["good 1", "good 2"], ["film 1", "film 2"])
+    for i, words in enumerate(explain(classifier, ["good 1", "good 2"], ["film 1", "film 2"], logits), 1):
+        assert f"\t{marked(f'good {i}', words)}\t{marked(f'film {i}', words, in_pair=True)}\n" in told
+    predict_main([out, "--text", "good 1"])
+    assert "trained on two texts a row; --text-pair gives the second" in capsys.readouterr().err
+    for arguments in (["--text", "a", "b", "--text-pair", "c"], ["--file", data, "--text-pair", "c"]):
+        with pytest.raises(UserError, match="--text-pair"):
+            predict_main([out, *arguments])
