@@ -59,6 +59,8 @@ def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Co
     text = text or _first_of(TEXT_NAMES, found, {*label, pair})
     if len(table.columns) == 2 and not pair and not (text and (label or not need_label)):
         text, label = _two_columns(table, text, label)
+    if len(table.columns) == 1 and not text and not label and not need_label:
+        text = tuple(table.columns)
     if need_label and text and not label:
         label = _columns_of_flags(table, {*text, pair})
     if not text or (need_label and not label):
@@ -175,7 +177,7 @@ def as_trained(config: RunConfig, trained: RunConfig | None, first: Table) -> tu
     text, pair, label = config.text_column, config.text_pair_column, config.label_column
     if not text and not pair and there(*trained.text_column, trained.text_pair_column):
         text, pair = trained.text_column, trained.text_pair_column
-    if not label and there(*trained.label_column) and not {*text, pair} & {*trained.label_column}:
+    if text and not label and there(*trained.label_column) and not {*text, pair} & {*trained.label_column}:
         label = trained.label_column
     delimiter = config.label_delimiter or trained.label_delimiter
     known = replace(config, text_column=text, text_pair_column=pair, label_column=label, label_delimiter=delimiter)

@@ -433,6 +433,13 @@ def test_columns_of_training_are_taken_where_the_file_has_them(
     assert as_trained(RunConfig(**flags), None, first)[0] == RunConfig(**flags)
 
 
+def test_a_column_of_texts_alone_is_not_taken_for_the_labels_of_training(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "see you\nat eight\n")
+    trained = RunConfig(text_column=("1",), label_column=("0",))
+    (examples,) = stream_examples(path, RunConfig(no_header=True), trained=trained)
+    assert examples.texts == ["see you", "at eight"]
+
+
 def test_columns_named_by_numbers_do_not_make_a_header_of_a_row(tmp_path: Path) -> None:
     first = next(stream_table(write(tmp_path / "a.csv", "text,label\na,x\nb,x\nc,y\n"), header=False))
     trained = RunConfig(text_column=("0",), label_column=("1",))
