@@ -131,10 +131,16 @@ def has_header(first: Table, config: RunConfig) -> bool:
     if not first.delimited or not first.lines or any(row.line < first.lines[0] for row in first.bad):
         return True
     columns = [[str(value or "").strip() for value in values] for values in first.columns.values()]
+    values = [name for name, *below in columns if name and _is_one_of(name, below)]
+    return not values or any(name not in values for name in known_names(first, config))
+
+
+def known_names(first: Table, config: RunConfig) -> list[str]:
+    """Cells of a file's first row that are names which flags ask for, or which people use."""
     asked = {*config.text_column, *config.label_column, *filter(None, [config.text_pair_column])}
     known = {*map(_plain_name, asked), *KNOWN_NAMES}
-    values = [name for name, *below in columns if name and _is_one_of(name, below)]
-    return not values or any(_plain_name(name) in known and name not in values for name, *_ in columns)
+    cells = [str(values[0] or "").strip() for values in first.columns.values() if values]
+    return [name for name in cells if _plain_name(name) in known]
 
 
 def _is_one_of(name: str, values: list[str]) -> bool:

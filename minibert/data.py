@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from minibert.columns import Columns, as_trained, find_columns, has_header, refuse_unlike_training
+from minibert.columns import Columns, as_trained, find_columns, has_header, known_names, refuse_unlike_training
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.files import one_line
 from minibert.labels import guess_kind, indicator_length, is_missing, read_label, second_thoughts
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, sorted_labels
 from minibert.splits import split
 from minibert.tables import BadRow, Table, bad_rows_error, describe_bad, read_table, stream_table
 from minibert.tokens import valid_unicode
 
-ROOM_FOR_LABELS = 30  # characters
+ROOM_FOR_LABELS, ROOM_FOR_ROW = 30, 60  # characters
 HEADER_ROWS = 200  # looked at to tell whether there is a header
 
 
@@ -133,7 +134,7 @@ def stream_examples(
 
     `trained`: where the model's training found its texts, for the columns that no flag names.
     """
-    config, header = as_trained(config, trained, _first_rows(path, config))
+    _, config, header = _opened(path, config, trained)
 
     def checked(examples: Examples, columns: Columns) -> Examples:
         refuse_unlike_training(columns, path, trained)
@@ -146,8 +147,7 @@ def stream_labelled(
     path: str, problem: Problem, config: RunConfig, trained: RunConfig | None = None
 ) -> Iterator[Examples]:
     """`stream_examples` with labels that a trained model knows, for `evaluate`."""
-    first = _first_rows(path, config)
-    config, header = as_trained(config, trained, first)
+    first, config, header = _opened(path, config, trained)
     names = set(first.columns)
     if header and first.delimited:
         names = {str(cells[0]).strip() for cells in first.columns.values() if cells}
@@ -165,6 +165,15 @@ def stream_labelled(
     for examples in _stream(path, header, config, True, named):
         _refuse_unknown(examples, problem)
         yield examples
+
+
+def _opened(path: str, config: RunConfig, trained: RunConfig | None) -> tuple[Table, RunConfig, bool]:
+    """(first rows, flags with training's columns, whether there is a header), with a note where that is doubtful."""
+    first = _first_rows(path, config)
+    config, header = as_trained(config, trained, first)
+    if doubt := _doubt(first, config, header):
+        print(f"note: {doubt}", file=sys.stderr)
+    return first, config, header
 
 
 def _stream(
@@ -185,6 +194,15 @@ def _stream(
         print(f"skipped {_rows(bad)} of {path}, {describe_bad(bad)}", file=sys.stderr)
 
 
+def _doubt(first: Table, config: RunConfig, header: bool) -> str:
+    """What to say where a first row is taken for names none of which is known: it may be a row that would be lost."""
+    if not header or not first.delimited or known_names(first, config):
+        return ""
+    row = ", ".join(str(cells[0]) for cells in first.columns.values() if cells)
+    shown = one_line(row if len(row) <= ROOM_FOR_ROW else row[: ROOM_FOR_ROW - 3] + "...")
+    return f"{first.path}: the first row ({shown}) is taken for the columns' names; --no-header if it is data"
+
+
 def _refuse_unknown(examples: Examples, problem: Problem) -> None:
     known = set(problem.labels)
     for line, value in zip(examples.lines, examples.labels or [], strict=True):
@@ -198,9 +216,12 @@ def _refuse_unknown(examples: Examples, problem: Problem) -> None:
 
 
 def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
-    header = has_header(_first_rows(path, config), config)
+    first = _first_rows(path, config)
+    header = has_header(first, config)
     if not header and not config.no_header:
         notes.append(f"{path} has no header: its first row looks like the others")
+    if doubt := _doubt(first, config, header):
+        notes.append(doubt)
     table = read_table(path, header=header, encoding=config.encoding, on_bad_rows="skip")
     if not table.lines and not table.bad:
         raise UserError(f"{path}: no rows; expected a header and at least one row of data")

@@ -440,6 +440,21 @@ def test_a_column_of_texts_alone_is_not_taken_for_the_labels_of_training(tmp_pat
     assert examples.texts == ["see you", "at eight"]
 
 
+def test_a_first_row_of_unknown_names_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.csv", "see you,ok\nwin,bad\nhello,ok\nmoney,bad\nfree,ok\n")
+    list(stream_examples(path, RunConfig()))
+    note = "the first row (see you, ok) is taken for the columns' names; --no-header if it is data"
+    assert capsys.readouterr().err == ""  # `ok` occurs below: no header
+    path = write(tmp_path / "a.csv", "see you,ok\nwin,bad\nhello,bad\nnow,fine\n")
+    list(stream_examples(path, RunConfig()))
+    assert note in capsys.readouterr().err
+    assert any(note in told for told in load_data(RunConfig(train=path, validation_split=0)).notes)
+    for content in ("text,kind\nwin,bad\n", "win,bad\nwin,bad\nlose,bad\n"):
+        list(stream_examples(write(tmp_path / "b.csv", content), RunConfig()))
+    list(stream_examples(path, RunConfig(text_column=("see you",))))
+    assert capsys.readouterr().err == ""
+
+
 def test_columns_named_by_numbers_do_not_make_a_header_of_a_row(tmp_path: Path) -> None:
     first = next(stream_table(write(tmp_path / "a.csv", "text,label\na,x\nb,x\nc,y\n"), header=False))
     trained = RunConfig(text_column=("0",), label_column=("1",))
