@@ -13,7 +13,7 @@ from minibert.columns import Columns, as_trained, find_columns, has_header, know
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.files import one_line
-from minibert.labels import guess_kind, indicator_length, is_missing, read_label, second_thoughts
+from minibert.labels import guess_kind, indicator_length, is_missing, read_label, respelled, second_thoughts
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, sorted_labels
 from minibert.splits import split
 from minibert.tables import BadRow, Table, bad_rows_error, describe_bad, read_table, stream_table
@@ -160,7 +160,10 @@ def stream_labelled(
         examples = usable(examples, config, _may_lack_labels(columns, config))
         if not places and indicator_length(examples.labels or []) == len(problem.labels):
             places = tuple(problem.labels)
-        return with_names(examples, problem.kind, places, config)
+        examples = with_names(examples, problem.kind, places, config)
+        if problem.kind == REGRESSION:
+            return examples
+        return replace(examples, labels=respelled(examples.labels or [], problem.labels))
 
     for examples in _stream(path, header, config, True, named):
         _refuse_unknown(examples, problem)
@@ -241,6 +244,8 @@ def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, not
     parts = {part: usable(examples, config, may_lack) for part, examples in parts.items()}
     kind, why, places = _decide(parts["train"].labels or [], columns, config)
     parts = {part: with_names(examples, kind, places, config) for part, examples in parts.items()}
+    if kind != REGRESSION and not places:
+        parts = _with_one_spelling(parts, kind, notes)
     for examples in parts.values():
         if examples.bad and not len(examples):
             raise UserError(f"{examples.source}: no row can be used; {describe_bad(examples.bad)}")
@@ -320,14 +325,25 @@ def _label_names(parts: dict[str, Examples], kind: str, places: tuple[str, ...],
     """The labels of all parts, in the order of their numbers; regression has one, its column's."""
     if kind == REGRESSION:
         return [columns.label[0]]
-    names: set[str] = set()
-    for examples in parts.values():
-        names |= _names_in(examples.labels or [], kind)
+    names = _all_names(parts, kind)
     if not names:
         raise UserError(f"{parts['train'].source}: no row has a label; a classifier needs some")
     if len(names) < 2 and kind == SINGLE:
         raise UserError(f"{parts['train'].source}: only one label, {names.pop()!r}; a classifier needs two or more")
     return list(places) or sorted_labels(names)
+
+
+def _with_one_spelling(parts: dict[str, Examples], kind: str, notes: list[str]) -> dict[str, Examples]:
+    """The same parts, a label that is a whole number spelled alike in all of them."""
+    names = _all_names(parts, kind)
+    parts = {part: replace(rows, labels=respelled(rows.labels or [], names)) for part, rows in parts.items()}
+    if gone := sorted_labels(names - _all_names(parts, kind)):
+        notes.append(f"labels such as {gone[0]} are taken for {respelled(gone[:1], names)[0]}")
+    return parts
+
+
+def _all_names(parts: dict[str, Examples], kind: str) -> set[str]:
+    return set().union(*(_names_in(examples.labels or [], kind) for examples in parts.values()))
 
 
 def _names_in(labels: list[Any], kind: str) -> set[str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from minibert.problem import MULTI, REGRESSION, SINGLE, label_text
 
+WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # a whole number as pandas writes it into a column with gaps
 LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
 FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}  # in a column of one label
 MISSING_NUMBERS = ("nan", "na", "n/a", "null", "none", "inf", "-inf", "-")  # among numbers, a value that is not there
@@ -71,6 +73,25 @@ def read_label(value: Any, kind: str, places: Sequence[str], delimiter: str | No
     return label_text(value)
 
 
+def respelled(labels: list[Any], known: Iterable[str]) -> list[Any]:
+    """Labels (or lists of them) with each whole number spelled as in `known`: 1 and 1.0 are one label."""
+    known = set(known)
+    spelling = {_whole(name): name for name in sorted(known, key=len, reverse=True)}  # the shortest, where it has both
+    found = {name for label in labels for name in ([label] if isinstance(label, str) else label)}
+    other = {name: new for name in found if (new := spelling.get(_whole(name), name)) != name}
+    if not other:
+        return labels
+    return [
+        other.get(label, label) if isinstance(label, str) else sorted({other.get(name, name) for name in label})
+        for label in labels
+    ]
+
+
+def _whole(name: str) -> str:
+    number = WHOLE.fullmatch(name)
+    return number[1] if number else name
+
+
 def second_thoughts(labels: list[str]) -> list[str]:
     """What looks as if single labels were meant in another way."""
     names = set(labels)
@@ -83,6 +104,10 @@ def second_thoughts(labels: list[str]) -> list[str]:
             ]
     if blank := sorted(name for name in names if name.lower() in ("nan", "<na>", "null")):
         return [f"label {blank[0]!r} is taken for a name; empty these cells if they mean that there is none"]
+    folded = Counter(name.casefold() for name in names)
+    if folded and (most := folded.most_common(1)[0])[1] > 1:
+        alike = [repr(name) for name in sorted(names) if name.casefold() == most[0]]
+        return [f"labels {' and '.join(alike)} differ only in upper and lower case, and are {len(alike)} labels"]
     if len(labels) >= 50 and len(names) > len(labels) / 2:
         return [f"{len(names)} different labels in {len(labels)} rows: is --label-column right?"]
     if len(names) > 2 and all(map(is_number, names)):

@@ -14,7 +14,8 @@ import pytest
 import minibert
 from minibert.columns import Columns
 from minibert.config import RunConfig
-from minibert.data import Examples, RunData, load_data, prepare
+from minibert.data import Examples, RunData, load_data, prepare, stream_labelled
+from minibert.labels import respelled, second_thoughts
 from minibert.metrics import tune_thresholds
 from minibert.problem import MULTI, SINGLE, Problem
 
@@ -128,3 +129,36 @@ def test_150_classes_one_of_them_only_in_test(tiny: Callable[..., Path], tmp_pat
         named = zip(clf.problem.labels, clf.problem.thresholds, strict=True)
         assert given.label == [name for name, threshold in named if given.probabilities[name] >= threshold]
         assert "|".join(given.label) == rows[0]["predicted"]
+
+
+def test_a_whole_number_is_one_label_however_it_is_written(tmp_path: Path) -> None:
+    def write(name: str, labels: list[str]) -> str:
+        path = tmp_path / name
+        path.write_text("text,label\n" + "".join(f"t{i},{label}\n" for i, label in enumerate(labels)), encoding="utf-8")
+        return str(path)
+
+    plain, gaps = write("a.csv", ["0", "1", "2"] * 5), write("b.csv", ["1.0", "0.0", "2.00"] * 5)
+    for train, test in ((plain, gaps), (gaps, plain)):
+        data = load_data(RunConfig(train=train, test=test, validation_split=0))
+        assert data.problem.labels == ["0", "1", "2"]
+        assert any(note.startswith("labels such as 0.0 are taken for 0") for note in data.notes)
+        assert {part: (examples.labels or [])[0] for part, examples in data.parts.items()} == (
+            {"train": "0", "test": "1"} if train == plain else {"train": "1", "test": "0"}
+        )
+    assert load_data(RunConfig(train=gaps)).problem.labels == ["0.0", "1.0", "2.00"]  # as they stand
+    for known in (["0", "1", "2"], ["0.0", "1.0", "2.00"]):
+        for path in (plain, gaps):
+            (examples,) = stream_labelled(path, Problem(SINGLE, known), RunConfig())
+            assert {int(float(label)) for label in examples.labels or []} == {0, 1, 2}
+            assert set(examples.labels or []) == set(known)
+
+
+def test_what_is_no_other_spelling_of_a_number_stays() -> None:
+    names = ["1", "01", "1.5", "1.0.0", "one", "-1.0", "v1.0", ".0"]
+    assert respelled(names, names) == names
+    assert respelled(["1.0", "-1", "one"], names) == ["1", "-1.0", "one"]
+    assert respelled([["1.0", "1"], [], ["one", "1.0"]], names) == [["1"], [], ["1", "one"]]
+
+
+def test_labels_that_differ_in_case_draw_a_remark() -> None:
+    assert "'Spam' and 'spam' differ only in upper and lower case" in second_thoughts(["spam", "Spam", "ham"] * 4)[0]
