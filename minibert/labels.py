@@ -102,7 +102,7 @@ def second_thoughts(labels: list[str]) -> list[str]:
             return [
                 f"labels such as {several[0]!r} look like several: --label-delimiter {delimiter!r} takes them apart"
             ]
-    if blank := sorted(name for name in names if name.lower() in ("nan", "<na>", "null")):
+    if blank := sorted(name for name in names if name.lower() in ("nan", "<na>", "null", "n/a", "-")):
         return [f"label {blank[0]!r} is taken for a name; empty these cells if they mean that there is none"]
     folded = Counter(name.casefold() for name in names)
     if folded and (most := folded.most_common(1)[0])[1] > 1:

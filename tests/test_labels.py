@@ -162,3 +162,9 @@ def test_what_is_no_other_spelling_of_a_number_stays() -> None:
 
 def test_labels_that_differ_in_case_draw_a_remark() -> None:
     assert "'Spam' and 'spam' differ only in upper and lower case" in second_thoughts(["spam", "Spam", "ham"] * 4)[0]
+
+
+@pytest.mark.parametrize("blank", ["nan", "NULL", "N/A", "-"])
+def test_labels_that_may_mean_nothing_draw_a_remark(blank: str) -> None:
+    assert f"label {blank!r} is taken for a name" in second_thoughts(["yes", "no", blank] * 4)[0]
+    assert second_thoughts(["yes", "no"] * 4) == []
