@@ -16,6 +16,7 @@ from minibert.checkpoint import load_model, model_folder, save_model
 from minibert.config import PROBLEM_TYPES, TRUNCATIONS, BertConfig, RunConfig
 from minibert.device import Hardware, choose, fit_attention
 from minibert.errors import UserError
+from minibert.files import one_line
 from minibert.model import BertForSequenceClassification, BertModel, PackedInput
 from minibert.problem import REGRESSION, SINGLE, Problem
 from minibert.tokens import Tokenizer, Tokens
@@ -229,10 +230,14 @@ def as_texts(texts: Iterable[Any], pairs: Sequence[str] | None) -> tuple[list[st
     """Texts and second texts from a list of texts, or of (first, second) tuples; a single string is a mistake."""
     if isinstance(texts, str):
         raise UserError("expected a list of texts, not one string; put it in brackets: [text]")
+    if hasattr(texts, "columns"):
+        raise UserError("expected a column of texts, not a whole table; choose one: frame['text']")
     items = list(texts)
     if items and all(isinstance(item, tuple) and len(item) == 2 for item in items):
         items, pairs = [first for first, _ in items], [second for _, second in items]
-    for i, item in enumerate(items):
-        if not isinstance(item, str):
-            raise UserError(f"text {i} is {type(item).__name__}, not a string: {str(item)[:60]}")
-    return items, None if pairs is None else list(pairs)
+    pairs = None if pairs is None else list(pairs)
+    for name, values in (("text", items), ("second text", pairs or [])):
+        for i, item in enumerate(values):
+            if not isinstance(item, str):
+                raise UserError(f"{name} {i} is {type(item).__name__}, not a string: {one_line(item)[:60]}")
+    return items, pairs

@@ -93,7 +93,7 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
         parts = {}
         for part, (texts, labels) in given.items():
             first, second = as_texts(texts, None)
-            values = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+            values = [_as_list(label) for label in (labels.tolist() if hasattr(labels, "tolist") else labels)]
             if len(values) != len(first):
                 raise UserError(f"{part}: {len(first)} texts but {len(values)} labels; give one label for each text")
             parts[part] = Examples(f"{part} list", first, second, values, list(range(len(first))))
@@ -101,6 +101,11 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
         pair = "text_pair" if parts["train"].pairs is not None else None
         data = prepare(parts, Columns(("text",), pair, ("label",)), config, notes)
         return run(config, data, ["minibert.finetune(...)"])
+
+
+def _as_list(label: Any) -> Any:
+    """Several labels of a row may be a set or an array, too."""
+    return list(label) if isinstance(label, set | frozenset | np.ndarray) else label
 
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:

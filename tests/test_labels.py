@@ -15,6 +15,7 @@ import minibert
 from minibert.columns import Columns
 from minibert.config import RunConfig
 from minibert.data import Examples, RunData, load_data, prepare, stream_labelled
+from minibert.errors import UserError
 from minibert.labels import respelled, second_thoughts
 from minibert.metrics import tune_thresholds
 from minibert.problem import MULTI, SINGLE, Problem
@@ -168,3 +169,34 @@ def test_labels_that_differ_in_case_draw_a_remark() -> None:
 def test_labels_that_may_mean_nothing_draw_a_remark(blank: str) -> None:
     assert f"label {blank!r} is taken for a name" in second_thoughts(["yes", "no", blank] * 4)[0]
     assert second_thoughts(["yes", "no"] * 4) == []
+
+
+@pytest.mark.parametrize("several", [set, frozenset, np.array, list, tuple])
+def test_several_labels_a_row_in_any_collection(several: Callable[[list[str]], Any], tiny: Callable[..., Path]) -> None:
+    folder, texts = tiny(), [f"good film {i}" for i in range(12)]
+    labels = [several(["a", "b"]) if i % 2 else several(["c"]) for i in range(12)]
+    output = str(folder / "run")
+    classifier = minibert.finetune(texts, labels, model=str(folder), max_steps=1, quiet=True, output=output)
+    assert classifier.problem.kind == MULTI and classifier.problem.labels == ["a", "b", "c"]
+
+
+class Table(list[str]):
+    """What pandas calls a DataFrame iterates over its columns' names."""
+
+    columns = ("text", "label")
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("one text", "put it in brackets"),
+        (Table(["text", "label"]), "expected a column of texts, not a whole table"),
+        ([1, 2], "text 0 is int, not a string: 1"),
+        (["a", float("nan")], "text 1 is float, not a string: nan"),
+        ([("a", "b"), ("a", None)], "second text 1 is NoneType, not a string"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_one_line(texts: Any, message: str, tiny: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=message):
+        minibert.finetune(texts, ["a", "b"], model=str(tiny()), output="none")
+    assert not Path("none").exists()
