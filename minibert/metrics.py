@@ -29,6 +29,7 @@ def classification_metrics(labels: Array, probabilities: Array, names: Sequence[
     }
     if size == 2:
         scores = probabilities[:, 1]
+        result["f1"] = float(f1[1]) if total else None
         result["roc_auc"] = roc_auc(labels, scores)
         result["average_precision"] = average_precision(labels, scores)
         result["precision_at_recall_50"] = precision_at_recall(labels, scores, 0.5)

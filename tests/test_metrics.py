@@ -49,6 +49,7 @@ def test_classification(classes: int, kind: str) -> None:
     if classes == 2:
         scores = probabilities[:, 1]
         points = theirs.precision_recall_curve(labels, scores)
+        expected["f1"] = theirs.f1_score(labels, predicted)
         expected["roc_auc"] = theirs.roc_auc_score(labels, scores)
         expected["average_precision"] = theirs.average_precision_score(labels, scores)
         expected["precision_at_recall_50"] = max(points[0][:-1][points[1][:-1] >= 0.5])
