@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.files import read_json
 from minibert.labels import is_number
 from minibert.tables import Table
 
@@ -153,10 +153,10 @@ def _is_one_of(name: str, values: list[str]) -> bool:
 def trained_columns(folder: str | Path) -> RunConfig | None:
     """Where a run's training found its texts and labels, by its run.json; None for a model that has none."""
     try:
-        record = json.loads((Path(folder).expanduser() / "run.json").read_text(encoding="utf-8"))
+        record = read_json(Path(folder).expanduser() / "run.json")
         columns, delimiter = record["columns"], record["flags"]["label_delimiter"]
         found = Columns(tuple(columns["text"]), columns["pair"], tuple(columns["label"]))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (UserError, LookupError, TypeError):
         return None
     if not all(isinstance(name, str) for name in [*found.names(), delimiter or ""]):
         return None

@@ -199,7 +199,7 @@ def _stream(
 
 def _doubt(first: Table, config: RunConfig, header: bool) -> str:
     """What to say where a first row is taken for names none of which is known: it may be a row that would be lost."""
-    if not header or not first.delimited or known_names(first, config):
+    if not header or not first.delimited or not first.lines or known_names(first, config):
         return ""
     row = ", ".join(str(cells[0]) for cells in first.columns.values() if cells)
     shown = one_line(row if len(row) <= ROOM_FOR_ROW else row[: ROOM_FOR_ROW - 3] + "...")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -467,6 +468,9 @@ def test_columns_named_by_numbers_do_not_make_a_header_of_a_row(tmp_path: Path) 
 def test_a_record_without_columns_says_nothing(tmp_path: Path, record: str) -> None:
     assert trained_columns(tmp_path) is None
     (tmp_path / "run.json").write_text(record, encoding="utf-8")
+    assert trained_columns(tmp_path) is None
+    (tmp_path / "run.json").unlink()
+    os.mkfifo(tmp_path / "run.json")  # is not waited for
     assert trained_columns(tmp_path) is None
 
 
