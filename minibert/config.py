@@ -199,6 +199,9 @@ class RunConfig:
     freeze: str = flag("none", "none, embeddings, N (embeddings and the first N layers) or all", group="recipe")
     class_weights: str = flag("none", "none, balanced, or a JSON file {label: weight}", group="recipe")
     label_smoothing: float = flag(0.0, "label smoothing", "label_smoothing_factor", group="recipe")
+    start_bias: bool = flag(
+        True, "start a new head of several labels, or of a number, at the best constant answer", group="recipe"
+    )
     temperature: bool = flag(True, "fit a temperature on validation, for honest probabilities", group="recipe")
     seed: int = flag(42, "seed of head, batches and dropout", group="recipe")
     seeds: tuple[str, ...] = flag((), "train once with each of these seeds", group="recipe")

@@ -65,6 +65,21 @@ class Problem:
             losses = (logits.squeeze(1) - targets) ** 2
         return (losses if keep is None else torch.where(keep > 0, losses, 0)).sum()
 
+    def constant_answer(self, targets: np.ndarray, weights: np.ndarray | None) -> np.ndarray | None:
+        """[L] logits of the best answer that looks at no text: where a new head's bias starts.
+
+        From 0 a regression, or a label that is rare, has so far to go that it goes there through the pooled row, and
+        spoils what the row knows (Lin et al. 2017, "Focal loss for dense object detection", start a rare class so).
+        Classes of which one is right start equal, as everywhere: None.
+        """
+        if self.kind == SINGLE:
+            return None
+        if self.kind == REGRESSION:
+            return targets.mean(keepdims=True, dtype=np.float64)
+        positive = targets.sum(0, dtype=np.float64) + 0.5  # a label that no row has, or each, is still finite
+        negative = len(targets) - positive + 1
+        return np.log(positive / negative) + (0 if weights is None else np.log(weights))
+
     def example_weights(self, targets: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
         """What each example counts in the mean loss: its class's weight, as in torch's cross_entropy, else 1."""
         if self.kind == SINGLE and weights is not None:

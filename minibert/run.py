@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from minibert import __version__, distributed, predictions, token_cache
 from minibert.calibration import calibration_metrics, fit_temperature
@@ -126,6 +127,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
         say(line)
 
     weights = class_weights(data.problem, config.class_weights, job.sets["train"].targets)
+    start_new_head(job, weights)
     fingerprint = fingerprint_of(job.config, data, job.tokenizer, job.hardware, weights_digest(job.model), weights)
     if distributed.world() > 1:
         say(f"spread  over {distributed.world()} processes, each batch split by tokens")
@@ -352,6 +354,14 @@ def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, Ber
     )
     model.cls_only = config.cls_only
     return tokenizer, model, report
+
+
+def start_new_head(job: Job, weights: np.ndarray | None) -> None:
+    """Let a new head begin with the answer that is best for all rows alike."""
+    answer = job.data.problem.constant_answer(job.sets["train"].targets, weights)
+    if answer is not None and job.config.start_bias and "classifier.out.bias" in job.report.new:
+        with torch.no_grad():
+            job.model.classifier.out.bias.copy_(torch.from_numpy(answer))
 
 
 def length_limit(config: RunConfig, bert: BertConfig) -> int:
