@@ -4,10 +4,11 @@
 `python benchmarks/scores.py --tasks sms_spam trec6 --seeds 1 --max-rows 100` for a look.
 
 Both train MiniLM with the same learning rate, epochs, batch size, warm-up, weight decay, clipping and text length on
-the same rows, and keep the best epoch by the same validation metric. They differ in which texts share a batch, in
-the random numbers of dropout and head, and, of several labels and of numbers, in the bias that a new head starts from
-(minibert's default: the best constant answer; transformers': 0). Each run is a process of its own. Scores are computed here, from the test
-predictions of both, with scikit-learn and scipy. Needs the `bench` extra (Trainer asks for accelerate).
+the same rows, and keep the best epoch by the same validation metric. They differ in which texts share a batch, in the
+random numbers of dropout and head, and, of several labels and of numbers, in the bias that a new head starts from
+(minibert's default: the best constant answer; transformers': 0). Each run is a process of its own. Scores are
+computed here, from the test predictions of both, with scikit-learn and scipy. Needs the `bench` extra (Trainer asks
+for accelerate).
 """
 
 from __future__ import annotations
