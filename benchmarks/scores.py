@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "scores.json"
 TRAINERS = ("minibert", "transformers")
+ZERO_BIAS = "minibert --no-start-bias"  # for the tasks of several labels and of numbers; the same for the others
 RECIPE = {"batch_size": 32, "weight_decay": 0.01, "warmup_ratio": 0.1, "max_grad_norm": 1.0, "max_length": 128}
 SPLIT_SEED = 2018
 THRESHOLD = 0.3  # of GoEmotions' published score
@@ -178,7 +179,7 @@ TASKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=TRAINERS)
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=(*TRAINERS, ZERO_BIAS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--max-rows", type=int, help="cap each part, for a look; the results are not kept")
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "SEED"), help="Trainer on a task here (used by itself)")
@@ -196,6 +197,7 @@ def main() -> None:
                 key = {"task": name, "trainer": trainer, "seed": seed}
                 if not any(key.items() <= run.items() for run in runs):
                     run = {**key, **in_own_process(TASKS[name], trainer, seed, arguments.max_rows)}
+                    run["commit"] = environment()["commit"]
                     print(json.dumps(run), flush=True)
                     runs.append(run)
                     write(path, {**environment(), "recipe": RECIPE, "verdicts": verdicts(runs), "runs": runs})
@@ -218,14 +220,15 @@ def in_own_process(task: Task, trainer: str, seed: int, max_rows: int | None) ->
             with open(folder / f"{part}.csv", "w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows([("text", "second", "label"), *rows])
         own = [sys.executable, __file__, "--tasks", task.name, "--one", name, str(seed)]
-        command = minibert_command(task, folder, seed) if trainer == "minibert" else own
+        program, *flags = trainer.split()
+        command = [*minibert_command(task, folder, seed), *flags] if program == "minibert" else own
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
         started = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
         seconds = time.perf_counter() - started
         if done.returncode:
             sys.exit(f"{task.name}, {trainer}, seed {seed}: {done.stderr.strip()[-2000:]}")
-        outputs = minibert_outputs(task, folder) if trainer == "minibert" else np.load(folder / "outputs.npy")
+        outputs = minibert_outputs(task, folder) if program == "minibert" else np.load(folder / "outputs.npy")
     scores = task.scores(targets(task, parts, "test"), outputs)
     rounded = {key: round(100 * float(value), 2) for key, value in scores.items()}
     return {"scores": rounded, "train_rows": len(parts["train"]), "wall_seconds": round(seconds, 1)}
