@@ -137,10 +137,9 @@ def stream_examples(
     _, config, header = _opened(path, config, trained)
 
     def checked(examples: Examples, columns: Columns) -> Examples:
-        refuse_unlike_training(columns, path, trained)
         return usable(examples, config, _may_lack_labels(columns, config)) if with_labels else examples
 
-    yield from _stream(path, header, config, with_labels, checked)
+    yield from _stream(path, header, config, trained, with_labels, checked)
 
 
 def stream_labelled(
@@ -155,7 +154,6 @@ def stream_labelled(
         config = replace(config, label_column=tuple(problem.labels))
 
     def named(examples: Examples, columns: Columns) -> Examples:
-        refuse_unlike_training(columns, path, trained)
         places = columns.label if len(columns.label) > 1 else ()
         examples = usable(examples, config, _may_lack_labels(columns, config))
         if not places and indicator_length(examples.labels or []) == len(problem.labels):
@@ -165,7 +163,7 @@ def stream_labelled(
             return examples
         return replace(examples, labels=respelled(examples.labels or [], problem.labels))
 
-    for examples in _stream(path, header, config, True, named):
+    for examples in _stream(path, header, config, trained, True, named):
         _refuse_unknown(examples, problem)
         yield examples
 
@@ -180,13 +178,20 @@ def _opened(path: str, config: RunConfig, trained: RunConfig | None) -> tuple[Ta
 
 
 def _stream(
-    path: str, header: bool, config: RunConfig, need_label: bool, checked: Callable[[Examples, Columns], Examples]
+    path: str,
+    header: bool,
+    config: RunConfig,
+    trained: RunConfig | None,
+    need_label: bool,
+    checked: Callable[[Examples, Columns], Examples],
 ) -> Iterator[Examples]:
     columns: Columns | None = None
     bad: list[BadRow] = []
     count = 0
     for table in stream_table(path, header=header, encoding=config.encoding, on_bad_rows=config.on_bad_rows):
-        columns = columns or find_columns(table, config, need_label)
+        if columns is None:
+            columns = find_columns(table, config, need_label)
+            refuse_unlike_training(columns, path, trained)
         examples = checked(examples_from_table(table, columns, need_label), columns)
         bad += examples.bad
         count += len(examples)

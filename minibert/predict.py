@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> None:
 
     keep_freed_memory()
     classifier = load(arguments.run, arguments.device, arguments.temperature)
+    warn_of_single_texts(arguments)
     if arguments.top_k and classifier.problem.kind == REGRESSION:
         raise UserError(f"--top-k {arguments.top_k}: {arguments.run} is a regression, it has no classes")
     if arguments.text is not None and not (arguments.output or arguments.format):
@@ -93,17 +94,23 @@ def output_format(arguments: argparse.Namespace) -> str:
 
 
 def check_pairs(arguments: argparse.Namespace) -> None:
-    """Second texts come one for each first; a model of pairs that is given one text a row says so and goes on."""
-    from minibert.columns import trained_columns
-
+    """Second texts come one for each first."""
     texts, pairs = arguments.text, arguments.text_pair
     if pairs is not None and texts is None:
         raise UserError("--text-pair: goes with --text; in a file --text-pair-column names the second texts")
     if pairs is not None and len(pairs) != len(texts):
         raise UserError(f"{len(texts)} texts after --text but {len(pairs)} after --text-pair; give one for each")
+
+
+def warn_of_single_texts(arguments: argparse.Namespace) -> None:
+    """A model of pairs that is given one text a row says so and goes on; a file is refused as it is read."""
+    from minibert.columns import trained_columns
+
+    if arguments.text_pair is not None or arguments.file not in (None, STANDARD_INPUT):
+        return
     trained = trained_columns(arguments.run)
-    if trained is not None and trained.text_pair_column and pairs is None and arguments.file in (None, STANDARD_INPUT):
-        advice = "--text-pair gives the second" if texts else "give a --file with both"
+    if trained is not None and trained.text_pair_column:
+        advice = "--text-pair gives the second" if arguments.text else "give a --file with both"
         print(f"warning: {arguments.run} was trained on two texts a row; {advice}", file=sys.stderr)
 
 

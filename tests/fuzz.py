@@ -462,13 +462,8 @@ def guided(kind: str, cases: int) -> None:
     def mutate(data: bytes, max_size: int, seed: int) -> bytes:
         try:
             return damage(random.Random(seed), data)[:max_size]
-        except (
-            ValueError,
-            TypeError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ):  # no longer of the kind that it damages
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            # no longer of the kind that it damages
             return damaged(random.Random(seed), data)[:max_size]
 
     options = [f"-runs={cases}", f"-timeout={SECONDS}", "-rss_limit_mb=4096", "-max_len=200000", str(corpus)]
