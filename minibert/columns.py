@@ -37,13 +37,16 @@ class Columns:
     text: tuple[str, ...]
     pair: str | None
     label: tuple[str, ...]
+    delimiter: str | None = None  # between the labels of a cell
+
+    def texts(self) -> list[str]:
+        return [*self.text, *filter(None, [self.pair])]
 
     def names(self) -> list[str]:
-        return [*self.text, *([self.pair] if self.pair else []), *self.label]
+        return [*self.texts(), *self.label]
 
     def __str__(self) -> str:
-        pair = f" + {self.pair}" if self.pair else ""
-        return f"text: {' + '.join(self.text)}{pair} · label: {', '.join(self.label)}"
+        return f"text: {' + '.join(self.texts())} · label: {', '.join(self.label)}"
 
 
 def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Columns:
@@ -65,7 +68,7 @@ def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Co
         label = _columns_of_flags(table, {*text, pair})
     if not text or (need_label and not label):
         raise _not_found(table, "--label-column" if text else "--text-column")
-    columns = Columns(text, pair, label)
+    columns = Columns(text, pair, label, config.label_delimiter)
     for name in columns.names():
         if columns.names().count(name) > 1:
             raise UserError(f"{table.path}: column {name!r} is asked for twice; text, second text and label differ")
@@ -150,22 +153,17 @@ def _is_one_of(name: str, values: list[str]) -> bool:
     return name in values and len(set(values)) <= len(values) / 2
 
 
-def trained_columns(folder: str | Path) -> RunConfig | None:
+def trained_columns(folder: str | Path) -> Columns | None:
     """Where a run's training found its texts and labels, by its run.json; None for a model that has none."""
     try:
-        record = read_json(Path(folder).expanduser() / "run.json")
-        columns, delimiter = record["columns"], record["flags"]["label_delimiter"]
-        found = Columns(tuple(columns["text"]), columns["pair"], tuple(columns["label"]))
+        columns = read_json(Path(folder).expanduser() / "run.json")["columns"]
+        found = Columns(tuple(columns["text"]), columns["pair"], tuple(columns["label"]), columns["delimiter"])
     except (UserError, LookupError, TypeError):
         return None
-    if not all(isinstance(name, str) for name in [*found.names(), delimiter or ""]):
-        return None
-    return RunConfig(
-        text_column=found.text, text_pair_column=found.pair, label_column=found.label, label_delimiter=delimiter
-    )
+    return found if all(isinstance(name, str) for name in [*found.names(), found.delimiter or ""]) else None
 
 
-def as_trained(config: RunConfig, trained: RunConfig | None, first: Table) -> tuple[RunConfig, bool]:
+def as_trained(config: RunConfig, trained: Columns | None, first: Table) -> tuple[RunConfig, bool]:
     """The flags, with training's columns for those not given where the file has them, and whether it has a header.
 
     `first`: the file's first rows, read as if it had none.
@@ -174,27 +172,26 @@ def as_trained(config: RunConfig, trained: RunConfig | None, first: Table) -> tu
     if trained is None:
         return config, header
     above = {_plain_name(str(cells[0])) for cells in first.columns.values() if cells}
-    header = header or (not config.no_header and {*map(_plain_name, trained.text_column)} <= above)
+    header = header or (not config.no_header and {*map(_plain_name, trained.text)} <= above)
     names = above if header and first.delimited else {*map(_plain_name, first.columns)}
 
-    def there(*columns: str | None) -> bool:
-        return all(column is None or _plain_name(column) in names for column in columns)
+    def there(*columns: str) -> bool:
+        return all(_plain_name(column) in names for column in columns)
 
     text, pair, label = config.text_column, config.text_pair_column, config.label_column
-    if not text and not pair and there(*trained.text_column, trained.text_pair_column):
-        text, pair = trained.text_column, trained.text_pair_column
-    if text and not label and there(*trained.label_column) and not {*text, pair} & {*trained.label_column}:
-        label = trained.label_column
-    delimiter = config.label_delimiter or trained.label_delimiter
+    if not text and not pair and there(*trained.texts()):
+        text, pair = trained.text, trained.pair
+    if text and not label and there(*trained.label) and not {*text, pair} & {*trained.label}:
+        label = trained.label
+    delimiter = config.label_delimiter or trained.delimiter
     known = replace(config, text_column=text, text_pair_column=pair, label_column=label, label_delimiter=delimiter)
     return known, header
 
 
-def refuse_unlike_training(columns: Columns, path: str, trained: RunConfig | None) -> None:
+def refuse_unlike_training(columns: Columns, path: str, trained: Columns) -> None:
     """UserError where a file gives one text a row to a model of two, or the other way round."""
-    if trained is None or (columns.pair is None) == (trained.text_pair_column is None):
+    if (columns.pair is None) == (trained.pair is None):
         return
-    names = " + ".join([*trained.text_column, *filter(None, [trained.text_pair_column])])
-    flags = "--text-column and --text-pair-column" if trained.text_pair_column else "--text-column"
+    flags = "--text-column and --text-pair-column" if trained.pair else "--text-column"
     has = "one text" if columns.pair is None else "two texts"
-    raise UserError(f"{path}: {has} a row ({columns}), unlike training ({names}); give {flags}")
+    raise UserError(f"{path}: {has} a row ({columns}), unlike training ({' + '.join(trained.texts())}); give {flags}")

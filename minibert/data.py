@@ -119,8 +119,7 @@ def _columns_like(columns: Columns, table: Table, config: RunConfig) -> Columns:
     if all(name in table.columns for name in columns.names()):
         return columns
     own = find_columns(table, config)
-    if (own.pair is None) != (columns.pair is None):
-        raise UserError(f"{table.path}: {'one text' if own.pair is None else 'two texts'} a row, unlike training")
+    refuse_unlike_training(own, table.path, columns)
     if len(columns.label) > 1 and own.label != columns.label:
         missing = [name for name in columns.label if name not in own.label]
         raise UserError(f"{table.path}: no column {', '.join(map(repr, missing))}, which training has for a label")
@@ -128,7 +127,7 @@ def _columns_like(columns: Columns, table: Table, config: RunConfig) -> Columns:
 
 
 def stream_examples(
-    path: str, config: RunConfig, with_labels: bool = False, trained: RunConfig | None = None
+    path: str, config: RunConfig, with_labels: bool = False, trained: Columns | None = None
 ) -> Iterator[Examples]:
     """Rows of a file, chunk by chunk, so that it may be larger than memory; the first chunk decides on the columns.
 
@@ -143,7 +142,7 @@ def stream_examples(
 
 
 def stream_labelled(
-    path: str, problem: Problem, config: RunConfig, trained: RunConfig | None = None
+    path: str, problem: Problem, config: RunConfig, trained: Columns | None = None
 ) -> Iterator[Examples]:
     """`stream_examples` with labels that a trained model knows, for `evaluate`."""
     first, config, header = _opened(path, config, trained)
@@ -168,7 +167,7 @@ def stream_labelled(
         yield examples
 
 
-def _opened(path: str, config: RunConfig, trained: RunConfig | None) -> tuple[Table, RunConfig, bool]:
+def _opened(path: str, config: RunConfig, trained: Columns | None) -> tuple[Table, RunConfig, bool]:
     """(first rows, flags with training's columns, whether there is a header), with a note where that is doubtful."""
     first = _first_rows(path, config)
     config, header = as_trained(config, trained, first)
@@ -181,7 +180,7 @@ def _stream(
     path: str,
     header: bool,
     config: RunConfig,
-    trained: RunConfig | None,
+    trained: Columns | None,
     need_label: bool,
     checked: Callable[[Examples, Columns], Examples],
 ) -> Iterator[Examples]:
@@ -191,7 +190,8 @@ def _stream(
     for table in stream_table(path, header=header, encoding=config.encoding, on_bad_rows=config.on_bad_rows):
         if columns is None:
             columns = find_columns(table, config, need_label)
-            refuse_unlike_training(columns, path, trained)
+            if trained is not None:
+                refuse_unlike_training(columns, path, trained)
         examples = checked(examples_from_table(table, columns, need_label), columns)
         bad += examples.bad
         count += len(examples)

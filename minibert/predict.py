@@ -109,7 +109,7 @@ def warn_of_single_texts(arguments: argparse.Namespace) -> None:
     if arguments.text_pair is not None or arguments.file not in (None, STANDARD_INPUT):
         return
     trained = trained_columns(arguments.run)
-    if trained is not None and trained.text_pair_column:
+    if trained is not None and trained.pair:
         advice = "--text-pair gives the second" if arguments.text else "give a --file with both"
         print(f"warning: {arguments.run} was trained on two texts a row; {advice}", file=sys.stderr)
 

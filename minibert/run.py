@@ -100,7 +100,7 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
             parts[part] = Examples(f"{part} list", first, second, values, list(range(len(first))))
         notes: list[str] = []
         pair = "text_pair" if parts["train"].pairs is not None else None
-        data = prepare(parts, Columns(("text",), pair, ("label",)), config, notes)
+        data = prepare(parts, Columns(("text",), pair, ("label",), config.label_delimiter), config, notes)
         return run(config, data, ["minibert.finetune(...)"])
 
 

@@ -338,6 +338,7 @@ TWO = "text,label\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(20))
         (TWO, "txt,lab\nx,a\n", "no column 'text'; its columns are txt, lab"),
         (FLAGS, "text,rude\nx,0\n", "no column 'loud', which training has"),
         (FLAGS, "text,rude,loud\nx,0,2\n", r"line 2: column loud: '2' is neither 0 nor 1"),
+        (TWO, "text1,text2,label\nx,y,a\n", r"two texts a row .*, unlike training \(text\); give --text-column$"),
     ],
 )
 def test_a_test_file_unlike_training_is_one_line(tmp_path: Path, train: str, test: str, message: str) -> None:
@@ -401,14 +402,15 @@ def test_evaluation_finds_label_columns_and_skips_a_chunk_of_bad_rows(
         list(stream_examples(write(tmp_path / "b.csv", "text,label\n,a\n"), RunConfig(on_bad_rows="skip"), True))
 
 
-TRAINED = RunConfig(text_column=("Body",), text_pair_column="Reply", label_column=("Mood",), label_delimiter="|")
+TRAINED = Columns(("Body",), "Reply", ("Mood",), "|")
+AS_TRAINED = RunConfig(text_column=("Body",), text_pair_column="Reply", label_column=("Mood",), label_delimiter="|")
 
 
 @pytest.mark.parametrize(
     ("content", "flags", "expected", "header"),
     [
-        ("id,body,reply,mood\n1,a,b,x\n", {}, TRAINED, True),
-        ("body,reply\na,b\nc,d\n", {}, dataclasses.replace(TRAINED, label_column=()), True),
+        ("id,body,reply,mood\n1,a,b,x\n", {}, AS_TRAINED, True),
+        ("body,reply\na,b\nc,d\n", {}, dataclasses.replace(AS_TRAINED, label_column=()), True),
         ("text,label\na,x\n", {}, RunConfig(label_delimiter="|"), True),
         ("1,a b,x\n2,c d,x\n3,e f,x\n", {}, RunConfig(label_delimiter="|"), False),
         ("body,reply,mood\na,b,x\n", {"no_header": True}, RunConfig(label_delimiter="|", no_header=True), False),
@@ -436,7 +438,7 @@ def test_columns_of_training_are_taken_where_the_file_has_them(
 
 def test_a_column_of_texts_alone_is_not_taken_for_the_labels_of_training(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "see you\nat eight\n")
-    trained = RunConfig(text_column=("1",), label_column=("0",))
+    trained = Columns(("1",), None, ("0",))
     (examples,) = stream_examples(path, RunConfig(no_header=True), trained=trained)
     assert examples.texts == ["see you", "at eight"]
 
@@ -458,7 +460,7 @@ def test_a_first_row_of_unknown_names_is_told(tmp_path: Path, capsys: pytest.Cap
 
 def test_columns_named_by_numbers_do_not_make_a_header_of_a_row(tmp_path: Path) -> None:
     first = next(stream_table(write(tmp_path / "a.csv", "text,label\na,x\nb,x\nc,y\n"), header=False))
-    trained = RunConfig(text_column=("0",), label_column=("1",))
+    trained = Columns(("0",), None, ("1",))
     assert as_trained(RunConfig(), trained, first) == (RunConfig(), True)
 
 
@@ -482,5 +484,5 @@ def test_a_file_of_single_texts_is_refused_for_a_model_of_pairs(tmp_path: Path) 
         list(stream_examples(path, RunConfig(), trained=TRAINED))
     pairs = write(tmp_path / "b.csv", "question1,question2,label\na,b,x\n")
     with pytest.raises(UserError, match=r"two texts a row .*, unlike training \(words\); give --text-column"):
-        list(stream_labelled(pairs, Problem(MULTI, ["x"]), RunConfig(), RunConfig(text_column=("words",))))
+        list(stream_labelled(pairs, Problem(MULTI, ["x"]), RunConfig(), Columns(("words",), None, ("label",))))
     assert len(list(stream_examples(pairs, RunConfig(), trained=TRAINED))) == 1
