@@ -144,6 +144,7 @@ class FixedSteps:
         self.rng[1] = step
         losses = []
         for number, (x, targets) in enumerate(batches):
+            self.rng[0] = self.config.seed ^ DropoutMasks.bits_of_batch(number)
             last = number == len(batches) - 1
             place = self._place(x, targets, last)
             if place.graph is not None:

@@ -143,10 +143,26 @@ class DropoutMasks:
 
     LEVELS = 1 << 16
     DRAWS_A_LAYER = 1 << 16  # more than a layer has places with dropout, chunks of attention counted
+    MOST_BATCHES = 1 << 10  # of a step, that draw differently; their number stands in the high bits of the seed
 
     def __init__(self, seed: int, step: int, rng: Tensor | None = None, plain: bool = False, draws: int = 0) -> None:
         self.seed, self.step, self.draws = seed, step, draws
         self.rng, self.plain = rng, plain
+
+    def of_batch(self, number: int) -> DropoutMasks:
+        """The masks of one of the batches that a step adds up, each with bits of its own; `self` for the first."""
+        if number == 0:
+            return self
+        rng = self.rng
+        if rng is not None:
+            rng = rng.clone()
+            rng[0] ^= self.bits_of_batch(number)
+        return DropoutMasks(self.seed ^ self.bits_of_batch(number), self.step, rng, self.plain)
+
+    @classmethod
+    def bits_of_batch(cls, number: int) -> int:
+        """The bits of a step's seed to turn for one of its batches; none for the first."""
+        return number % cls.MOST_BATCHES << 52
 
     def of_layer(self, layer: int) -> DropoutMasks:
         """The masks of one layer (-1: the embeddings; behind the last: the head), however often it is computed."""

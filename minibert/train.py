@@ -140,9 +140,9 @@ def train_step(
     do the batches of several processes.
     """
     total = torch.zeros((), device=hardware.device)
-    for x, targets in batches:
+    for number, (x, targets) in enumerate(batches):
         with hardware.autocast():
-            logits = model.logits(x, masks)
+            logits = model.logits(x, None if masks is None else masks.of_batch(number))
         loss = problem.loss_sum(logits, targets, class_weights, label_smoothing) / denominator
         (loss if optimizer.loss_scale is None else loss * optimizer.loss_scale).backward()
         total += loss.detach()
@@ -377,7 +377,7 @@ class Training:
 
     def _masks(self) -> DropoutMasks:
         """Of the step that comes, each process its own."""
-        seed, rng = self.config.seed + (distributed.rank() << 40), None
+        seed, rng = self.config.seed ^ (distributed.rank() << 40), None
         if self.hardware.attention == "triton":
             rng = torch.tensor([seed, self.state.step], pin_memory=True).to(self.hardware.device, non_blocking=True)
         return DropoutMasks(seed, self.state.step, rng, plain=rng is not None)

@@ -110,6 +110,19 @@ def test_masks_depend_on_seed_step_and_draw_alone() -> None:
     assert not torch.equal(ops.dropout(x, 0.1, masks), ops.dropout(x, 0.1, masks))
 
 
+def test_each_batch_of_a_step_draws_masks_of_its_own() -> None:
+    x = torch.ones(64, 64)
+
+    def dropped(number: int) -> torch.Tensor:
+        masks = DropoutMasks(3, 5, torch.tensor([3, 5])).of_batch(number)
+        assert masks.rng is not None and masks.rng.tolist() == [masks.seed, 5]
+        return ops.dropout(x, 0.1, masks.of_layer(0))
+
+    assert torch.equal(dropped(0), ops.dropout(x, 0.1, DropoutMasks(3, 5).of_layer(0)))
+    assert not torch.equal(dropped(0), dropped(1)) and not torch.equal(dropped(1), dropped(2))
+    assert DropoutMasks((1 << 63) - 1, 5).of_batch(DropoutMasks.MOST_BATCHES - 1).seed < 1 << 63
+
+
 def test_mask_elements_are_independent() -> None:
     mask, _ = DropoutMasks(0, 0).draw((1 << 20,), 0.5, torch.empty(0))
     centred = mask - 0.5
