@@ -522,7 +522,7 @@ def transformers_best(run: Run, size: str, work: Work, attention: str = "sdpa", 
     )
     model = model.to(run.device).train()
     optimizer = transformers_optimizer(model, fused=True)
-    rows = plan_epoch(work.tokens.lengths, batch_size=work.batch_size, batch_tokens=work.batch_tokens)
+    rows = plan_epoch(work.tokens.lengths, batch_size=work.batch_size, batch_tokens=work.batch_tokens, buckets=True)
     labels = work.labels
     batches = [padded(run, work.tokens, labels, batch) for batch in rows]
     forward = model
@@ -1050,7 +1050,7 @@ def compiled_time(kernel: Kernel) -> dict[str, float]:
 
 def variants() -> dict[str, dict[str, Any]]:
     """Name of a variant -> flags. A flag for kernels is found by its name, for there may be none."""
-    found: dict[str, dict[str, Any]] = {"unchanged": {}, "length_buckets off": {"length_buckets": False}}
+    found: dict[str, dict[str, Any]] = {"unchanged": {}, "length_buckets on": {"length_buckets": True}}
     for name in ("compact_vocabulary", "cls_only"):
         found[f"{name} off"] = {name: False}
     for field in dataclasses.fields(RunConfig):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,6 @@ def minibert_training(data: Texts, off: str = "", config: RunConfig | None = Non
     if off != "kept memory":
         keep_freed_memory()
     config = config or RunConfig(device="cpu", batch_size=BATCH, quiet=True)
-    config = replace(config, length_buckets=off != "length buckets")
     model, _ = load_model(demo_weights(), BertForSequenceClassification, num_labels=2)
     model.cls_only = off != "CLS-only last layer"
     tokens = Tokenizer.from_folder(Path(demo_weights())).encode(data.texts, None, 512)
@@ -114,8 +113,8 @@ def minibert_training(data: Texts, off: str = "", config: RunConfig | None = Non
     return Training(model, Problem(SINGLE, ["0", "1"]), {"train": Dataset(tokens, data.labels)}, config, choose(config))
 
 
-def minibert_steps(data: Texts, off: str = "") -> Iterator[Step]:
-    training = minibert_training(data, off)
+def minibert_steps(data: Texts, off: str = "", config: RunConfig | None = None) -> Iterator[Step]:
+    training = minibert_training(data, off, config)
     for step in training._steps_of_epoch(0):
         yield lambda step=step: plainly(off, lambda: training._step(step))  # type: ignore[misc]
 
@@ -154,12 +153,14 @@ TRAINERS: dict[str, Callable[[Texts], Iterator[Step]]] = {
     "minibert": lambda data: minibert_steps(data),
 }
 SAVINGS = (
-    "length buckets",
     "CLS-only last layer",
     "compact vocabulary",
     "bulk dropout",
     "attention chunks",
     "kept memory",
     "dropout",
+)
+TRAINERS["minibert, batches of like length"] = lambda data: minibert_steps(
+    data, config=RunConfig(device="cpu", batch_size=BATCH, quiet=True, length_buckets=True)
 )
 TRAINERS |= {f"minibert without {off}": lambda data, off=off: minibert_steps(data, off) for off in SAVINGS}

@@ -1,7 +1,8 @@
 """Which examples share a batch, and the packed tensors of one.
 
-Batches of like length waste no padding in attention and make every step of an epoch even; batches by tokens hold as
-many examples as fit a budget. Every plan is a pure function of (lengths, sizes, seed, epoch).
+Any examples may share a batch, as their tokens are packed. Batches of like length are a little faster to compute and
+learn a little less; batches by tokens hold as many examples as fit a budget. Every plan is a pure function of (lengths,
+sizes, seed, epoch).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from minibert.model import PackedInput
 from minibert.ops import Packing
 from minibert.tokens import Tokens, places_of
 
+POOL = 16  # batches of like length come from so many batches of random examples
+
 Batch = np.ndarray  # [B] int64, row numbers of the examples
 Result = TypeVar("Result")
 
@@ -30,19 +33,28 @@ def plan_epoch(
     *,
     batch_size: int,
     batch_tokens: int | None = None,
-    buckets: bool = True,
+    buckets: bool = False,
     seed: int = 0,
     epoch: int = 0,
 ) -> list[Batch]:
-    """Every example once, in batches of random order; with `buckets`, each batch of like length."""
+    """Every example once, in batches of random examples, or with `buckets` of random ones of like length.
+
+    The steps of batches of like length differ more from each other than those of random ones. Sorted as a whole, the
+    longest texts would even meet in every epoch; so only pools of random examples are sorted.
+    """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    if buckets:
-        order = order[np.argsort(lengths[order], kind="stable")]  # ties stay in random order
+    if buckets and len(order):
+        pool = POOL * (max(1, int(batch_tokens / lengths.mean())) if batch_tokens else batch_size)
+        order = np.concatenate([by_length(order[i : i + pool], lengths) for i in range(0, len(order), pool)])
     batches = cut(order, lengths, None if batch_tokens else batch_size, batch_tokens)
-    if not buckets:  # attention works best on texts in order of length; which are together stays random
-        return [rows[np.argsort(lengths[rows], kind="stable")] for rows in batches]
-    return [batches[i] for i in rng.permutation(len(batches))]
+    batches = [by_length(rows, lengths) for rows in batches]  # the order that attention works best on
+    return [batches[i] for i in rng.permutation(len(batches))] if buckets else batches
+
+
+def by_length(rows: Batch, lengths: np.ndarray) -> Batch:
+    """The rows in order of length; ties stay as they are."""
+    return rows[np.argsort(lengths[rows], kind="stable")]
 
 
 def plan_evaluation(lengths: np.ndarray, *, batch_tokens: int, batch_size: int = 256) -> list[Batch]:

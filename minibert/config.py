@@ -217,7 +217,9 @@ class RunConfig:
     activation_checkpointing: bool = flag(
         False, "compute a layer's activations again in backward: less memory, a third slower", group="speed"
     )
-    length_buckets: bool = flag(True, "batches of like length", group="speed")
+    length_buckets: bool = flag(
+        False, "batches of texts of like length: a little faster on a CPU, a little less accurate", group="speed"
+    )
     cls_only: bool = flag(True, "compute the last layer for the [CLS] row only (exact)", group="speed")
     compact_vocabulary: bool = flag(True, "train only the embedding rows that occur (exact)", group="speed")
     cache_frozen: bool = flag(True, "compute frozen layers once for each text (exact)", group="speed")

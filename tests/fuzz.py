@@ -209,7 +209,7 @@ TOML = b"""epochs = 5
 lr = 1e-4
 label-column = "target"
 text_column = ["a", "b"]
-length_buckets = false
+length_buckets = true
 seed = 7
 """
 

@@ -32,17 +32,26 @@ def test_a_plan_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_buckets_hold_like_lengths_in_random_order() -> None:
+    for sizes in ({"batch_size": 32}, {"batch_size": 1, "batch_tokens": 32 * 60}):
+        batches = plan_epoch(LENGTHS, **sizes, buckets=True, seed=0, epoch=0)
+        spreads = [int(LENGTHS[rows].max() - LENGTHS[rows].min()) for rows in batches]
+        assert np.median(spreads) < 10 and np.mean(spreads) < 15
+        means = [float(LENGTHS[rows].mean()) for rows in batches]
+        assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.5
+
+
+def test_batches_are_random_by_default_and_in_order_of_length() -> None:
     batches = plan_epoch(LENGTHS, batch_size=32, seed=0, epoch=0)
-    spreads = [int(LENGTHS[rows].max() - LENGTHS[rows].min()) for rows in batches]
-    assert np.mean(spreads) < 6
-    means = [float(LENGTHS[rows].mean()) for rows in batches]
-    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.5
+    assert all(np.all(np.diff(LENGTHS[rows]) >= 0) for rows in batches)
+    assert min(int(LENGTHS[rows].max() - LENGTHS[rows].min()) for rows in batches[:-1]) > 80
 
 
-def test_examples_of_equal_length_change_company_from_epoch_to_epoch() -> None:
-    lengths = np.full(64, 10)
-    first, second = (plan_epoch(lengths, batch_size=32, seed=0, epoch=epoch)[0] for epoch in (0, 1))
-    assert set(first.tolist()) != set(second.tolist())
+@pytest.mark.parametrize("buckets", [True, False])
+def test_the_longest_texts_change_company_from_epoch_to_epoch(buckets: bool) -> None:
+    longest = int(LENGTHS.argmax())
+    plans = [plan_epoch(LENGTHS, batch_size=32, buckets=buckets, seed=0, epoch=epoch) for epoch in (0, 1)]
+    first, second = (next(set(rows.tolist()) for rows in plan if longest in rows) for plan in plans)
+    assert len(first & second) < 16
 
 
 def test_a_text_longer_than_the_budget_has_a_batch_of_its_own() -> None:

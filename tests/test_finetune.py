@@ -300,10 +300,10 @@ def test_a_mistake_with_overwrite_leaves_the_earlier_run_alone(trained: Path, me
 def test_config_file_and_aliases_set_the_same_flags(tmp_path: Path) -> None:
     from minibert.cli import parse_run_config
 
-    (tmp_path / "run.toml").write_text('epochs = 5\nlr = 1e-4\nlabel-column = "target"\nlength_buckets = false\n')
+    (tmp_path / "run.toml").write_text('epochs = 5\nlr = 1e-4\nlabel-column = "target"\nlength_buckets = true\n')
     config = parse_run_config(["--config", str(tmp_path / "run.toml"), "--num_train_epochs", "7"])
     assert (config.epochs, config.learning_rate, config.label_column) == (7, 1e-4, ("target",))
-    assert config.length_buckets is False
+    assert config.length_buckets is True
     long = ["--model_name_or_path", "m", "--train_file", "t", "--max_seq_length", "9", "--per_device_train_batch_size"]
     config = parse_run_config(
         [*long, "4", "--text_column", "a,b", "--text-column", "c", "--lr_scheduler_type", "cosine"]

@@ -25,9 +25,10 @@ SERVER = multiprocessing.get_context("forkserver")  # its children have all modu
 SERVER.set_forkserver_preload(["minibert.run", "minibert.finetune", "torch._dynamo", "pytest"])  # AdamW loads dynamo
 
 SETTINGS = {
-    "buckets, accumulation": "--gradient-accumulation-steps 3 --batch-size 4 --save-steps 2 --eval-steps 3",
-    "no buckets, early stopping": "--no-length-buckets --batch-size 8 --eval-steps 3 --early-stopping-patience 2 "
-    "--save-steps 4 --metric loss --learning-rate 0.02",
+    "buckets, accumulation": "--length-buckets --gradient-accumulation-steps 3 --batch-size 4 --save-steps 2 "
+    "--eval-steps 3",
+    "no buckets, early stopping": "--batch-size 8 --eval-steps 3 --early-stopping-patience 2 --save-steps 4 "
+    "--metric loss --learning-rate 0.02",
     "frozen prefix, token batches": "--freeze 1 --batch-tokens 160 --save-steps 3 --layer-lr-decay 0.9",
     "all frozen": "--freeze all --head mlp:16 --batch-size 8 --save-steps 1 --class-weights balanced",
     "every row": "--no-compact-vocabulary --no-cls-only --label-smoothing 0.1 --batch-size 8 --save-steps 2 "

@@ -91,7 +91,7 @@ def test_accumulation_equals_one_large_batch(tiny: Callable[..., Path], tmp_path
     """Also with class weights and a last step that holds fewer examples."""
     folder = tiny()
     class_weights = np.array([0.5, 3.0], dtype=np.float32)
-    large = dataclasses.replace(BASE, dropout=0.0, batch_size=16, length_buckets=False)
+    large = dataclasses.replace(BASE, dropout=0.0, batch_size=16)
     small = dataclasses.replace(large, batch_size=4, gradient_accumulation_steps=4)
     a = train(job(folder, large, class_weights=class_weights), tmp_path)
     b = train(job(folder, small, class_weights=class_weights), tmp_path)
