@@ -4,11 +4,10 @@
 `python benchmarks/scores.py --tasks sms_spam trec6 --seeds 1 --max-rows 100` for a look.
 
 Both train MiniLM with the same learning rate, epochs, batch size, warm-up, weight decay, clipping and text length on
-the same rows, and keep the best epoch by the same validation metric. They differ in which texts share a batch, in the
-random numbers of dropout and head, and, of several labels and of numbers, in the bias that a new head starts from
-(minibert's default: the best constant answer; transformers': 0). Each run is a process of its own. Scores are
-computed here, from the test predictions of both, with scikit-learn and scipy. Needs the `bench` extra (Trainer asks
-for accelerate).
+the same rows, and keep the best epoch by the same validation metric. They differ in the random numbers that make
+batches, dropout and head, and, of several labels and of numbers, in the bias that a new head starts from (minibert's
+default: the best constant answer; transformers': 0). Each run is a process of its own. Scores are computed here, from
+the test predictions of both, with scikit-learn and scipy. Needs the `bench` extra (Trainer asks for accelerate).
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ SHARED = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "scores.json"
 TRAINERS = ("minibert", "transformers")
 ZERO_BIAS = "minibert --no-start-bias"  # for the tasks of several labels and of numbers; the same for the others
+BUCKETS = "minibert --length-buckets"
 RECIPE = {"batch_size": 32, "weight_decay": 0.01, "warmup_ratio": 0.1, "max_grad_norm": 1.0, "max_length": 128}
 SPLIT_SEED = 2018
 THRESHOLD = 0.3  # of GoEmotions' published score
@@ -179,7 +179,7 @@ TASKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=(*TRAINERS, ZERO_BIAS))
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=(*TRAINERS, ZERO_BIAS, BUCKETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--max-rows", type=int, help="cap each part, for a look; the results are not kept")
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "SEED"), help="Trainer on a task here (used by itself)")

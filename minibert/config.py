@@ -218,7 +218,7 @@ class RunConfig:
         False, "compute a layer's activations again in backward: less memory, a third slower", group="speed"
     )
     length_buckets: bool = flag(
-        False, "batches of texts of like length: a little faster on a CPU, a little less accurate", group="speed"
+        False, "batches of texts of like length: hardly faster, and less accurate on some data", group="speed"
     )
     cls_only: bool = flag(True, "compute the last layer for the [CLS] row only (exact)", group="speed")
     compact_vocabulary: bool = flag(True, "train only the embedding rows that occur (exact)", group="speed")
