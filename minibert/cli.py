@@ -39,6 +39,9 @@ PLACEHOLDERS = {
 }
 
 
+EITHER_WAY = ("length_buckets",)  # off by default, yet with a --no- form: it was on in other versions and trainers
+
+
 class ShortHelp(argparse.HelpFormatter):
     """Each flag under its first name: the other spellings are understood, and listed they would hide the rest."""
 
@@ -151,7 +154,7 @@ def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -
     kind, default = field.metadata["kind"], field.default
     shown = "" if default in (None, ()) or isinstance(default, bool) else f" (default {default})"
     text = (field.metadata["help"] + shown).replace("%", "%%")
-    if kind is bool and default is False:
+    if kind is bool and default is False and field.name not in EITHER_WAY:
         group.add_argument(*names, dest=field.name, action="store_true", help=text)
     elif kind is bool:
         group.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)

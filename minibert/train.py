@@ -29,7 +29,7 @@ from minibert.errors import UserError
 from minibert.files import writing
 from minibert.frozen import FrozenActivations
 from minibert.model import BertForSequenceClassification, PackedInput
-from minibert.ops import DropoutMasks
+from minibert.ops import DropoutMasks, chunk_bounds
 from minibert.optim import Optimizer
 from minibert.problem import Problem
 from minibert.tokens import Tokens, places_of
@@ -528,11 +528,14 @@ class Training:
 
     def padding_fraction(self) -> float:
         """Share of padding inside attention in the first epoch's batches: no other operation sees any."""
-        tokens = self.data["train"].tokens
+        if self.hardware.attention != "sdpa":
+            return 0.0
+        tokens, in_groups = self.data["train"].tokens, self.hardware.device.type == "cpu" and self.fixed is None
         slots = 0
         for rows in (rows for step in self._steps_of_epoch(0) for rows in step.batches):
-            lengths = tokens.lengths[rows if tokens.windows is None else places_of(tokens.windows, rows)]
-            slots += len(lengths) * int(lengths.max())
+            lengths = np.sort(tokens.lengths[rows if tokens.windows is None else places_of(tokens.windows, rows)])
+            bounds = chunk_bounds(lengths) if in_groups else [(0, len(lengths))]
+            slots += sum((stop - start) * int(lengths[stop - 1]) for start, stop in bounds)
         return 1 - len(tokens.ids) / slots
 
     def trained_parameters(self) -> list[tuple[str, Tensor]]:

@@ -45,7 +45,7 @@ def finetune(*arguments: str, code: int = 0) -> Done:
 
 
 def flags(films: Path, film_model: Path, output: Path, *more: str) -> list[str]:
-    recipe = ["--epochs", "8", "--lr", "5e-3", "--batch-size", "16", "--test-split", "0.2"]
+    recipe = ["--epochs", "8", "--lr", "5e-3", "--batch-size", "16", "--test-split", "0.2", "--length-buckets"]
     return ["--train", str(films), "--model", str(film_model), "--output", str(output), *recipe, *more]
 
 
