@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from minibert.vocabulary import CompactVocabulary
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BATCH = 32
 LEARNING_RATE = 5e-5
+CONFIG = RunConfig(device="cpu", batch_size=BATCH, quiet=True)
 
 
 @dataclass
@@ -96,11 +97,10 @@ def transformers_optimizer(model: torch.nn.Module, fused: bool, learning_rate: f
     return torch.optim.AdamW(groups, lr=learning_rate, fused=fused)
 
 
-def minibert_training(data: Texts, off: str = "", config: RunConfig | None = None) -> Training:
+def minibert_training(data: Texts, off: str = "", config: RunConfig = CONFIG) -> Training:
     """A `Training` as `python -m minibert.finetune` makes it, without the saving named by `off`."""
     if off != "kept memory":
         keep_freed_memory()
-    config = config or RunConfig(device="cpu", batch_size=BATCH, quiet=True)
     model, _ = load_model(demo_weights(), BertForSequenceClassification, num_labels=2)
     model.cls_only = off != "CLS-only last layer"
     tokens = Tokenizer.from_folder(Path(demo_weights())).encode(data.texts, None, 512)
@@ -113,7 +113,7 @@ def minibert_training(data: Texts, off: str = "", config: RunConfig | None = Non
     return Training(model, Problem(SINGLE, ["0", "1"]), {"train": Dataset(tokens, data.labels)}, config, choose(config))
 
 
-def minibert_steps(data: Texts, off: str = "", config: RunConfig | None = None) -> Iterator[Step]:
+def minibert_steps(data: Texts, off: str = "", config: RunConfig = CONFIG) -> Iterator[Step]:
     training = minibert_training(data, off, config)
     for step in training._steps_of_epoch(0):
         yield lambda step=step: plainly(off, lambda: training._step(step))  # type: ignore[misc]
@@ -161,6 +161,6 @@ SAVINGS = (
     "dropout",
 )
 TRAINERS["minibert, batches of like length"] = lambda data: minibert_steps(
-    data, config=RunConfig(device="cpu", batch_size=BATCH, quiet=True, length_buckets=True)
+    data, config=replace(CONFIG, length_buckets=True)
 )
 TRAINERS |= {f"minibert without {off}": lambda data, off=off: minibert_steps(data, off) for off in SAVINGS}

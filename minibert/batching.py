@@ -1,8 +1,8 @@
 """Which examples share a batch, and the packed tensors of one.
 
-Any examples may share a batch, as their tokens are packed. Batches of like length are a little faster to compute and
-learn a little less; batches by tokens hold as many examples as fit a budget. Every plan is a pure function of (lengths,
-sizes, seed, epoch).
+Any examples may share a batch, as their tokens are packed; batches of like length are hardly faster to compute, and
+some tasks learn less from them (README has the figures). Batches by tokens hold as many examples as fit a budget.
+Every plan is a pure function of (lengths, sizes, seed, epoch).
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def plan_epoch(
 ) -> list[Batch]:
     """Every example once, in batches of random examples, or with `buckets` of random ones of like length.
 
-    The steps of batches of like length differ more from each other than those of random ones. Sorted as a whole, the
-    longest texts would even meet in every epoch; so only pools of random examples are sorted.
+    Only pools of random examples are sorted: of all texts sorted, the longest would meet in every epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))

@@ -39,9 +39,6 @@ PLACEHOLDERS = {
 }
 
 
-EITHER_WAY = ("length_buckets",)  # off by default, yet with a --no- form: it was on in other versions and trainers
-
-
 class ShortHelp(argparse.HelpFormatter):
     """Each flag under its first name: the other spellings are understood, and listed they would hide the rest."""
 
@@ -154,9 +151,9 @@ def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -
     kind, default = field.metadata["kind"], field.default
     shown = "" if default in (None, ()) or isinstance(default, bool) else f" (default {default})"
     text = (field.metadata["help"] + shown).replace("%", "%%")
-    if kind is bool and default is False and field.name not in EITHER_WAY:
+    if kind is bool and field.name.startswith("no_"):
         group.add_argument(*names, dest=field.name, action="store_true", help=text)
-    elif kind is bool:
+    elif kind is bool:  # with a --no- form, which overrules a --config file where the default is off, too
         group.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
     elif kind is tuple:
         group.add_argument(*names, dest=field.name, action=Several, metavar=PLACEHOLDERS[field.name], help=text)

@@ -304,6 +304,8 @@ def test_config_file_and_aliases_set_the_same_flags(tmp_path: Path) -> None:
     config = parse_run_config(["--config", str(tmp_path / "run.toml"), "--num_train_epochs", "7"])
     assert (config.epochs, config.learning_rate, config.label_column) == (7, 1e-4, ("target",))
     assert config.length_buckets is True
+    off = parse_run_config(["--config", str(tmp_path / "run.toml"), "--no-length-buckets", "--no-quiet"])
+    assert off.length_buckets is False and off.quiet is False
     long = ["--model_name_or_path", "m", "--train_file", "t", "--max_seq_length", "9", "--per_device_train_batch_size"]
     config = parse_run_config(
         [*long, "4", "--text_column", "a,b", "--text-column", "c", "--lr_scheduler_type", "cosine"]

@@ -87,6 +87,17 @@ def test_training_learns_and_keeps_the_best_weights(tiny: Callable[..., Path], t
     assert {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(lines[0])
 
 
+@pytest.mark.parametrize("buckets", [True, False])
+def test_padding_is_that_of_the_groups_of_attention(tiny: Callable[..., Path], buckets: bool) -> None:
+    training = job(tiny(), dataclasses.replace(BASE, length_buckets=buckets))
+    train = training.data["train"]
+    packings = [train.batch(rows).packing for step in training._steps_of_epoch(0) for rows in step.batches]
+    slots = sum(chunk.num_texts * chunk.longest for packing in packings for chunk in packing.chunks)
+    assert training.padding_fraction() == pytest.approx(1 - train.lengths.sum() / slots)
+    training.hardware = dataclasses.replace(CPU, attention="flash")
+    assert training.padding_fraction() == 0
+
+
 def test_accumulation_equals_one_large_batch(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """Also with class weights and a last step that holds fewer examples."""
     folder = tiny()
