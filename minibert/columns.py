@@ -146,6 +146,13 @@ def known_names(first: Table, config: RunConfig) -> list[str]:
     return [name for name in cells if _plain_name(name) in known]
 
 
+def column_names(first: Table, header: bool) -> set[str]:
+    """The names of a file's columns; those of a header are in its first row, which `first` holds as a row of cells."""
+    if not (header and first.delimited):
+        return set(first.columns)
+    return {str(cells[0]).strip() for cells in first.columns.values() if cells}
+
+
 def _is_one_of(name: str, values: list[str]) -> bool:
     """A name that occurs below itself, in a column of few values or of numbers, is no name."""
     if is_number(name):
@@ -171,12 +178,12 @@ def as_trained(config: RunConfig, trained: Columns | None, first: Table) -> tupl
     header = has_header(first, config)
     if trained is None:
         return config, header
-    above = {_plain_name(str(cells[0])) for cells in first.columns.values() if cells}
+    above = {*map(_plain_name, column_names(first, header=True))}
     header = header or (not config.no_header and {*map(_plain_name, trained.text)} <= above)
-    names = above if header and first.delimited else {*map(_plain_name, first.columns)}
+    names = {*map(_plain_name, column_names(first, header))}
 
     def there(*columns: str) -> bool:
-        return all(_plain_name(column) in names for column in columns)
+        return {*map(_plain_name, columns)} <= names
 
     text, pair, label = config.text_column, config.text_pair_column, config.label_column
     if not text and not pair and there(*trained.texts()):

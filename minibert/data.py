@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from minibert.columns import Columns, as_trained, find_columns, has_header, known_names, refuse_unlike_training
+from minibert.columns import (
+    Columns,
+    as_trained,
+    column_names,
+    find_columns,
+    has_header,
+    known_names,
+    refuse_unlike_training,
+)
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.files import one_line
@@ -146,10 +154,8 @@ def stream_labelled(
 ) -> Iterator[Examples]:
     """`stream_examples` with labels that a trained model knows, for `evaluate`."""
     first, config, header = _opened(path, config, trained)
-    names = set(first.columns)
-    if header and first.delimited:
-        names = {str(cells[0]).strip() for cells in first.columns.values() if cells}
-    if problem.kind == MULTI and not config.label_column and len(problem.labels) > 1 and set(problem.labels) <= names:
+    several = problem.kind == MULTI and len(problem.labels) > 1
+    if several and not config.label_column and set(problem.labels) <= column_names(first, header):
         config = replace(config, label_column=tuple(problem.labels))
 
     def named(examples: Examples, columns: Columns) -> Examples:

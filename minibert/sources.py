@@ -18,6 +18,7 @@ from minibert.errors import UserError
 from minibert.files import one_line
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".label")
+SPREADSHEETS = (".xlsx", ".xls", ".ods")
 LONGEST_LINE = 64 << 20  # characters: a longer one is a broken or hostile file, not a text
 EXPANSION, EXPANSION_FREE = 200, 256 << 20  # decompressed over compressed bytes, once that much has come out
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, struct.error)
@@ -26,6 +27,8 @@ READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile
 def suffix_of(path: Path) -> str:
     """The suffix that tells the format, seen through .gz and .zip."""
     suffix = _inner_suffix(_zip_member(path) if _is_zip(path) else path.name)
+    if suffix in SPREADSHEETS:
+        raise UserError(f"{path}: a spreadsheet; save the sheet as .csv and give that")
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown kind of file; minibert reads {' '.join(SUFFIXES)}, also in .gz and .zip")
     return suffix

@@ -181,6 +181,7 @@ def bomb() -> bytes:
         ("a.csv.gz", b"not gzip", "cannot be read"),
         ("a.zip", b"not a zip", "cannot be read as zip"),
         ("a.docx", b"x", "unknown kind of file"),
+        ("a.xlsx", b"x", "a spreadsheet; save the sheet as .csv"),
         ("bomb.csv.gz", bomb(), "longer than"),
     ],
 )
