@@ -122,6 +122,8 @@ def _cannot(config: RunConfig, device: torch.device, engine: str) -> str | None:
         return 'needs Triton (pip install "minibert[gpu]")'
     if config.freeze not in ("none", "embeddings", "0") and config.cache_frozen:
         return "frozen layers are computed once, outside a step"
+    if engine == "graph" and config.activation_checkpointing:
+        return "activation checkpointing looks at the generator's state, which no graph can"
     if config.truncation == "window":
         return "windows are pooled in steps of changing shape"
     return "for one process, not under torchrun" if distributed.world() > 1 else None
@@ -135,7 +137,8 @@ def fit_attention(hardware: Hardware, config: RunConfig, head_size: int, max_len
             f"--attention triton: made for heads of 32 or 64 and texts up to 512 tokens, not {head_size} and "
             f"{max_length}; use flash or sdpa"
         )
-    if config.attention == "auto" and hardware.kernels and triton_fits and longest <= SHORT:
+    in_half = hardware.precision in ("bf16", "fp16")  # in fp32 our kernel does without tensor cores
+    if config.attention == "auto" and hardware.kernels and in_half and triton_fits and longest <= SHORT:
         return replace(hardware, attention="triton")
     if hardware.attention == "flash" and (head_size % 8 or head_size > 256):
         if config.attention == "flash":

@@ -68,7 +68,7 @@ def join(config: RunConfig) -> None:
         return
     cuda = config.device != "cpu" and torch.cuda.is_available()
     if cuda:
-        _take_own_gpu(config.seed)
+        _take_own_gpu()
     from torch.distributed.rendezvous import rendezvous  # not in every build of torch
 
     with _others_needed("the other processes did not come"):
@@ -79,7 +79,7 @@ def join(config: RunConfig) -> None:
     atexit.register(_part)
 
 
-def _take_own_gpu(seed: int) -> None:
+def _take_own_gpu() -> None:
     local, count = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
     if count > gpus:
@@ -87,7 +87,6 @@ def _take_own_gpu(seed: int) -> None:
             leave_quietly(2)
         raise UserError(f"{count} processes on a machine with {gpus} GPUs; start one for each GPU, or use --device cpu")
     torch.cuda.set_device(local)
-    torch.cuda.manual_seed(seed + int(os.environ["RANK"]))  # each drops other elements
 
 
 def _part() -> None:

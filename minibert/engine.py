@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -131,6 +132,7 @@ class FixedSteps:
         self.denominator = torch.ones((), device=device)
         self.rng = torch.tensor([config.seed, 0], device=device)  # of the kernels' dropout
         self.places: dict[tuple[Bucket, bool], Place] = {}
+        self.setup_seconds = 0.0  # that went to captures
         # One stream for all captures: memory that a graph frees serves the next one only on the same stream.
         self.stream = torch.cuda.Stream(device) if hardware.engine == "graph" else None
         self.forward: Callable[[PackedInput, Tensor, Tensor], Tensor] = self._loss
@@ -141,10 +143,10 @@ class FixedSteps:
         """Train on the batches of one step, which lie on the host; returns (mean loss, gradient norm) as tensors."""
         self.optimizer.schedule(step)
         self.denominator.fill_(denominator)
-        self.rng[1] = step
+        self.rng[1].fill_(step)  # an assignment would wait for the device
         losses = []
         for number, (x, targets) in enumerate(batches):
-            self.rng[0] = self.config.seed ^ DropoutMasks.bits_of_batch(number)
+            self.rng[0].fill_(self.config.seed ^ DropoutMasks.bits_of_batch(number))
             last = number == len(batches) - 1
             place = self._place(x, targets, last)
             if place.graph is not None:
@@ -168,10 +170,21 @@ class FixedSteps:
             fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         self.places.clear()
         try:
+            if fault is not None and self.stream is not None:
+                self._leave_capture()
             self.optimizer.start_anew()
         except RuntimeError:  # an illegal access, say, which ends this process's use of the GPU
             raise UserError(f"the GPU gave up ({fault}); start again with --engine eager --attention sdpa") from None
         return fault
+
+    def _leave_capture(self) -> None:
+        """After a capture that broke off, torch before 2.13 stays on its stream and takes the generator for captured.
+
+        Another capture, of next to nothing, puts the generator right.
+        """
+        torch.cuda.set_stream(torch.cuda.default_stream(self.hardware.device))
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            self.denominator.fill_(1)
 
     def _disagreement(self, x: PackedInput, targets: Tensor) -> str | None:
         difference = self._gradient_difference(x, targets)
@@ -199,6 +212,7 @@ class FixedSteps:
         assert place.graph is not None
         for work in (place.graph.replay, partial(self._work, place, True)):
             torch.cuda.manual_seed(self.config.seed)
+            self.optimizer.start_anew()  # the other one may have lowered the loss scale
             work()
             assert place.loss is not None and place.norm is not None
             found.append(torch.stack([place.loss, place.norm]).float())
@@ -207,7 +221,9 @@ class FixedSteps:
 
     def passes(self, x: PackedInput, targets: Tensor) -> None:
         """Forward and backward of one batch without an update, to see whether it fits into memory."""
-        self._gradients(self._place(x, targets, last=True))
+        place = self._place(x, targets, last=True)
+        if place.graph is None:  # else its capture has done so
+            self._gradients(place)
 
     def _place(self, x: PackedInput, targets: Tensor, last: bool) -> Place:
         """The batch in its bucket's place; a bucket's first batch makes the place and captures its graph."""
@@ -217,9 +233,11 @@ class FixedSteps:
         if place is not None:
             place.take(batch)
             return place
+        started = time.perf_counter()
         place = self.places[bucket, last] = self._new_place(batch, self.hardware.attention)
         if self.hardware.engine == "graph":
             self._capture(place, last)
+        self.setup_seconds += time.perf_counter() - started
         return place
 
     def _new_place(self, batch: Place, attention: str) -> Place:

@@ -21,7 +21,7 @@ class FlatOptimizer:
     """
 
     def __init__(self, model: nn.Module, twin: nn.Module, config: RunConfig, total_steps: int, dtype: torch.dtype):
-        self.config, self.total_steps, self.peak = config, total_steps, config.learning_rate
+        self.config, self.total_steps, self.learning_rate = config, total_steps, config.learning_rate
         groups = parameter_groups(model, config)
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
         number = [i for i, group in enumerate(groups) for _ in group["params"]]  # type: ignore[attr-defined]
@@ -41,6 +41,8 @@ class FlatOptimizer:
             copy = twins[names[parameter]]
             copy.data, copy.grad = shadow, grad
             copy.main_grad = grad  # type: ignore[attr-defined]  # where kernels add by themselves, without autograd
+        moments = zip(layout.views(self.exp_avg), layout.views(self.exp_avg_sq), strict=True)
+        self.moment_views = dict(zip(map(id, self.parameters), moments, strict=True))
         self.factor = torch.zeros((), device=device)  # of the peak learning rates, by the schedule
         self.steps = torch.zeros((), device=device)
         self.skipped = torch.zeros((), device=device)
@@ -51,8 +53,9 @@ class FlatOptimizer:
 
     def schedule(self, step: int) -> None:
         """Set the learning rate of step number `step`; the one part of a step that the host decides."""
-        self.peak = self.config.learning_rate * learning_rate_factor(step, self.total_steps, self.config)
-        self.factor.fill_(learning_rate_factor(step, self.total_steps, self.config))
+        factor = learning_rate_factor(step, self.total_steps, self.config)
+        self.learning_rate = self.config.learning_rate * factor
+        self.factor.fill_(factor)
 
     def update(self) -> Tensor:
         """One step from the gradients, which it clears; returns their norm."""
@@ -84,14 +87,9 @@ class FlatOptimizer:
         if self.loss_scale is not None:
             self.loss_scale.fill_(FIRST_LOSS_SCALE)
 
-    @property
-    def learning_rate(self) -> float:
-        return self.peak
-
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        place = next(i for i, p in enumerate(self.parameters) if p is parameter)
-        views = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
-        return {"step": self.steps, **{key: self.layout.views(flat)[place] for key, flat in views.items()}}
+        exp_avg, exp_avg_sq = self.moment_views[id(parameter)]
+        return {"step": self.steps, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
     def restore(self, parameter: Tensor, moments: dict[str, Tensor]) -> None:
         for key, value in self.moments(parameter).items():

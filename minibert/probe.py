@@ -65,6 +65,8 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
     run_batch(batches[order[len(order) // 2]])  # not timed: the first step also makes all that
     seconds, timed = 0.0, []
     for place in np.linspace(0, len(order) - 1, TIMED_BATCHES + 2)[1:-1].round().astype(int):
+        if training.fixed is not None:
+            run_batch(batches[order[place]])  # the first of its shape is captured, which takes far longer than a step
         seconds += run_batch(batches[order[place]])
         timed.append(order[place])
         if seconds > PATIENCE:
@@ -129,7 +131,8 @@ def _within_patience(rows: np.ndarray, train: Dataset, rate: float) -> np.ndarra
 def _evaluation_rate(training: Training) -> float:
     """Seconds a token of evaluation."""
     data = training.data.get("validation", training.data["train"])
-    sample = data.take(np.linspace(0, len(data) - 1, min(len(data), SAMPLE_ROWS)).astype(np.int64))
+    if data.frozen is None:  # else it is a sample already
+        data = data.take(np.linspace(0, len(data) - 1, min(len(data), SAMPLE_ROWS)).astype(np.int64))
     started = time.perf_counter()
-    evaluate(training.model, sample, training.hardware)
-    return (time.perf_counter() - started) / int(sample.lengths.sum())
+    evaluate(training.model, data, training.hardware)
+    return (time.perf_counter() - started) / int(data.lengths.sum())

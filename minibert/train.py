@@ -42,6 +42,7 @@ LOWER_IS_BETTER = ("loss", "mse", "mae")
 SECONDS_BETWEEN_SAVES = 60  # at an evaluation
 LONGEST_WITHOUT_SAVE = 900  # seconds, evaluation or not
 BAD_STEPS = 10  # so many losses or gradients in a row that are not finite end the run
+STEPS_UNREAD = 50  # on a GPU, which waits for the host when its flags are read
 ROWS_NAMED = 8
 STEPS_TIMED = 10  # before a run says how long it will take
 ROWS_TRIED = 8  # of an engine, before the first step
@@ -193,6 +194,7 @@ class Training:
         self.model, self.problem, self.data = model.to(hardware.device), problem, data
         self.config, self.hardware = config, hardware
         self.weights = class_weights
+        self.weights_tensor = None if class_weights is None else torch.from_numpy(class_weights).to(hardware.device)
         self.state = State()
         self.best: dict[str, Tensor] = {}  # the trained parameters at the best evaluation
         self.best_logits: np.ndarray | None = None  # of the validation rows then, where this process computed them
@@ -248,7 +250,7 @@ class Training:
                 if self.state.step == foretold_at:
                     self._foretell()
                 at_end = self.state.step == self.total_steps
-                if self.hardware.device.type == "cpu" or self.state.step % BAD_STEPS == 0 or at_end:
+                if self.hardware.device.type == "cpu" or self.state.step % STEPS_UNREAD == 0 or at_end:
                     self._count_bad_steps()
                 if self.state.step % log_every == 0 or at_end:
                     self._log_step(log, progress, norm)
@@ -281,7 +283,8 @@ class Training:
             return
         self._settle()
         device, epochs = self.hardware.device, self.total_steps / self.steps_per_epoch
-        seconds = self.state.seconds / self.state.tokens * int(self.data["train"].lengths.sum()) * epochs
+        spent = self.state.seconds - (0 if self.fixed is None else self.fixed.setup_seconds)
+        seconds = spent / self.state.tokens * int(self.data["train"].lengths.sum()) * epochs
         memory = f"{peak_memory(device) / 2**30:.1f} GiB of {'GPU ' * (device.type == 'cuda')}memory so far"
         tqdm.write(f"expect  {duration(seconds)} for {self.total_steps} steps; {memory}")
 
@@ -289,7 +292,7 @@ class Training:
         started = time.perf_counter()
         if self.hardware.device.type == "cuda":
             # The generator behind dropout there: a function of seed and step, as on the CPU.
-            torch.cuda.manual_seed((self.config.seed * 1_000_003 + self.state.step) % (1 << 63))
+            torch.cuda.manual_seed((self._dropout_seed() * 1_000_003 + self.state.step) % (1 << 63))
         result = None
         while result is None:
             result = self._attempt(step)
@@ -320,6 +323,8 @@ class Training:
         while attempt(lambda: self._passes(self._pieces(largest))) is None:
             self._shrink(largest, self._pieces(largest))
         self.optimizer.drop_gradients()
+        if self.fixed is not None:
+            self.fixed.setup_seconds = 0.0  # from here on within steps
 
     def _passes(self, pieces: list[np.ndarray]) -> bool:
         """Forward and backward, without an update."""
@@ -371,16 +376,20 @@ class Training:
             denominator=step.denominator,
             masks=self._masks(),
             hardware=hardware,
-            class_weights=None if self.weights is None else torch.from_numpy(self.weights).to(hardware.device),
+            class_weights=self.weights_tensor,
             label_smoothing=self.config.label_smoothing,
         )
 
     def _masks(self) -> DropoutMasks:
-        """Of the step that comes, each process its own."""
-        seed, rng = self.config.seed ^ (distributed.rank() << 40), None
+        """Of the step that comes."""
+        seed, rng = self._dropout_seed(), None
         if self.hardware.attention == "triton":
             rng = torch.tensor([seed, self.state.step], pin_memory=True).to(self.hardware.device, non_blocking=True)
         return DropoutMasks(seed, self.state.step, rng, plain=rng is not None)
+
+    def _dropout_seed(self) -> int:
+        """Each process drops other elements."""
+        return self.config.seed ^ (distributed.rank() << 40)
 
     def _count_bad_steps(self) -> None:
         """Count steps skipped in a row; after BAD_STEPS the run ends, and its last checkpoint stays as it is."""
@@ -492,7 +501,7 @@ class Training:
         progress.set_postfix(self.shown, refresh=False)
 
     def _log_step(self, log: IO[str], progress: tqdm[Any], norm: Tensor) -> None:
-        """The only place that reads numbers back from the device."""
+        """Write the loss since the last line, and what goes with it; this waits for the device."""
         self._settle()
         loss = float(torch.stack(self.recent_losses).mean())
         self.recent_losses = []

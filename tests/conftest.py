@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run in two processes, and start more
+if "gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # not `pytest -m gpu`
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests compute on the CPU, also where a GPU is
 
 import random
 from collections.abc import Callable

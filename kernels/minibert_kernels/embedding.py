@@ -237,7 +237,7 @@ class EmbeddingLayerNorm(torch.autograd.Function):
         dropped = drop_threshold(p) if rng is not None else 0
         block_rows, block_cols = row_blocks(word, size)
         out = torch.empty(num_rows, size, dtype=word.dtype, device=word.device)
-        mean, rstd = torch.empty(2, num_rows, dtype=torch.float32, device=word.device)
+        mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=word.device) for _ in range(2))  # both aligned
         ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type)
         assert all(tensor is None or tensor.is_contiguous() for tensor in (*ids, *tables))
         forward_kernel[(cdiv(num_rows, block_rows),)](

@@ -163,7 +163,7 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         dropped = drop_threshold(p) if rng is not None else 0
         block_rows, block_cols = row_blocks(x, size)
         out = torch.empty_like(x)
-        mean, rstd = torch.empty(2, num_rows, dtype=torch.float32, device=x.device)
+        mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))  # both aligned
         forward_kernel[(cdiv(num_rows, block_rows),)](
             *(x, residual, linear_bias, weight, bias, out, mean, rstd, rng, site, num_rows),
             *(eps, size, dropped, block_rows, block_cols),
