@@ -61,7 +61,7 @@ def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Co
     label = label or _first_of(LABEL_NAMES, found, {*text, pair})
     text = text or _first_of(TEXT_NAMES, found, {*label, pair})
     if len(table.columns) == 2 and not pair and not (text and (label or not need_label)):
-        text, label = _two_columns(table, text, label)
+        text, label = _two_columns(table, text, label, need_label)
     if len(table.columns) == 1 and not text and not label and not need_label:
         text = tuple(table.columns)
     if need_label and text and not label:
@@ -73,6 +73,14 @@ def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Co
         if columns.names().count(name) > 1:
             raise UserError(f"{table.path}: column {name!r} is asked for twice; text, second text and label differ")
     return columns
+
+
+def guessed_text(columns: Columns, table: Table, config: RunConfig) -> str:
+    """What to say where nothing but its content tells which column is the text; "" where a name or a flag does."""
+    known = config.text_column or columns.pair or _plain_name(columns.text[0]) in KNOWN_NAMES
+    if known or len(table.columns) == 1:
+        return ""
+    return f"{table.path}: the texts are taken from column {columns.text[0]!r}; --text-column says otherwise"
 
 
 def _plain_name(name: str) -> str:
@@ -94,17 +102,21 @@ def _first_of(known: Sequence[str], found: dict[str, str], taken: set[str | None
 
 
 def _two_columns(
-    table: Table, text: tuple[str, ...], label: tuple[str, ...]
+    table: Table, text: tuple[str, ...], label: tuple[str, ...], need_label: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of two columns the one with fewer different values is the label, unless its name says otherwise."""
+    """Of two columns, where no name tells, the label has fewer different values; without labels the text is longer."""
     first, second = table.columns
     known = text or label
     if known:
         other = second if known == (first,) else first
         return (text or (other,)), (label or (other,))
-    different = {name: len({str(value) for value in table.columns[name]}) for name in (first, second)}
-    fewer = min(different, key=lambda name: different[name])
-    return (first if fewer == second else second,), (fewer,)
+
+    def like_text(name: str) -> tuple[int, int]:
+        values = [str(value) for value in table.columns[name]]
+        return len(set(values)) if need_label else 0, sum(map(len, values))
+
+    fewer, more = sorted((first, second), key=like_text)
+    return (more,), (fewer,)
 
 
 def _columns_of_flags(table: Table, taken: set[str | None]) -> tuple[str, ...]:

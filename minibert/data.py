@@ -14,11 +14,12 @@ from minibert.columns import (
     as_trained,
     column_names,
     find_columns,
+    guessed_text,
     has_header,
     known_names,
     refuse_unlike_training,
 )
-from minibert.config import RunConfig
+from minibert.config import RunConfig, flag_name
 from minibert.errors import UserError
 from minibert.files import one_line
 from minibert.labels import guess_kind, indicator_length, is_missing, read_label, respelled, second_thoughts
@@ -196,6 +197,8 @@ def _stream(
     for table in stream_table(path, header=header, encoding=config.encoding, on_bad_rows=config.on_bad_rows):
         if columns is None:
             columns = find_columns(table, config, need_label)
+            if not need_label and (guess := guessed_text(columns, table, config)):
+                print(f"note: {guess}", file=sys.stderr)
             if trained is not None:
                 refuse_unlike_training(columns, path, trained)
         examples = checked(examples_from_table(table, columns, need_label), columns)
@@ -271,7 +274,14 @@ def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, not
         kept, flag = len(parts["train"]), f"--max-train-samples {config.max_train_samples}"
         notes.append(f"{kept} of {rows} training rows are used ({flag})")
     _split_parts(parts, problem, config)
+    if "validation" not in parts:
+        notes += [f"there are no validation rows: {flag_name(name)} has no effect" for name in _of_validation(config)]
     return RunData(parts, problem, columns, notes, skipped)
+
+
+def _of_validation(config: RunConfig) -> list[str]:
+    """The flags given that are about evaluations during training."""
+    return [name for name in ("metric", "eval_steps", "early_stopping_patience") if getattr(config, name) is not None]
 
 
 def _may_lack_labels(columns: Columns, config: RunConfig) -> bool:

@@ -37,8 +37,9 @@ def parser() -> Parser:
     result = Parser(prog="python -m minibert.predict", description="Labels and probabilities for new text.")
     result.add_argument("run", metavar="RUN", help="folder that finetune wrote, or any BERT classifier")
     source = result.add_mutually_exclusive_group()
-    source.add_argument("--text", nargs="+", metavar="T", help="one or more texts")
-    result.add_argument("--text-pair", "--text_pair", nargs="+", metavar="T", help="the second text of each --text")
+    source.add_argument("--text", nargs="+", action="extend", metavar="T", help="one or more texts")
+    second = "the second text of each --text"
+    result.add_argument("--text-pair", "--text_pair", nargs="+", action="extend", metavar="T", help=second)
     source.add_argument("--file", metavar="F", help="data file with a text column; - is standard input, a text a line")
     result.add_argument("--output", metavar="FILE", help="where to write: .csv, .jsonl or .parquet (default: stdout)")
     result.add_argument("--format", choices=FORMATS[:2], help="of what goes to stdout (default csv)")
@@ -56,8 +57,8 @@ def main(argv: Sequence[str]) -> None:
     kind = output_format(arguments)
     check_pairs(arguments)
     arguments.top_k = arguments.top_k or 0
-    if arguments.text is None and arguments.file in (None, STANDARD_INPUT):
-        check_standard_input(arguments)
+    if arguments.file in (None, STANDARD_INPUT):
+        check_no_file(arguments)
     from minibert.classifier import load
     from minibert.device import keep_freed_memory
     from minibert.problem import REGRESSION
@@ -114,13 +115,14 @@ def warn_of_single_texts(arguments: argparse.Namespace) -> None:
         print(f"warning: {arguments.run} was trained on two texts a row; {advice}", file=sys.stderr)
 
 
-def check_standard_input(arguments: argparse.Namespace) -> None:
+def check_no_file(arguments: argparse.Namespace) -> None:
+    """There are texts, and no flag that is about a file."""
     nothing = sys.stdin is None or (arguments.file is None and sys.stdin.isatty())
-    if nothing:
+    if arguments.text is None and nothing:
         raise UserError("give --text, --file, or texts on standard input, one a line")
     for name in ("text_column", "text_pair_column", "no_header"):
         if getattr(arguments, name, None):
-            raise UserError(f"--{name.replace('_', '-')}: standard input is one text a line; give a --file")
+            raise UserError(f"--{name.replace('_', '-')}: is about a data file; give it with --file")
 
 
 def print_predictions(classifier: Classifier, arguments: argparse.Namespace) -> None:

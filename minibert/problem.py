@@ -20,6 +20,7 @@ from minibert.tokens import valid_unicode
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 ROWS_FOR_OWN_THRESHOLD = 5
+LEAST_WEIGHT = 1e-3  # of a label, where a new head's bias is weighed by it: 0 would start it at minus infinity
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Problem:
             return targets.mean(keepdims=True, dtype=np.float64)
         positive = targets.sum(0, dtype=np.float64) + 0.5  # a label that no row has, or each, is still finite
         negative = len(targets) - positive + 1
-        return np.log(positive / negative) + (0 if weights is None else np.log(weights))
+        return np.log(positive / negative) + (0 if weights is None else np.log(np.maximum(weights, LEAST_WEIGHT)))
 
     def example_weights(self, targets: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
         """What each example counts in the mean loss: its class's weight, as in torch's cross_entropy, else 1."""
@@ -182,7 +183,8 @@ def class_weights(problem: Problem, choice: str, targets: np.ndarray) -> np.ndar
         if problem.kind == SINGLE:
             return metrics.balanced_class_weights(targets, len(problem.labels)).astype(np.float32)
         positive = targets.sum(0)
-        return np.where(positive > 0, (len(targets) - positive) / np.maximum(positive, 1), 1).astype(np.float32)
+        negative = np.maximum(len(targets) - positive, 1)  # a label of every row still counts
+        return np.where(positive > 0, negative / np.maximum(positive, 1), 1).astype(np.float32)
     if not choice.endswith(".json") and not Path(choice).exists():
         raise UserError(f"--class-weights {choice}: give none, balanced, or a JSON file {{label: weight}}")
     return _weights_from_file(choice, problem.labels)

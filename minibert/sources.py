@@ -44,7 +44,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 @contextmanager
-def open_text(path: Path, encoding: str) -> Iterator[IO[str]]:
+def open_text(path: Path, encoding: str) -> Iterator[io.TextIOWrapper]:
     """The file's text, line endings as they are; what cannot be read is one line of error."""
     try:
         with open_bytes(path) as file, io.TextIOWrapper(file, encoding=encoding, newline="") as text:

@@ -106,7 +106,7 @@ def stream_table(
                 yield table
 
 
-def _tables(path: Path, text: IO[str], suffix: str, header: bool, rows: int) -> Iterator[Table]:
+def _tables(path: Path, text: io.TextIOWrapper, suffix: str, header: bool, rows: int) -> Iterator[Table]:
     if suffix in (".jsonl", ".ndjson"):
         return _json_lines(path, text, rows)
     if suffix == ".json":
@@ -321,7 +321,7 @@ def _is_quoted(sample: str, delimiter: str) -> bool:
     return bare is None and 0 <= starts - ends <= (len(sample) == SAMPLE)  # whose end may stand inside quotes
 
 
-def _plain(path: Path, text: IO[str], suffix: str, header: bool, size: int) -> Iterator[Table]:
+def _plain(path: Path, text: io.TextIOWrapper, suffix: str, header: bool, size: int) -> Iterator[Table]:
     """One text a line, unless the lines are tab-separated, or `LABEL text` as in TREC's .label files."""
     lines = _lines(path, text)
     head = list(itertools.islice(lines, PLAIN_SAMPLE))
@@ -329,8 +329,8 @@ def _plain(path: Path, text: IO[str], suffix: str, header: bool, size: int) -> I
         raise UserError(f"{path}: empty; expected one text a line")
     filled = [line for line in head if line.strip()]
     if suffix == ".txt" and filled and all("\t" in line for line in filled):
-        text.seek(0)
-        yield from _delimited(path, text, ".tsv", header, size)
+        with open_text(path, text.encoding) as again:  # what is packed cannot be wound back
+            yield from _delimited(path, again, ".tsv", header, size)
         return
     labelled = suffix == ".label" or (bool(filled) and all(map(LINE_LABEL.match, filled)))
     numbered = enumerate(itertools.chain(head, lines), start=1)

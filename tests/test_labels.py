@@ -19,7 +19,7 @@ from minibert.data import Examples, RunData, load_data, prepare, stream_labelled
 from minibert.errors import UserError
 from minibert.labels import respelled, second_thoughts
 from minibert.metrics import tune_thresholds
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights
 
 CLASSES = 150
 
@@ -66,6 +66,14 @@ def test_other_problems_have_no_thresholds() -> None:
 )
 def test_what_was_decided_is_said_with_the_reason(labels: list[Any], phrase: str) -> None:
     assert phrase in "\n".join(prepared(labels * 10).notes)
+
+
+def test_flags_about_evaluations_are_told_where_there_are_none() -> None:
+    flags = {"metric": "loss", "early_stopping_patience": 2}
+    notes = "\n".join(prepared(["a", "b"] * 5, validation_split=0, **flags).notes)
+    assert "no validation rows: --metric has no effect" in notes and "--early-stopping-patience" in notes
+    assert "--eval-steps" not in notes
+    assert "no effect" not in "\n".join(prepared(["a", "b"] * 20, **flags).notes)
 
 
 def test_a_column_of_nearly_only_different_labels_is_doubted() -> None:
@@ -224,6 +232,14 @@ def test_the_constant_answer_is_where_the_loss_is_flat(kind: str, weighted: bool
 def test_the_constant_answer_of_labels_that_no_row_or_every_row_has_is_finite() -> None:
     answer = Problem(MULTI, ["none", "all"]).constant_answer(np.array([[0, 1]] * 9, dtype=np.float32), None)
     assert answer is not None and np.allclose(answer, [-np.log(19), np.log(19)])
+
+
+def test_a_label_of_every_row_and_one_of_no_weight_still_have_an_answer(tmp_path: Path) -> None:
+    problem, targets = Problem(MULTI, ["a", "b"]), np.array([[1, 0], [1, 1], [1, 0]], dtype=np.float32)
+    (tmp_path / "weights.json").write_text('{"a": 0, "b": 2}')
+    for choice in ("balanced", str(tmp_path / "weights.json")):
+        assert np.isfinite(problem.constant_answer(targets, class_weights(problem, choice, targets))).all()
+    assert (class_weights(problem, "balanced", targets) > 0).all()
 
 
 def test_a_new_head_starts_at_the_constant_answer(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -344,6 +344,18 @@ def test_a_quoted_tsv_is_found_out_though_the_sample_ends_inside_quotes(tmp_path
     assert path.stat().st_size > tables.SAMPLE and read_table(path).columns["text"] == rows
 
 
+@pytest.mark.parametrize("name", ["rows.txt", "rows.txt.gz", "rows.txt.zip"])
+def test_a_tab_separated_txt_file_packed_or_not(tmp_path: Path, name: str) -> None:
+    content = b"text\tlabel\ngood film\tpos\nbad film\tneg\n"
+    path = tmp_path / name
+    if name.endswith(".zip"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("rows.txt", content)
+    else:
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read_table(path).columns == {"text": ["good film", "bad film"], "label": ["pos", "neg"]}
+
+
 def test_lines_with_labels_and_without(tmp_path: Path) -> None:
     lines = "__label__a one\n__label__b __label__c two three\n"
     table = read_table(write(tmp_path, lines, "a.txt"))
