@@ -268,6 +268,9 @@ def their_tensors(model: nn.Module) -> dict[str, Tensor]:
     return result
 
 
+OWN_HEAD = "the mlp head is minibert's own: transformers cannot load this folder as a classifier"
+
+
 def save_model(folder: Path, model: BertForSequenceClassification, labels: list[str], **ours: Any) -> None:
     """Write config.json and model.safetensors as transformers reads them; `ours` goes under the key "minibert"."""
     config = dict(model.config.source) | {
@@ -281,7 +284,8 @@ def save_model(folder: Path, model: BertForSequenceClassification, labels: list[
         "classifier_dropout": model.config.classifier_dropout,
         "minibert": {"version": __version__, "mlp_size": model.mlp_size, **ours},
     }
-    config.pop("num_labels", None)
+    for name in ("num_labels", "dtype", "torch_dtype"):  # the base's weights may have been in half precision
+        config.pop(name, None)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, their_tensors(model), {"format": "pt"})

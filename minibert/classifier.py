@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minibert.batching import collate, halving, plan_evaluation
-from minibert.checkpoint import load_model, model_folder, save_model
+from minibert.checkpoint import OWN_HEAD, load_model, model_folder, save_model
 from minibert.config import PROBLEM_TYPES, TRUNCATIONS, BertConfig, RunConfig
 from minibert.device import Hardware, choose, fit_attention
 from minibert.errors import UserError
@@ -50,6 +51,8 @@ class TextEncoder:
         return f"TextEncoder({size} dimensions, texts up to {self.max_length} tokens, on {device})"
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tokens:
+        if pairs is not None:
+            refuse_pairs(self.model.config)
         return self.tokenizer.encode(texts, pairs, self.max_length, self.truncation, self.window_stride)
 
     def embed(self, texts: Iterable[Any], pairs: Sequence[str] | None = None, pooling: str = "mean") -> np.ndarray:
@@ -111,7 +114,13 @@ class Classifier(TextEncoder):
         return Prediction(decision, float(probabilities.max()), named)
 
     def save(self, folder: str | Path) -> None:
-        """Write a model folder that transformers and `minibert.load` read."""
+        """Write a model folder that transformers and `minibert.load` read; a warning where transformers cannot."""
+        self.write(folder)
+        if self.model.mlp_size:
+            warnings.warn(OWN_HEAD, stacklevel=2)
+
+    def write(self, folder: str | Path) -> None:
+        """What `save` writes."""
         save_model(
             Path(folder),
             self.model,
@@ -182,6 +191,12 @@ def fitting_tokenizer(folder: Path, model: Path, config: BertConfig) -> Tokenize
     return tokenizer
 
 
+def refuse_pairs(config: BertConfig) -> None:
+    """UserError for a model that cannot tell the texts of a pair apart."""
+    if config.type_vocab_size < 2:
+        raise UserError("this model reads single texts (its type_vocab_size is 1); join the two, or take another model")
+
+
 def _saved_settings(config: BertConfig) -> dict[str, Any]:
     """What minibert put into config.json, or nothing for another's model."""
     ours = config.source.get("minibert")
@@ -240,4 +255,6 @@ def as_texts(texts: Iterable[Any], pairs: Sequence[str] | None) -> tuple[list[st
         for i, item in enumerate(values):
             if not isinstance(item, str):
                 raise UserError(f"{name} {i} is {type(item).__name__}, not a string: {one_line(item)[:60]}")
+    if pairs is not None and len(pairs) != len(items):
+        raise UserError(f"{len(items)} texts but {len(pairs)} second texts; give one for each text")
     return items, pairs

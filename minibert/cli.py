@@ -124,9 +124,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_run_config(argv: Sequence[str]) -> RunConfig:
     """Flags, over the keys of a --config file, over the defaults."""
+    return RunConfig(**given_settings(argv))
+
+
+def given_settings(argv: Sequence[str]) -> dict[str, Any]:
+    """The fields of `RunConfig` that flags or a --config file name; flags win."""
     arguments = vars(run_parser().parse_args(list(argv)))
     path = arguments.pop("config", None)
-    return RunConfig(**(read_config_file(path) if path else {}) | arguments)
+    return (read_config_file(path) if path else {}) | arguments
 
 
 def run_parser() -> Parser:
@@ -206,10 +211,12 @@ def checked_values(values: dict[str, Any], where: str) -> dict[str, Any]:
             fields[name] = known
     result = {}
     for key, value in values.items():
-        field = fields.get(key.replace("-", "_"))
-        if field is None:
+        name = key.replace("-", "_")
+        field = fields.get(name) or fields.get(name.removeprefix("no_"))
+        if field is None or (name not in fields and field.metadata["kind"] is not bool):
             raise UserError(f"{where}: unknown setting {key!r}; the names are those of the flags")
-        result[field.name] = _converted(value, field, where)
+        converted = _converted(value, field, where)
+        result[field.name] = converted if name in fields else not converted
     return result
 
 

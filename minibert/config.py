@@ -18,6 +18,7 @@ from minibert.files import read_json
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "silu", "swish", "tanh")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 MOST_LAYERS, MOST_LABELS = 512, 1 << 16  # more is a broken or hostile config.json
+LEARNING_RATE, HEAD_ALONE_LEARNING_RATE = 5e-5, 1e-3  # the other: of a fresh head when nothing else moves
 TRUNCATIONS = ("head", "tail", "head_tail", "window")
 
 
@@ -122,7 +123,12 @@ class RunConfig:
     tokenizer: str | None = flag(
         None, "folder or hub id of the tokenizer, if not the model's", "tokenizer_name", group="model", kind=str
     )
-    head: str = flag("linear", "linear, or mlp:N for a hidden layer of N units with ReLU", group="model")
+    head: str | None = flag(
+        None,
+        "linear, or mlp:N for a hidden layer of N units with ReLU (default linear, or what the model has)",
+        group="model",
+        kind=str,
+    )
     head_dropout: float | None = flag(
         None, "dropout before the classifier (default the model's)", group="model", kind=float
     )
@@ -160,7 +166,12 @@ class RunConfig:
     problem_type: str = flag(
         "auto", "what the labels are; auto: fractions are a regression", group="data", choices=("auto", *PROBLEM_TYPES)
     )
-    max_train_samples: int | None = flag(None, "use only so many training rows, stratified", group="data", kind=int)
+    max_train_samples: int | None = flag(
+        None,
+        "use only so many rows of the training file, stratified, before others are split off",
+        group="data",
+        kind=int,
+    )
 
     # tokens
     max_length: int | None = flag(
@@ -181,10 +192,10 @@ class RunConfig:
     batch_size: int = flag(32, "examples a batch", "per_device_train_batch_size", group="recipe")
     batch_tokens: int | None = flag(None, "tokens a batch, instead of examples", group="recipe", kind=int)
     gradient_accumulation_steps: int = flag(1, "batches a step", group="recipe")
-    learning_rate: float = flag(5e-5, "peak learning rate", "lr", group="recipe")
-    head_learning_rate: float | None = flag(
-        None, "of the head (default: the same; 1e-3 with --freeze all)", group="recipe", kind=float
+    learning_rate: float = flag(
+        None, "peak learning rate (default 5e-5; 1e-3 with --freeze all)", "lr", group="recipe", kind=float
     )
+    head_learning_rate: float | None = flag(None, "of the head (default: the same)", group="recipe", kind=float)
     weight_decay: float = flag(0.01, "AdamW's decay; none on biases and LayerNorm", group="recipe")
     warmup_ratio: float = flag(0.1, "share of the steps that warm up", group="recipe")
     schedule: str = flag(
@@ -258,8 +269,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_ranges()
-        if self.head != "linear":
-            self.mlp_size()
+        self.mlp_size()
+        if self.learning_rate is None:
+            usual = self.head_learning_rate or HEAD_ALONE_LEARNING_RATE if self.freeze == "all" else LEARNING_RATE
+            object.__setattr__(self, "learning_rate", usual)  # as a frozen dataclass sets its fields
         if self.freeze not in ("none", "embeddings", "all") and not self.freeze.isdecimal():
             raise UserError(f"--freeze {self.freeze}: give none, embeddings, a number of layers, or all")
         if self.validation_split + self.test_split >= 1:
@@ -299,9 +312,9 @@ class RunConfig:
 
     def mlp_size(self) -> int:
         """Hidden units of the head: 0 for `linear`, N for `mlp:N`."""
-        if self.head == "linear":
+        if self.head in (None, "linear"):
             return 0
-        kind, _, size = self.head.partition(":")
+        kind, _, size = str(self.head).partition(":")
         if kind != "mlp" or not size.isdecimal() or not 0 < int(size) < 1 << 16:
             raise UserError(f"--head {self.head}: give linear, or mlp:N such as mlp:512")
         return int(size)

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from minibert import __version__
-from minibert.checkpoint import LoadReport
+from minibert.checkpoint import OWN_HEAD, LoadReport
 from minibert.config import RunConfig
 from minibert.device import Hardware, duration
 from minibert.train import Training
@@ -82,7 +82,7 @@ def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, pa
     )
     say(f"saved to {output} · loaded again, its logits differ by {metrics['reload_max_difference']:.1g}")
     if mlp_size:
-        say("the mlp head is minibert's own: transformers cannot load this folder as a classifier")
+        say(OWN_HEAD)
     say(f"\nreport:  {output / 'report.html'}")
     second = ' --text-pair "Its second text"' if pairs else ""
     say(f'predict: python -m minibert.predict {output} --text "A text to classify"{second}')

@@ -12,17 +12,20 @@ from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from minibert.cli import checked_values, parse_run_config, run_command
+from minibert.cli import checked_values, given_settings, run_command
 from minibert.config import RunConfig
 from minibert.errors import UserError
 
 if TYPE_CHECKING:
     from minibert.classifier import Classifier
 
+FILE_SETTINGS = ("train", "text_column", "text_pair_column", "label_column", "no_header", "encoding", "check")
+
 
 def main(argv: Sequence[str]) -> None:
     try:
-        config = parse_run_config(argv)
+        given = given_settings(argv)
+        RunConfig(**given)
     except UserError:
         if os.environ.get("LOCAL_RANK", "0") != "0":  # started by torchrun beside another that says the same
             time.sleep(2)
@@ -30,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
         raise
     from minibert.run import run_from_files  # torch loads here, after the flags have been checked
 
-    run_from_files(config, ["python", "-m", "minibert.finetune", *argv])
+    run_from_files(given, ["python", "-m", "minibert.finetune", *argv])
 
 
 def finetune(
@@ -46,7 +49,12 @@ def finetune(
     A text may be a (first, second) tuple; `validation` and `test` are (texts, labels). `flags` are the command's, in
     snake_case. What the user can fix is a `minibert.errors.UserError`.
     """
-    config = RunConfig(**checked_values(flags, "minibert.finetune"))
+    settings = checked_values(flags, "minibert.finetune")
+    if of_files := [name for name in FILE_SETTINGS if name in settings]:
+        raise UserError(
+            f"minibert.finetune: {of_files[0]} is about data files, but texts and labels are given as lists"
+        )
+    config = RunConfig(**settings)
     from minibert.run import run_from_lists
 
     given = {"train": (texts, labels), "validation": validation, "test": test}

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from minibert.config import RunConfig
 from minibert.errors import UserError
 
-HEAD_ALONE_LEARNING_RATE = 1e-3  # what a fresh head learns well with when nothing else moves
-
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, object]]:
     """One group for each (peak learning rate, weight decay): no decay on biases and LayerNorm."""
@@ -28,8 +26,7 @@ def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, obje
 def peak_learning_rate(name: str, layers: int, config: RunConfig) -> float:
     """Of a parameter, by its depth: the head's own, or the encoder's times layer_lr_decay for each layer below."""
     if name.startswith("classifier.") or (name.startswith("pooler.") and config.freeze == "all"):
-        alone = HEAD_ALONE_LEARNING_RATE if config.freeze == "all" else config.learning_rate
-        return config.head_learning_rate or alone
+        return config.head_learning_rate or config.learning_rate
     if name.startswith("pooler."):
         return config.learning_rate
     depth = 0 if ".embeddings." in name else int(name.split(".")[2]) + 1  # encoder.layers.N....
@@ -78,7 +75,7 @@ class Optimizer:
     """
 
     def __init__(self, model: nn.Module, config: RunConfig, total_steps: int, scale_loss: bool = False) -> None:
-        self.config, self.total_steps = config, total_steps
+        self.config, self.total_steps, self.learning_rate = config, total_steps, config.learning_rate
         self.adamw = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.999), eps=1e-8, fused=True)
         self.parameters: list[nn.Parameter] = [p for group in self.adamw.param_groups for p in group["params"]]
         device = self.parameters[0].device
@@ -95,6 +92,7 @@ class Optimizer:
         factor = learning_rate_factor(step, self.total_steps, self.config)
         for group in self.adamw.param_groups:
             group["lr"] = group["peak_lr"] * factor
+        self.learning_rate = self.config.learning_rate * factor
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         divisor = torch.ones_like(norm)
         if self.loss_scale is not None:
@@ -120,11 +118,6 @@ class Optimizer:
     def drop_gradients(self) -> None:
         """Forget what was computed of a step that will be tried again."""
         self.adamw.zero_grad(set_to_none=True)
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the deepest group: the encoder's, or the head's where nothing else trains."""
-        return float(self.adamw.param_groups[0]["lr"])
 
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """What AdamW remembers of a parameter: exp_avg, exp_avg_sq and step; nothing before its first step."""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import platform
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,8 @@ from minibert import __version__
 from minibert.config import BertConfig, RunConfig
 from minibert.data import Examples, RunData
 from minibert.device import Hardware
-from minibert.files import file_hash
+from minibert.errors import UserError
+from minibert.files import file_hash, read_json
 from minibert.resume import code_digest
 from minibert.tables import BadRow
 from minibert.tokens import Tokenizer
@@ -49,6 +51,15 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
         },
         "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
     }
+
+
+def first_command(output: Path, command: list[str]) -> list[str]:
+    """The command line that began the run in `output`, which is the one to do it again; `command` if none is known."""
+    try:
+        words = read_json(output / "run.json")["command"]
+    except (UserError, LookupError, TypeError):
+        return command
+    return words if isinstance(words, list) and words and all(isinstance(word, str) for word in words) else command
 
 
 def splits_record(config: RunConfig, data: RunData) -> dict[str, Any]:

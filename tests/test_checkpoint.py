@@ -59,6 +59,17 @@ def test_saved_folder_loads_in_transformers_with_equal_logits(tiny: Callable[...
         assert float((model(ids).logits - theirs.eval()(ids).logits).abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_base_in_half_precision_is_not_saved_as_such(tiny: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    folder = tiny()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: "float16"}))
+    model, _ = load_model(folder, BertForSequenceClassification, num_labels=3)
+    save_model(tmp_path / "saved", model, ["no", "maybe", "yes"])
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert theirs.dtype == torch.float32
+
+
 def test_round_trip_keeps_every_bit(tiny: Callable[..., Path], tmp_path: Path) -> None:
     model, _ = load_model(tiny("BertForSequenceClassification", num_labels=2), BertForSequenceClassification)
     save_model(tmp_path / "saved", model, ["a", "b"])

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 from minibert.batching import split
-from minibert.cli import parse_run_config
+from minibert.cli import given_settings
 from minibert.ops import DropoutMasks
 from minibert.run import run_from_files
 
@@ -45,12 +45,12 @@ JOBS = {  # every way to train
 SCRIPT = """
 import json, sys, zlib
 from minibert import distributed, finetune
-from minibert.cli import parse_run_config, run_command
+from minibert.cli import given_settings, run_command
 from minibert.errors import UserError
 from minibert.run import run_from_files
 
 for name, flags in json.loads(sys.argv[1]).items():
-    classifier = run_from_files(parse_run_config(flags), [])
+    classifier = run_from_files(given_settings(flags), [])
     weights = {name: zlib.crc32(p.detach().numpy().tobytes()) for name, p in classifier.model.named_parameters()}
     distributed.refuse_unlike(weights)  # every process ends with the same bits
 assert distributed.from_first(distributed.rank()) == 0
@@ -89,7 +89,7 @@ def flags(job: str, output: str) -> list[str]:
 
 def alone(*arguments: str) -> None:
     """A run in one process: this one."""
-    run_from_files(parse_run_config([*arguments, "--quiet"]), [])
+    run_from_files(given_settings([*arguments, "--quiet"]), [])
 
 
 def torchrun(*arguments: str, processes: int = 2) -> subprocess.Popen[str]:

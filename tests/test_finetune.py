@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 import transformers
 
 import minibert
+from minibert.config import RunConfig
 from minibert.errors import UserError
 
 
@@ -160,15 +162,31 @@ def test_five_lines_of_python(minilm: Path, messages: Path, tmp_path: Path) -> N
     predictions = clf.predict(texts[:5])
     assert predictions[0].label in ("ham", "spam") and set(predictions[0].probabilities) == {"ham", "spam"}
     assert sum(predictions[0].probabilities.values()) == pytest.approx(1)
-    clf.save(tmp_path / "copy")
+    with pytest.warns(UserWarning, match="transformers cannot load this folder"):
+        clf.save(tmp_path / "copy")
     again = minibert.load(tmp_path / "copy")
     assert np.array_equal(again.logits(texts[:9]), clf.logits(texts[:9]))
     assert clf.embed(texts[:3], pooling="cls").shape == (3, 384)
     assert clf.predict([]) == []
     with pytest.raises(UserError, match="3 texts but 2 labels"):
         minibert.finetune(["a", "b", "c"], [0, 1])
-    with pytest.raises(UserError, match="unknown setting 'epoch'"):
-        minibert.finetune(["a", "b"], [0, 1], epoch=3)
+    with pytest.raises(UserError, match="2 texts but 1 second texts"):
+        clf.predict(["a", "b"], ["c"])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"epoch": 3}, "unknown setting 'epoch'"),
+        ({"train": "data.csv"}, "train is about data files, but texts and labels are given as lists"),
+        ({"text_column": "body"}, "text_column is about data files"),
+        ({"test": (["a"],)}, r"test: expected a pair, \(texts, labels\)"),
+        ({"validation": 5}, r"validation: expected a pair"),
+    ],
+)
+def test_mistakes_from_python(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        minibert.finetune(["a", "b"], [0, 1], **more)
 
 
 def test_a_run_is_reproducible(messages: Path, tmp_path: Path, minilm: Path) -> None:
@@ -285,8 +303,52 @@ def test_resume_and_output_alone_go_on_with_the_flags_of_the_run(
     main(["--resume", "--output", str(folder)])
     assert "resumed at step 18 of 18" in capsys.readouterr().out
     assert (folder / "model.safetensors").read_bytes() == before
-    with pytest.raises(UserError, match=r"changed: epochs \(was 2.0, is 4.0\).*its own flags"):
-        main(["--resume", "--output", str(folder), "--epochs", "4"])
+    for epochs in ("4", "3"):  # 3 is the default: it is given all the same
+        with pytest.raises(UserError, match=rf"changed: epochs \(was 2.0, is {epochs}.0\).*its own flags"):
+            main(["--resume", "--output", str(folder), "--epochs", epochs])
+    command = json.loads((folder / "run.json").read_text())["command"]
+    assert command[3:-2] == flags  # the card tells how to do the run again, not how to end it
+
+
+def test_resume_does_not_take_the_demonstration_for_a_run_it_knows_nothing_of(
+    films: Path, film_model: Path, tmp_path: Path
+) -> None:
+    from minibert.finetune import main
+
+    with open(films, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    folder, settings = tmp_path / "listed", {"model": str(film_model), "epochs": 1, "quiet": True}
+    minibert.finetune([row["text"] for row in rows], [row["label"] for row in rows], output=str(folder), **settings)
+    (tmp_path / "empty").mkdir()
+    before = (folder / "model.safetensors").read_bytes()
+    for output in (folder, tmp_path / "empty"):
+        with pytest.raises(UserError, match="with a training file to go on with; give the flags"):
+            main(["--resume", "--output", str(output)])
+    assert (folder / "model.safetensors").read_bytes() == before and not any((tmp_path / "empty").iterdir())
+
+
+def test_the_demonstration_gives_way_to_every_flag() -> None:
+    from minibert.cli import given_settings
+    from minibert.run import demonstration
+
+    given = given_settings(["--epochs", "3", "--test-split", "0"])
+    config = RunConfig(**demonstration(RunConfig(**given)) | given)
+    assert (config.epochs, config.test_split, config.learning_rate) == (3, 0, 1e-4)
+    assert RunConfig(**demonstration(RunConfig(freeze="all")) | {"freeze": "all"}).learning_rate == 1e-3
+
+
+def test_an_mlp_head_is_kept_for_the_same_labels_unless_another_is_asked_for(
+    films: Path, film_model: Path, tmp_path: Path
+) -> None:
+    from minibert.finetune import main
+
+    fast = ["--train", str(films), "--epochs", "1", "--freeze", "all", "--quiet"]
+    main([*fast, "--model", str(film_model), "--head", "mlp:8", "--output", str(tmp_path / "first")])
+    for name, more in (("kept", []), ("wider", ["--head", "mlp:16"]), ("plain", ["--head", "linear"])):
+        main([*fast, "--model", str(tmp_path / "first"), "--output", str(tmp_path / name), *more])
+    saved = {name: minibert.load(tmp_path / name).model.mlp_size for name in ("kept", "wider", "plain")}
+    assert saved == {"kept": 8, "wider": 16, "plain": 0}
+    assert json.loads((tmp_path / "kept" / "run.json").read_text())["flags"]["head"] == "mlp:8"
 
 
 def test_a_mistake_with_overwrite_leaves_the_earlier_run_alone(trained: Path, messages: Path) -> None:
@@ -300,6 +362,9 @@ def test_a_mistake_with_overwrite_leaves_the_earlier_run_alone(trained: Path, me
 def test_config_file_and_aliases_set_the_same_flags(tmp_path: Path) -> None:
     from minibert.cli import parse_run_config
 
+    (tmp_path / "off.toml").write_text("no-cls-only = true\nno_temperature = false\n")
+    off = parse_run_config(["--config", str(tmp_path / "off.toml")])
+    assert off.cls_only is False and off.temperature is True
     (tmp_path / "run.toml").write_text('epochs = 5\nlr = 1e-4\nlabel-column = "target"\nlength_buckets = true\n')
     config = parse_run_config(["--config", str(tmp_path / "run.toml"), "--num_train_epochs", "7"])
     assert (config.epochs, config.learning_rate, config.label_column) == (7, 1e-4, ("target",))

@@ -23,7 +23,6 @@ from minibert import sources
 from minibert.checkpoint import read_weights
 from minibert.classifier import load
 from minibert.cli import parse_run_config
-from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.problem import SINGLE, Problem, class_weights
 from minibert.tables import read_table, stream_table
@@ -290,7 +289,7 @@ def test_half_characters_do_not_stop_a_run(tmp_path: Path, model: Path) -> None:
     rows = [{"text": f"good \ud800 {i}", "label": ["a\ud800", "b"][i % 2]} for i in range(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = {"train": str(tmp_path / "rows.jsonl"), "model": str(model), "output": str(tmp_path / "run")}
-    run_from_files(RunConfig(**flags, epochs=1, quiet=True, device="cpu"), [])
+    run_from_files({**flags, "epochs": 1, "quiet": True, "device": "cpu"}, [])
     assert load(tmp_path / "run", "cpu").problem.labels == ["a?", "b"]
 
 

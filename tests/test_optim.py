@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,6 +107,24 @@ def test_layer_decay_and_head_rate(model: BertForSequenceClassification) -> None
     }
     for name, rate in expected.items():
         assert rates[id(model.get_parameter(name))] == rate, name
+
+
+def test_the_head_alone_learns_faster_unless_a_rate_is_given(model: BertForSequenceClassification) -> None:
+    def rates(**flags: Any) -> set[object]:
+        return {group["lr"] for group in parameter_groups(model, RunConfig(freeze="all", **flags))}
+
+    freeze(model, "all", ["pooler.dense.weight", "pooler.dense.bias"])
+    assert rates() == {1e-3} and rates(learning_rate=3e-4) == {3e-4}
+    assert rates(head_learning_rate=0.1) == rates(learning_rate=1, head_learning_rate=0.1) == {0.1}
+    assert RunConfig().learning_rate == 5e-5
+
+
+def test_the_log_has_the_peak_rate_whatever_the_deepest_layer_has(model: BertForSequenceClassification) -> None:
+    config = RunConfig(learning_rate=1e-3, layer_lr_decay=0.5, warmup_ratio=0, schedule="constant")
+    optimizer = Optimizer(model, config, 10)
+    model(torch.arange(5, 15)[None]).logits.sum().backward()
+    optimizer.step(0)
+    assert optimizer.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize(("choice", "layers"), [("none", -1), ("embeddings", 0), ("2", 2), ("all", 3)])

@@ -293,14 +293,30 @@ def test_standard_input_that_is_no_text(encoding: str, data: bytes, message: str
         (["--text", "a", "--file", "b"], None, "--file: not allowed with argument --text"),
         (["--text", "a", "--output", "x.xlsx"], None, "end the name in .csv, .jsonl or .parquet"),
         (["--text", "a", "--output", "x.csv", "--format", "jsonl"], None, "--output x.csv says csv"),
+        (["--text", "a", "--no-header"], None, "--no-header: is about a data file"),
         (["--text", "a", "--top-k", "0"], None, "--top-k 0: give a whole number of at least 1"),
-        (["--file", "-", "--text-column", "x"], "a\n", "--text-column: standard input is one text a line"),
+        (["--file", "-", "--text-column", "x"], "a\n", "--text-column: is about a data file"),
     ],
 )
 def test_mistakes_are_one_line(untrained: Path, arguments: list[str], text: str | None, message: str) -> None:
     done = predict(str(untrained), *arguments, text=text, check=False)
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_texts_after_several_flags_are_all_answered(untrained: Path) -> None:
+    lines = predict(str(untrained), "--text", "a", "b", "--text", "c").stdout.splitlines()
+    assert [line.split("\t")[-1] for line in lines] == ["a", "b", "c"]
+
+
+def test_pairs_are_refused_for_a_model_of_single_texts(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny("BertForSequenceClassification", type_vocab_size=1)
+    done = predict(str(folder), "--text", "a", "--text-pair", "b", check=False)
+    assert done.returncode == 2 and "reads single texts (its type_vocab_size is 1)" in done.stderr
+    with pytest.raises(UserError, match="type_vocab_size is 1"):
+        pairs = [(f"a {i}", "b") for i in range(40)]
+        minibert.finetune(pairs, ["x", "y"] * 20, model=str(folder), output=str(tmp_path / "x"), quiet=True)
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_input_is_never_overwritten_and_a_failure_leaves_nothing(untrained: Path, tmp_path: Path) -> None:

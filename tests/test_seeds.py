@@ -140,6 +140,25 @@ def test_an_interrupted_seed_goes_on_where_it_stopped(film_model: Path, films: P
     assert (tmp_path / "s" / "model.safetensors").exists()
 
 
+def test_a_seed_killed_before_its_checkpoint_starts_again(film_model: Path, films: Path, tmp_path: Path) -> None:
+    arguments = flags(films, film_model, tmp_path / "x", "--seeds", "1,2", "--epochs", "1")
+    finetune(*arguments)
+    summary = json.loads((tmp_path / "x" / "seeds.json").read_text())
+    shutil.rmtree(tmp_path / "x" / "seed-2" / "checkpoints")
+    for name in ("metrics.json", "model.safetensors"):
+        (tmp_path / "x" / "seed-2" / name).unlink()
+    assert "no checkpoint yet: from the beginning" in finetune(*arguments, "--resume").stdout
+    assert json.loads((tmp_path / "x" / "seeds.json").read_text()) == summary
+
+
+def test_resume_of_seeds_wants_the_whole_command(trained: tuple[Path, str]) -> None:
+    before = (trained[0] / "model.safetensors").read_bytes()
+    for more in ([], ["--seeds", "3,1,2"]):
+        error = finetune("--resume", "--output", str(trained[0]), *more, code=2).stderr
+        assert "with --seeds, give the whole command again, and --resume" in error
+    assert (trained[0] / "model.safetensors").read_bytes() == before
+
+
 def test_overwrite_leaves_nothing_of_earlier_seeds(
     trained: tuple[Path, str], films: Path, film_model: Path, tmp_path: Path
 ) -> None:
