@@ -27,6 +27,8 @@ COMMANDS = {
     "export": "a model for onnxruntime",
 }
 LARGEST_CONFIG = 1 << 18  # bytes of a --config file
+TEXT_FLAGS = ("text_column", "text_pair_column", "no_header", "encoding", "on_bad_rows")
+LABEL_FLAGS = ("label_column", "label_delimiter")
 GROUPS = ("model", "data", "tokens", "recipe", "speed", "stopping", "watching", "other")
 
 
@@ -179,16 +181,14 @@ class Several(argparse.Action):
 
 def add_column_flags(parser: Parser, labels: bool = False) -> None:
     """The flags of `finetune` that say where in a file the texts are, for the other commands."""
-    names = {"text_column", "text_pair_column", "no_header", "encoding", "on_bad_rows"}
-    names |= {"label_column", "label_delimiter"} if labels else set()
     for field in dataclasses.fields(RunConfig):
-        if field.name in names:
+        if field.name in TEXT_FLAGS or (labels and field.name in LABEL_FLAGS):
             add_flag(parser, field)
 
 
 def column_config(arguments: argparse.Namespace) -> RunConfig:
-    names = "text_column text_pair_column label_column label_delimiter no_header encoding on_bad_rows".split()
-    return RunConfig(**{name: getattr(arguments, name) for name in names if getattr(arguments, name, None)})
+    given = {name: getattr(arguments, name, None) for name in (*TEXT_FLAGS, *LABEL_FLAGS)}
+    return RunConfig(**{name: value for name, value in given.items() if value})
 
 
 def read_config_file(path: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from minibert.batching import plan_epoch
 from minibert.config import RunConfig
 from minibert.device import duration, peak_memory
-from minibert.train import Dataset, Step, Training, evaluate
+from minibert.train import Dataset, Step, Training, evaluate, planned_batches, total_steps
 
 TIMED_BATCHES = 4
 PATIENCE = 20.0  # seconds, after which no further batch is timed
@@ -56,7 +54,7 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
     what is spent once, before training.
     """
     config, train = training.config, training.data["train"]
-    batches = [part for rows in _batches(train.lengths, config) for part in training.within_budget(rows)]
+    batches = [part for rows in planned_batches(train.lengths, config) for part in training.within_budget(rows)]
     sizes = np.array([int(train.lengths[rows].sum()) for rows in batches])
     order = np.argsort(sizes)
     trained = sum(p.numel() * p.element_size() for _, p in training.trained_parameters())
@@ -78,8 +76,8 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
     share = int(train.lengths[largest].sum()) / int(sizes[order[-1]])
     if share < 1:
         peak = max(peak, base + int((peak - base) / share))
-    steps_per_epoch = math.ceil(len(_batches(lengths["train"], config)) / config.gradient_accumulation_steps)
-    steps = min(math.ceil(steps_per_epoch * config.epochs), config.max_steps or sys.maxsize)
+    steps_per_epoch = math.ceil(len(planned_batches(lengths["train"], config)) / config.gradient_accumulation_steps)
+    steps = total_steps(steps_per_epoch, config)
     tokens = {part: int(each.sum()) for part, each in lengths.items()}
     train_seconds = rate * tokens["train"] * steps / steps_per_epoch
     evaluations = math.ceil(steps / (config.eval_steps or steps_per_epoch))
@@ -94,11 +92,6 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
         memory_of="GPU" if training.hardware.device.type == "cuda" else "process",
         measured_steps=len(timed) + 2,
     )
-
-
-def _batches(lengths: np.ndarray, config: RunConfig) -> list[np.ndarray]:
-    size, tokens, seed = config.batch_size, config.batch_tokens, config.seed
-    return plan_epoch(lengths, batch_size=size, batch_tokens=tokens, buckets=config.length_buckets, seed=seed)
 
 
 def sample_rows(lengths: np.ndarray, config: RunConfig) -> np.ndarray:

@@ -179,6 +179,22 @@ def evaluate(
     return data.tokens.mean_of_windows(distributed.sum_array(logits) if together else logits)
 
 
+def planned_batches(lengths: np.ndarray, config: RunConfig, epoch: int = 0) -> list[np.ndarray]:
+    """The row numbers of each batch of an epoch."""
+    return plan_epoch(
+        lengths,
+        batch_size=config.batch_size,
+        batch_tokens=config.batch_tokens,
+        buckets=config.length_buckets,
+        seed=config.seed,
+        epoch=epoch,
+    )
+
+
+def total_steps(steps_per_epoch: int, config: RunConfig) -> int:
+    return min(math.ceil(steps_per_epoch * config.epochs), config.max_steps or sys.maxsize)
+
+
 class Training:
     """One training job: the model and its optimiser, the data, and where it stands."""
 
@@ -204,7 +220,7 @@ class Training:
         self.watch: Callable[[dict[str, Any]], None] | None = None  # is given each line of the log
         self.metric = self._checked_metric()
         self.steps_per_epoch = len(self._steps_of_epoch(0))
-        self.total_steps = min(math.ceil(self.steps_per_epoch * config.epochs), config.max_steps or sys.maxsize)
+        self.total_steps = total_steps(self.steps_per_epoch, config)
         model.encoder.recompute = config.activation_checkpointing
         self.fixed = self._fixed_steps()
         self.optimizer: Optimizer | FlatOptimizer
@@ -419,14 +435,7 @@ class Training:
 
     def _steps_of_epoch(self, epoch: int) -> list[Step]:
         train, config = self.data["train"], self.config
-        batches = plan_epoch(
-            train.lengths,
-            batch_size=config.batch_size,
-            batch_tokens=config.batch_tokens,
-            buckets=config.length_buckets,
-            seed=config.seed,
-            epoch=epoch,
-        )
+        batches = planned_batches(train.lengths, config, epoch)
         counts = self.problem.example_weights(train.targets, self.weights)
         steps = []
         for start in range(0, len(batches), config.gradient_accumulation_steps):
