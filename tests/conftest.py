@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run in two processes, and start more
-if "gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # not `pytest -m gpu`
+if not re.search(r"-m\W*gpu", " ".join(sys.argv)) and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests compute on the CPU, also where a GPU is
 
 import random
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,12 @@ def missing(what: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(f"{what} is missing")
     pytest.skip(f"{what} is missing")
+
+
+def skip_without_interpreter() -> None:
+    """Triton 3.6, which torch 2.11 for CUDA brings, takes one-element arrays for numbers, and numpy 2.4 does not."""
+    if tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
+        pytest.skip("Triton's interpreter is used from 3.7 on")
 
 
 @pytest.fixture(scope="session")
