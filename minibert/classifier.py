@@ -242,13 +242,13 @@ def saved_labels(config: BertConfig, num_labels: int) -> list[str]:
 
 
 def as_texts(texts: Iterable[Any], pairs: Sequence[str] | None) -> tuple[list[str], list[str] | None]:
-    """Texts and second texts from a list of texts, or of (first, second) tuples; a single string is a mistake."""
+    """Texts and second texts from a list of texts, or of (first, second) pairs; a single string is a mistake."""
     if isinstance(texts, str):
         raise UserError("expected a list of texts, not one string; put it in brackets: [text]")
     if hasattr(texts, "columns"):
         raise UserError("expected a column of texts, not a whole table; choose one: frame['text']")
-    items = list(texts)
-    if items and all(isinstance(item, tuple) and len(item) == 2 for item in items):
+    items = texts.tolist() if isinstance(texts, np.ndarray) else list(texts)
+    if items and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
         items, pairs = [first for first, _ in items], [second for _, second in items]
     pairs = None if pairs is None else list(pairs)
     for name, values in (("text", items), ("second text", pairs or [])):

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from minibert import __version__
 from minibert.config import RunConfig, flag_name
 from minibert.errors import UserError
 from minibert.files import one_line, refuse_special
@@ -79,6 +80,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 2 the user can fix it (one line says how), 130 Ctrl-C."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - closed by who started us: nobody listens
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # what a terminal cannot show, such as half a character, is spelled out
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -117,6 +120,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in COMMANDS:
         module = import_module(f"minibert.{arguments[0]}")
         return run_command(module.main, arguments[1:])
+    if arguments[:1] == ["--version"]:
+        print(__version__)
+        return 0
+    if arguments and arguments[0] not in ("--help", "-h"):
+        close = get_close_matches(arguments[0], COMMANDS, 1)
+        meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        print(f"error: no command {arguments[0]!r}; {meant}", file=sys.stderr)
+        return 2
     lines = [f"  minibert {name:<9} {what}" for name, what in COMMANDS.items()]
     text = "\n".join(["usage: minibert COMMAND ...", "", *lines, "", "minibert COMMAND --help lists a command's flags"])
     asked = arguments[:1] in (["--help"], ["-h"])
@@ -161,7 +172,7 @@ def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -
     if kind is bool and field.name.startswith("no_"):
         group.add_argument(*names, dest=field.name, action="store_true", help=text)
     elif kind is bool:  # with a --no- form, which overrules a --config file where the default is off, too
-        group.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
+        group.add_argument(*names, dest=field.name, action=Switch, help=text)
     elif kind is tuple:
         group.add_argument(*names, dest=field.name, action=Several, metavar=PLACEHOLDERS[field.name], help=text)
     else:
@@ -169,6 +180,18 @@ def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -
         placeholder = PLACEHOLDERS.get(field.name, {int: "N", float: "X"}.get(kind, "VALUE"))
         placeholder = "{" + ",".join(choices) + "}" if choices else placeholder
         group.add_argument(*names, dest=field.name, type=kind, choices=choices, metavar=placeholder, help=text)
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """--x-y and --no-x-y, both also with _ for -."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, **options)
+        snake = ["--" + name[2:].replace("-", "_") for name in self.option_strings]
+        self.option_strings = list(dict.fromkeys([*self.option_strings, *snake]))
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, not str(option_string).startswith(("--no-", "--no_")))
 
 
 class Several(argparse.Action):

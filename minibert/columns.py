@@ -11,7 +11,7 @@ from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.files import read_json
 from minibert.labels import is_number
-from minibert.tables import Table
+from minibert.tables import Table, describe_bad
 
 # What people call their columns, in the order of trust, as `_plain_name` writes them.
 TEXT_NAMES = """text sentence review review_text reviewtext question_text message sms tweet comment comment_text content
@@ -130,6 +130,8 @@ def _columns_of_flags(table: Table, taken: set[str | None]) -> tuple[str, ...]:
 
 def _not_found(table: Table, flag: str) -> UserError:
     names, hint = list(table.columns), ""
+    if not names and table.bad:
+        return UserError(f"{table.path}: no row can be used; {describe_bad(table.bad)}")
     if names == ["text"] and table.path.lower().endswith(".txt"):
         hint = "; name a file of `label text` lines .label"
     if names != [str(i) for i in range(len(names))]:

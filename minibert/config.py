@@ -19,6 +19,7 @@ ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 MOST_LAYERS, MOST_LABELS = 512, 1 << 16  # more is a broken or hostile config.json
 LEARNING_RATE, HEAD_ALONE_LEARNING_RATE = 5e-5, 1e-3  # the other: of a fresh head when nothing else moves
+PATHS = ("model", "tokenizer", "train", "validation", "test", "class_weights")  # flags that may name files
 TRUNCATIONS = ("head", "tail", "head_tail", "window")
 
 
@@ -267,12 +268,15 @@ class RunConfig:
     check: bool = flag(False, "look at data, model and memory; train nothing", group="other")
 
     def __post_init__(self) -> None:
+        for name in PATHS:
+            if (getattr(self, name) or "").startswith("~"):  # no shell has seen a --config file
+                object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))  # it is frozen
         self._check_choices()
         self._check_ranges()
         self.mlp_size()
         if self.learning_rate is None:
             usual = self.head_learning_rate or HEAD_ALONE_LEARNING_RATE if self.freeze == "all" else LEARNING_RATE
-            object.__setattr__(self, "learning_rate", usual)  # as a frozen dataclass sets its fields
+            object.__setattr__(self, "learning_rate", usual)
         if self.freeze not in ("none", "embeddings", "all") and not self.freeze.isdecimal():
             raise UserError(f"--freeze {self.freeze}: give none, embeddings, a number of layers, or all")
         if self.validation_split + self.test_split >= 1:
@@ -286,6 +290,8 @@ class RunConfig:
     def _check_choices(self) -> None:
         for f in dataclasses.fields(self):
             choices = f.metadata["choices"]
+            if getattr(self, f.name) == "":
+                raise UserError(f"{flag_name(f.name)}: is empty; give a value, or leave it out")
             if choices and getattr(self, f.name) not in choices:
                 raise UserError(f"{flag_name(f.name)} {getattr(self, f.name)}: give one of {', '.join(choices)}")
 

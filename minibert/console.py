@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +29,15 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 def silence(line: str) -> None:
     """Say nothing, as --quiet asks."""
+
+
+def aloud(line: str) -> None:
+    """Print a line, above the progress bar. A run goes on where nobody reads any more, as after `| head`."""
+    try:
+        with tqdm.external_write_mode():
+            print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def describe(say: Say, config: RunConfig, report: LoadReport, hardware: Hardware, frozen: int, given: bool) -> None:
@@ -58,8 +70,7 @@ class Progress:
         left = taken / max(line["step"] - self.first, 1) * (total - line["step"])
         times = f"{duration(taken)}, {duration(left)} left" if line["step"] < total else duration(taken)
         where = f"epoch {line['epoch']:<4.3g}step {line['step']} of {total}"
-        with tqdm.external_write_mode():
-            self.say(f"{where} · {self.loss}{name.replace('_', ' ', 1)} {value}{best} · {times}")
+        self.say(f"{where} · {self.loss}{name.replace('_', ' ', 1)} {value}{best} · {times}")
 
 
 def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, pairs: bool, verdict: str) -> None:
@@ -85,7 +96,7 @@ def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, pa
         say(OWN_HEAD)
     say(f"\nreport:  {output / 'report.html'}")
     second = ' --text-pair "Its second text"' if pairs else ""
-    say(f'predict: python -m minibert.predict {output} --text "A text to classify"{second}')
+    say(f'predict: python -m minibert.predict {shlex.quote(str(output))} --text "A text to classify"{second}')
 
 
 def class_lines(part: str, per_class: dict[str, dict[str, Any]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,16 @@ from minibert.files import atomic, refuse_no_folder
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m minibert.embed", description="Sentence embeddings of a data file's texts.")
     parser.add_argument("model", metavar="RUN_OR_MODEL", help="folder that finetune wrote, or any BERT")
-    parser.add_argument("--file", metavar="F", required=True, help="data file with a text column")
-    parser.add_argument("--output", metavar="NPY", required=True, help="where to write the array [texts, hidden]")
+    parser.add_argument(
+        "--file", type=os.path.expanduser, metavar="F", required=True, help="data file with a text column"
+    )
+    parser.add_argument(
+        "--output",
+        type=os.path.expanduser,
+        metavar="NPY",
+        required=True,
+        help="where to write the array [texts, hidden]",
+    )
     parser.add_argument("--pooling", choices=("mean", "cls", "pooler"), default="mean")
     parser.add_argument("--max-length", type=int, metavar="N", help="longest text in tokens (default the model's)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -6,6 +6,7 @@ The file is read in chunks; only logits and labels are kept.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,10 @@ from minibert.files import refuse_no_folder, write_json
 def main(argv: Sequence[str]) -> None:
     parser = Parser(prog="python -m minibert.evaluate", description="Metrics of a saved model on a labelled file.")
     parser.add_argument("run", metavar="RUN", help="folder that finetune wrote, or any BERT classifier")
-    parser.add_argument("--file", metavar="F", required=True, help="data file with text and labels")
-    parser.add_argument("--output", metavar="JSON", help="also write the metrics to this file")
+    parser.add_argument(
+        "--file", type=os.path.expanduser, metavar="F", required=True, help="data file with text and labels"
+    )
+    parser.add_argument("--output", type=os.path.expanduser, metavar="JSON", help="also write the metrics to this file")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add_column_flags(parser, labels=True)
     arguments = parser.parse_args(list(argv))

@@ -31,8 +31,15 @@ def parser() -> Parser:
     result.add_argument("run", metavar="RUN", help="folder that finetune wrote, or any BERT classifier")
     result.add_argument("--onnx", action="store_true", help="as ONNX: padded ids, mask and types in, logits out")
     result.add_argument("--int8", action="store_true", help="weights as 8-bit integers (dynamic quantisation)")
-    result.add_argument("--output", metavar="FILE", help="default RUN/model.onnx, or RUN/model-int8.onnx")
-    result.add_argument("--file", metavar="F", help="labelled data on which to compare --int8 (default: sample texts)")
+    result.add_argument(
+        "--output", type=os.path.expanduser, metavar="FILE", help="default RUN/model.onnx, or RUN/model-int8.onnx"
+    )
+    result.add_argument(
+        "--file",
+        type=os.path.expanduser,
+        metavar="F",
+        help="labelled data on which to compare --int8 (default: sample texts)",
+    )
     add_column_flags(result, labels=True)
     return result
 

@@ -291,11 +291,15 @@ def pack_padded(
 ) -> tuple[PackedInput, Tensor]:
     """[B, S] tensors -> (packed input, [T] places of its tokens in the flattened [B * S])
 
-    A token keeps the position of its column, as in transformers. The pooled row is the first that the mask keeps.
+    A token keeps the position of its column, as in transformers. The pooled row is the first that the mask keeps, which
+    with padding on the left is not transformers' choice: that is the first column, padding or not.
     """
     if input_ids.dim() != 2 or input_ids.shape[1] > config.max_position_embeddings:
         limit = config.max_position_embeddings
         raise ValueError(f"input_ids must be [batch, length up to {limit}], not {list(input_ids.shape)}")
+    for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(f"{name} is {list(tensor.shape)} where input_ids is {list(input_ids.shape)}")
     for name, ids, size in (
         ("input_ids", input_ids, config.vocab_size),
         ("token_type_ids", token_type_ids, config.type_vocab_size),

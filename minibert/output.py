@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def refuse_at_once(config: RunConfig) -> None:
     folders = [seed_folder(output, int(seed)) for seed in config.seeds] or [output]
     if config.resume and not any((folder / CHECKPOINTS / STATE_FILE).is_file() or begun(folder) for folder in folders):
         raise UserError(f"{output}: no checkpoint to resume; leave --resume out to start anew")
+    if config.model is not None and not config.resume and output.resolve() == Path(config.model).expanduser().resolve():
+        raise UserError(f"--output {output}: is the model to start from; give another folder")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another --output")
     refuse_full(output, config)
@@ -61,8 +64,16 @@ def refuse_full(output: Path, config: RunConfig) -> None:
 
 
 def output_folder(config: RunConfig) -> Path:
-    """--output, or runs/<time>."""
-    return Path(config.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}").expanduser()
+    """--output, or a new folder runs/<time>, with a number where another run began in the same second."""
+    if config.output is not None:
+        return Path(config.output).expanduser()
+    name = f"{datetime.now():%Y%m%d-%H%M%S}"
+    for number in itertools.count(1):
+        folder = Path("runs", name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
+    return folder
 
 
 def clear(output: Path) -> None:
@@ -80,7 +91,10 @@ def open_output(config: RunConfig, held: ExitStack) -> Path:
     """
     if not distributed.is_first():
         return Path(config.output or "")
-    output = output_folder(config)
+    try:
+        output = output_folder(config)
+    except OSError as error:
+        raise UserError(f"runs: cannot be made ({error.strerror}); give --output") from None
     try:
         output.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(output))

@@ -40,8 +40,18 @@ def parser() -> Parser:
     source.add_argument("--text", nargs="+", action="extend", metavar="T", help="one or more texts")
     second = "the second text of each --text"
     result.add_argument("--text-pair", "--text_pair", nargs="+", action="extend", metavar="T", help=second)
-    source.add_argument("--file", metavar="F", help="data file with a text column; - is standard input, a text a line")
-    result.add_argument("--output", metavar="FILE", help="where to write: .csv, .jsonl or .parquet (default: stdout)")
+    source.add_argument(
+        "--file",
+        type=os.path.expanduser,
+        metavar="F",
+        help="data file with a text column; - is standard input, a text a line",
+    )
+    result.add_argument(
+        "--output",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="where to write: .csv, .jsonl or .parquet (default: stdout)",
+    )
     result.add_argument("--format", choices=FORMATS[:2], help="of what goes to stdout (default csv)")
     result.add_argument("--top-k", "--top_k", type=int, metavar="K", help="only the K most probable classes")
     result.add_argument("--explain", action="store_true", help="mark the words that moved the result (a pass a word)")

@@ -66,8 +66,8 @@ def records(
         record: dict[str, Any] = {"row": examples.lines[i], "text": examples.texts[i]}
         if examples.pairs is not None:
             record["text_pair"] = examples.pairs[i]
-        record["predicted"] = round(decision, 6) if isinstance(decision, float) else decision
-        row = [round(float(p), 6) for p in probabilities[i]]
+        record["predicted"] = round(decision, 10) if isinstance(decision, float) else decision
+        row = [round(float(p), 10) for p in probabilities[i]]
         if problem.kind == SINGLE:
             record["probability"] = max(row)
         if problem.kind != REGRESSION and order is not None:
@@ -112,7 +112,7 @@ def _cell(name: str, value: Any) -> Any:
     if isinstance(value, str):
         is_label = name not in ("text", "text_pair")
         return value if is_label and NUMBER.fullmatch(value) else safe_cell(value)  # -1 is a number, no formula
-    return f"{value:.6f}" if isinstance(value, float) and name != "label" else value
+    return f"{value:.10g}" if isinstance(value, float) and name != "label" else value  # curves can be drawn from it
 
 
 def safe_cell(text: str) -> str:

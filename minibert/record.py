@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ import tokenizers
 import torch
 
 from minibert import __version__
-from minibert.config import BertConfig, RunConfig
+from minibert.config import PATHS, BertConfig, RunConfig
 from minibert.data import Examples, RunData
 from minibert.device import Hardware
 from minibert.errors import UserError
@@ -35,6 +36,7 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
     return {
         "flags": config.to_dict(),
         "command": command,
+        "folder": os.getcwd(),
         "seed": config.seed,
         "data": {part: {"file": path, "sha256": file_hash(path)} for part, path in files.items()},
         "columns": dataclasses.asdict(data.columns),
@@ -109,9 +111,8 @@ def rows_digest(examples: Examples) -> str:
 def must_be_alike(
     fingerprint: dict[str, Any], bert: BertConfig, sets: dict[str, Dataset], weights: np.ndarray | None
 ) -> dict[str, Any]:
-    """What no process may have otherwise than the first. Where files lie may differ from machine to machine."""
-    paths = ("model", "tokenizer", "train", "validation", "test", "class_weights")
-    return {key: value for key, value in fingerprint.items() if key not in paths} | {
+    """What no process may have otherwise than the first."""
+    return fingerprint | {
         "architecture": repr(bert),
         "encoded texts": [zlib.crc32(dataset.tokens.ids.tobytes()) for dataset in sets.values()],
         "class weights": None if weights is None else weights.tolist(),
@@ -119,6 +120,6 @@ def must_be_alike(
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """The flags that a resumed run must share with the one that was begun."""
-    free = ("resume", "overwrite", "quiet", "output", "report_to", "run_name", "check", "save_steps")
+    """The flags that a resumed run must share with the one that was begun; of files their content counts."""
+    free = ("resume", "overwrite", "quiet", "output", "report_to", "run_name", "check", "save_steps", *PATHS)
     return {key: value for key, value in config.to_dict().items() if key not in free}

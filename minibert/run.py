@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -24,8 +25,8 @@ from minibert.checkpoint import LoadReport, load_model, model_folder, saved_mlp_
 from minibert.classifier import Classifier, as_texts, finite, fitting_tokenizer, load, refuse_pairs, saved_labels
 from minibert.cli import checked_values
 from minibert.columns import Columns
-from minibert.config import BertConfig, RunConfig
-from minibert.console import Progress, describe, silence, summarise, terminal_name
+from minibert.config import PATHS, BertConfig, RunConfig
+from minibert.console import Progress, aloud, describe, silence, summarise, terminal_name
 from minibert.data import Examples, RunData, load_data, prepare
 from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
@@ -85,10 +86,13 @@ def begun_with(output: Path, config: RunConfig) -> dict[str, Any]:
         raise UserError(f"{output}: with --seeds, give the whole command again, and --resume")
     path = output / "run.json"
     record = read_json(path) if path.is_file() else None
-    flags = record.get("flags") if isinstance(record, dict) else None
-    if not isinstance(flags, dict) or not flags.get("train"):
+    record = record if isinstance(record, dict) else {}
+    if not isinstance(record.get("flags"), dict) or not record["flags"].get("train"):
         raise UserError(f"{output}: no run.json with a training file to go on with; give the flags of the run again")
-    return checked_values(flags, str(path))
+    settings = checked_values(record["flags"], str(path))
+    folder = Path(str(record.get("folder") or "."))  # where its paths begin
+    paths = {name: folder / settings[name] for name in PATHS if settings.get(name)}
+    return settings | {name: str(path) for name, path in paths.items() if path.exists()}
 
 
 def demonstration(config: RunConfig) -> dict[str, Any]:
@@ -136,7 +140,7 @@ def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
 def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) -> Classifier:
     moments = [time.perf_counter()]
     config = replace(config, quiet=config.quiet or not distributed.is_first())
-    say = silence if config.quiet else partial(print, flush=True)
+    say = silence if config.quiet else aloud
     job = get_ready(config, data)
     describe(say, job.config, job.report, job.hardware, job.frozen, config.model is not None)
     for line in screen(job.inspection):
@@ -150,7 +154,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
         distributed.refuse_unlike(must_be_alike(fingerprint, job.model.config, job.sets, weights))
         distributed.same_weights(job.model)
     compact = prepare_sets(job)
-    training = Training(job.model, data.problem, job.sets, job.config, job.hardware, weights)
+    training = Training(job.model, data.problem, job.sets, job.config, job.hardware, weights, say)
     job.hardware = training.hardware  # eager, where the engine that `auto` chose does not work
     moments.append(time.perf_counter())
     output = open_output(config, held)  # the last thing before training: an earlier run there is safe from mistakes
@@ -332,17 +336,19 @@ def run_each_seed(config: RunConfig, data: RunData, command: list[str]) -> Class
     """--seeds: a run for each in a folder of its own; the best one's files also at the top."""
     output = output_folder(config)
     config = replace(config, output=str(output))
-    say = silence if config.quiet else partial(print, flush=True)
+    say = silence if config.quiet else aloud
 
     def run_one(one: RunConfig) -> None:  # with a problem of its own: a run may tune it
         run(one, replace(data, problem=copy.deepcopy(data.problem)), command)
 
     rows = {f"{part} rows": rows_digest(examples) for part, examples in data.parts.items()}
-    fingerprint = {"version": __version__, **rows, **settings_of(config)}
+    files = {name: str(Path(value).absolute()) for name in PATHS if (value := getattr(config, name))}
+    fingerprint = {"version": __version__, **rows, **files, **settings_of(config)}
     best = run_seeds(config, data, fingerprint, run_one, say)
     clear(output)
     copy_run(best, output)
-    say(f'its files are also in {output}\n\npredict: python -m minibert.predict {output} --text "A text to classify"')
+    say(f"its files are also in {output}\n")
+    say(f'predict: python -m minibert.predict {shlex.quote(str(output))} --text "A text to classify"')
     return load(output, config.device)
 
 

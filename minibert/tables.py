@@ -359,7 +359,10 @@ def _json(path: Path, text: IO[str], size: int) -> Iterator[Table]:
         raise UserError(f"{path}: too large for one JSON value; convert it to .jsonl")
     try:
         value = json.loads(content)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        first = next(filter(str.strip, content.splitlines()), "")
+        if not isinstance(_parse(first), dict):
+            raise UserError(f"{path}: not JSON ({one_line(error)})") from None
         yield from _json_lines(path, io.StringIO(content), size)
         return
     rows = _json_rows(path, value)

@@ -206,7 +206,9 @@ class Training:
         config: RunConfig,
         hardware: Hardware,
         class_weights: np.ndarray | None = None,
+        say: Callable[[str], object] = lambda line: None,
     ) -> None:
+        self.say = say
         self.model, self.problem, self.data = model.to(hardware.device), problem, data
         self.config, self.hardware = config, hardware
         self.weights = class_weights
@@ -245,8 +247,7 @@ class Training:
         if config.engine != "auto":
             raise UserError(f"--engine {hardware.engine}: {fault}; use eager")
         self.hardware = eager(hardware, config)
-        if not config.quiet:
-            tqdm.write(f"engine {hardware.engine} does not work here: {fault}. Training is eager, with the same result")
+        self.say(f"engine {hardware.engine} does not work here: {fault}. Training is eager, with the same result")
         return None
 
     def run(self, log_path: Path, save: Callable[[], None]) -> None:
@@ -287,8 +288,8 @@ class Training:
                     stop_request.close()
                     raise Interrupted
         stop_request.close()
-        if self.fixed is not None and not self.config.quiet:
-            tqdm.write(f"engine {self.hardware.engine}: {self.fixed.report()}")
+        if self.fixed is not None:
+            self.say(f"engine {self.hardware.engine}: {self.fixed.report()}")
         if self.state.step == int(self.optimizer.skipped) > 0 and self.optimizer.loss_scale is None:
             raise UserError("no step had a finite loss and gradient, so nothing was learned; lower --learning-rate")
         self.use_best_weights()
@@ -302,7 +303,7 @@ class Training:
         spent = self.state.seconds - (0 if self.fixed is None else self.fixed.setup_seconds)
         seconds = spent / self.state.tokens * int(self.data["train"].lengths.sum()) * epochs
         memory = f"{peak_memory(device) / 2**30:.1f} GiB of {'GPU ' * (device.type == 'cuda')}memory so far"
-        tqdm.write(f"expect  {duration(seconds)} for {self.total_steps} steps; {memory}")
+        self.say(f"expect  {duration(seconds)} for {self.total_steps} steps; {memory}")
 
     def _step(self, step: Step) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
@@ -365,8 +366,7 @@ class Training:
             )
         tokens = max(int(self.data["train"].lengths[rows].sum()) for rows in pieces if len(rows) > 1)
         self.state.most_tokens = tokens // 2
-        if not self.config.quiet:
-            tqdm.write(f"memory ran out at step {self.state.step + 1}: batches now in pieces of {tokens // 2} tokens")
+        self.say(f"memory ran out at step {self.state.step + 1}: batches now in pieces of {tokens // 2} tokens")
 
     def _pieces(self, step: Step) -> list[np.ndarray]:
         """This process's part of the step's batches, each cut to what memory has been found to hold."""

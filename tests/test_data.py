@@ -87,6 +87,12 @@ def test_columns_that_cannot_be_found_are_an_error_that_lists_what_is_there() ->
         examples_from_table(table(text=["a", {"b": 1}], label=["x", "y"]), Columns(("text",), None, ("label",)))
 
 
+def test_lines_that_are_all_broken_are_not_blamed_on_the_columns(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '[{"text": "a"}]\n{"text"\n')
+    with pytest.raises(UserError, match="no row can be used; line 1: expected an object"):
+        load_data(RunConfig(train=path))
+
+
 def test_columns_asked_for_in_another_letter_case() -> None:
     found = find_columns(
         table(TEXT=["1"], Body=["2"], Label=["3"]), RunConfig(text_column=("body",), label_column=("label",))

@@ -280,7 +280,7 @@ def test_a_worker_that_stalls_ends_the_job(folder: Path) -> None:
 
 
 def test_an_interrupted_job_goes_on_in_more_processes(folder: Path) -> None:
-    arguments = [*flags("few", "stopped"), "--max-steps", "400", "--eval-steps", "25"]
+    arguments = [*flags("few", "stopped"), "--epochs", "999", "--max-steps", "400", "--eval-steps", "25"]
     process = torchrun("-m", "minibert.finetune", *arguments)
     with ended(process):
         wait_for_step(folder / "stopped", 3, process)
@@ -290,5 +290,5 @@ def test_an_interrupted_job_goes_on_in_more_processes(folder: Path) -> None:
     assert len(re.findall(r"^checkpoint at step \d+; continue with --resume", out, re.MULTILINE)) == 1
     code, out, err = result(torchrun("-m", "minibert.finetune", *arguments, "--resume", processes=3))
     assert code == 0 and out.count("resumed at step") == 1, err
-    alone(*flags("few", "whole"), "--max-steps", "400", "--eval-steps", "25")
+    alone(*flags("few", "whole"), "--epochs", "999", "--max-steps", "400", "--eval-steps", "25")
     assert_same_result("whole", "stopped")

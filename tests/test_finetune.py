@@ -327,6 +327,34 @@ def test_resume_does_not_take_the_demonstration_for_a_run_it_knows_nothing_of(
     assert (folder / "model.safetensors").read_bytes() == before and not any((tmp_path / "empty").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["finetuen", "--train", "x.csv"], 2, "error: no command 'finetuen'; did you mean finetune?"),
+        (["juggle"], 2, "error: no command 'juggle'; there are finetune, predict"),
+        (["--version"], 0, minibert.__version__),
+    ],
+)
+def test_commands_by_name(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from minibert.cli import main
+
+    assert main(arguments) == code
+    said = "".join(capsys.readouterr())
+    assert said.startswith(message) and said.count("\n") == 1
+
+
+def test_spellings_of_switches_and_empty_values(tmp_path: Path) -> None:
+    from minibert.cli import parse_run_config
+
+    for spelled in ("--no-length-buckets", "--no_length_buckets", "--no-length_buckets"):
+        assert parse_run_config(["--length_buckets", spelled]).length_buckets is False
+    for name in ("--model", "--train", "--output", "--label-delimiter"):
+        with pytest.raises(UserError, match=f"{name}: is empty"):
+            parse_run_config([name, ""])
+    (tmp_path / "run.toml").write_text('train = "~/rows.csv"\n')
+    assert parse_run_config(["--config", str(tmp_path / "run.toml")]).train == str(Path("~/rows.csv").expanduser())
+
+
 def test_the_demonstration_gives_way_to_every_flag() -> None:
     from minibert.cli import given_settings
     from minibert.run import demonstration

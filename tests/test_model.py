@@ -166,6 +166,9 @@ def test_wrong_input_is_a_clear_error(tiny: Callable[..., Path]) -> None:
         model(ids * 500)
     with pytest.raises(ValueError, match="token_type_ids must be from 0 to 1"):
         model(ids, token_type_ids=ids * 3)
+    for mask in (torch.ones(2, 9), torch.ones(1, 9), torch.ones(3, 8), torch.ones(3, 1, 9)):
+        with pytest.raises(ValueError, match="attention_mask is"):
+            model(torch.zeros(3, 9, dtype=torch.long), mask.long())
     with pytest.raises(ValueError, match="at least one token"):
         model(ids, attention_mask=ids * 0)
 

@@ -9,10 +9,12 @@ import fcntl
 import json
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from minibert import checkpoint, files, predictions, run, train
 from minibert.batching import halving
 from minibert.cli import run_command
+from minibert.config import RunConfig
 from minibert.data import Examples
 from minibert.errors import UserError
 from minibert.finetune import main
@@ -189,6 +192,71 @@ def test_two_runs_on_one_folder(
     resumes(arguments(output))
 
 
+def test_the_model_to_start_from_is_never_overwritten(
+    arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "run"
+    assert run_command(main, arguments(output)) == 0
+    before = (output / "model.safetensors").read_bytes()
+    assert "is the model to start from" in one_line_error(
+        capsys, [*arguments(output), "--model", str(output), "--overwrite"]
+    )
+    assert (output / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("more", [[], ["--seeds", "1,2"]])
+def test_a_run_goes_on_where_nobody_reads_its_lines(
+    arguments: Callable[..., list[str]], tmp_path: Path, more: list[str]
+) -> None:
+    command = [sys.executable, "-m", "minibert.finetune", *arguments(tmp_path / "run", *more)]
+    command.remove("--quiet")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()  # as `| head -1` does
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_a_closed_terminal_is_no_traceback(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    command = shlex.join([sys.executable, "-m", "minibert.finetune", *arguments(tmp_path / "run")])
+    done = subprocess.run(f"{command} >&-", shell=True, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_resume_from_another_folder(
+    arguments: Callable[..., list[str]], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths are those of the folder that the run was begun in; of the files their content counts."""
+    monkeypatch.chdir(tmp_path)
+    whole = arguments(Path("run"))
+    whole[whole.index("--train") + 1] = rows.name
+    assert run_command(main, whole) == 0
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert run_command(main, ["--resume", "--output", "../run"]) == 0
+    moved = tmp_path / "below" / "moved.csv"
+    moved.write_bytes(rows.read_bytes())
+    assert run_command(main, [*arguments(Path("../run")), "--train", str(moved), "--resume"]) == 0
+    moved.write_bytes(rows.read_bytes().replace(b"film", b"book", 1))
+    assert run_command(main, [*arguments(Path("../run")), "--train", str(moved), "--resume"]) == 2
+
+
+def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minibert import output
+
+    class Noon:
+        @staticmethod
+        def now() -> datetime:
+            return datetime(2026, 1, 2, 12)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(output, "datetime", Noon)
+    found = [str(output.output_folder(RunConfig())) for _ in range(3)]
+    assert found == ["runs/20260102-120000", "runs/20260102-120000-2", "runs/20260102-120000-3"]
+
+
 def test_a_full_terminal_log_is_one_line(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "minibert.finetune", *arguments(tmp_path / "run")]
     command.remove("--quiet")
@@ -343,6 +411,15 @@ def test_deterministic_runs_are_equal(arguments: Callable[..., list[str]], tmp_p
         subprocess.run(command, check=True, cwd=ROOT)
     for name in ("model.safetensors", "predictions-validation.csv"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_deterministic_asks_torch_for_it() -> None:
+    """On a CPU runs are equal anyway; on a GPU it is this switch that makes them so."""
+    code = "import torch; from minibert.config import RunConfig; from minibert.device import choose; "
+    code += "choose(RunConfig(deterministic={})); print(torch.are_deterministic_algorithms_enabled())"
+    for wanted in (True, False):
+        done = subprocess.run([sys.executable, "-c", code.format(wanted)], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == str(wanted)
 
 
 # Memory

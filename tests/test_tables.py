@@ -177,6 +177,8 @@ def bomb() -> bytes:
         ("a.jsonl", b"[1, 2]\n", "line 1: expected an object"),
         ("a.json", b'{"text": ["a"], "label": []}', "differ in length"),
         ("a.json", b"3", "expected an array"),
+        ("a.json", b'[{"text": "a", "label": "b"}, {"te', "not JSON"),
+        ("a.json", b"{", "not JSON"),
         ("a.parquet", b"PAR1 not really PAR1", "cannot be read as Parquet"),
         ("a.csv.gz", b"not gzip", "cannot be read"),
         ("a.zip", b"not a zip", "cannot be read as zip"),

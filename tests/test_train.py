@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from minibert import frozen
 from minibert.checkpoint import load_model
@@ -85,6 +86,42 @@ def test_training_learns_and_keeps_the_best_weights(tiny: Callable[..., Path], t
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0] / 2
     assert {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"} <= set(lines[0])
+
+
+def test_training_is_that_of_a_plain_loop_around_transformers(tiny: Callable[..., Path]) -> None:
+    """Padding, loss, clipping, AdamW with its groups and the schedule, together and step after step; no dropout."""
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 2}
+    folder = tiny("BertForSequenceClassification", **none)
+    training = job(folder, dataclasses.replace(BASE, weight_decay=0.1, max_grad_norm=0.5))
+    theirs = transformers.BertForSequenceClassification.from_pretrained(folder).train()
+    groups = [
+        {"params": [p for p in theirs.parameters() if (p.ndim > 1) == decays], "weight_decay": 0.1 * decays}
+        for decays in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    warm_up = int(np.ceil(0.1 * training.total_steps))
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, warm_up, training.total_steps)
+    train = training.data["train"]
+    for step in training._remaining_steps():
+        ours = training._step(step)
+        rows = [torch.from_numpy(train.tokens.ids[a:b].astype(np.int64)) for a, b in spans(train, step.batches[0])]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        labels = torch.from_numpy(train.targets[step.batches[0]])
+        loss = theirs(ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        loss = loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        assert float(ours[0]) == pytest.approx(float(loss), abs=1e-4)
+        assert float(ours[1]) == pytest.approx(float(norm), rel=1e-3)
+    assert training.state.step == training.total_steps == 14
+
+
+def spans(data: Dataset, rows: np.ndarray) -> list[tuple[int, int]]:
+    return [(int(data.tokens.offsets[row]), int(data.tokens.offsets[row + 1])) for row in rows]
 
 
 @pytest.mark.parametrize("buckets", [True, False])
