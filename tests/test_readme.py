@@ -18,7 +18,7 @@ def test_every_flag_exists() -> None:
     parsers = (run_parser(), predict.parser(), export.parser())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}  # torchrun's
-    known |= {"--logdir"}  # tensorboard's
+    known |= {"--logdir", "--parts"}  # tensorboard's, benchmarks/gpu.py's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README))
     assert named and not named - known
 
