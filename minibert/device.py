@@ -43,9 +43,9 @@ class Hardware:
         return nullcontext()
 
     def computing(self) -> AbstractContextManager[object]:
-        """Around all that computes: on a CPU, without oneDNN, which is no faster for what is done here in fp32.
+        """Around training steps and embeddings: on a CPU, without oneDNN, which is no faster for them in fp32.
 
-        It keeps its buffers for every shape it has seen, and batches have many: 200 MB of MiniLM's evaluation.
+        It keeps its buffers for every shape it has seen, and batches have many: 200 MB of MiniLM's.
         """
         plain = self.device.type == "cpu" and self.engine == "eager"
         mkldnn = torch.backends.mkldnn

@@ -342,8 +342,9 @@ def run_each_seed(config: RunConfig, data: RunData, command: list[str]) -> Class
         run(one, replace(data, problem=copy.deepcopy(data.problem)), command)
 
     rows = {f"{part} rows": rows_digest(examples) for part, examples in data.parts.items()}
-    files = {name: str(Path(value).absolute()) for name in PATHS if (value := getattr(config, name))}
-    fingerprint = {"version": __version__, **rows, **files, **settings_of(config)}
+    named = {name: getattr(config, name) for name in PATHS}
+    named |= {name: str(Path(value).absolute()) for name, value in named.items() if value and Path(value).exists()}
+    fingerprint = {"version": __version__, **rows, **named, **settings_of(config)}
     best = run_seeds(config, data, fingerprint, run_one, say)
     clear(output)
     copy_run(best, output)
