@@ -283,7 +283,7 @@ def test_an_interrupted_job_goes_on_in_more_processes(folder: Path) -> None:
     arguments = [*flags("few", "stopped"), "--epochs", "999", "--max-steps", "400", "--eval-steps", "25"]
     process = torchrun("-m", "minibert.finetune", *arguments)
     with ended(process):
-        wait_for_step(folder / "stopped", 3, process)
+        wait_for_step(folder / "stopped", 4, process)
         os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does: torchrun and every worker
         code, out, err = result(process)
     assert code != 0 and "minibert/" not in err and "error: " not in err

@@ -67,7 +67,7 @@ def curve(
     labels = [str(i) for i in range(SIZES[kind])]
     flags = {"engine": "auto" if hardware.engine == "eager" else "graph", **flags}  # by name: a fault is an error
     config = RunConfig(**{"batch_size": 8, "learning_rate": 1e-3, "epochs": 2, "quiet": True, **flags})
-    training = Training(model, Problem(kind, labels), {"train": data}, config, hardware, weights)
+    training = Training(model, Problem(kind, labels), {"train": data}, config, hardware, weights, print)
     numbers = [torch.stack(training._step(step)) for _ in range(2) for step in training._steps_of_epoch(0)]
     return torch.stack(numbers).numpy(), {k: v.detach().clone() for k, v in model.named_parameters()}, training
 
@@ -245,7 +245,7 @@ def test_a_wrong_kernel_is_found_before_the_first_step(
     expected = curve(folder, SINGLE, Hardware(CPU, "fp32", "sdpa", "eager"))
     monkeypatch.setattr(gelu, "bias_gelu", lambda x, bias: 1.2 * tanh(x + bias))
     hardware = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
-    result = curve(folder, SINGLE, hardware, quiet=False, engine="auto")
+    result = curve(folder, SINGLE, hardware, engine="auto")
     assert_same_training(result, expected)
     assert (result[2].hardware.engine, result[2].hardware.attention) == ("eager", "sdpa")
     assert "away from plain torch's. Training is eager" in capsys.readouterr().out
