@@ -45,6 +45,7 @@ MLP_HEAD_NAMES = {"classifier.dense": "classifier.dense", "classifier.out_proj":
 # Present in other BERT checkpoints and of no use here.
 IGNORED = ("embeddings.position_ids", "cls.predictions.", "cls.seq_relationship.")
 MAY_BE_NEW = ("pooler.", "classifier.")
+OWN_HEAD = "the mlp head is minibert's own: transformers cannot load this folder as a classifier"
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 DOWNLOADS = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
@@ -70,7 +71,7 @@ def _names(names: list[str]) -> str:
 
 def model_folder(name: str | Path) -> Path:
     """The folder of a model: `name` itself, or a download of the hub repository of that name."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
     is_path = str(name).startswith(".") or (len(folder.parts) == 2 and folder.parent.is_dir())
@@ -266,9 +267,6 @@ def their_tensors(model: nn.Module) -> dict[str, Tensor]:
             prefix = "" if is_head(name) or isinstance(model, BertModel) else "bert."
             result[prefix + name] = tensor.contiguous()
     return result
-
-
-OWN_HEAD = "the mlp head is minibert's own: transformers cannot load this folder as a classifier"
 
 
 def save_model(folder: Path, model: BertForSequenceClassification, labels: list[str], **ours: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -177,7 +178,7 @@ def _is_one_of(name: str, values: list[str]) -> bool:
 def trained_columns(folder: str | Path) -> Columns | None:
     """Where a run's training found its texts and labels, by its run.json; None for a model that has none."""
     try:
-        columns = read_json(Path(folder).expanduser() / "run.json")["columns"]
+        columns = read_json(Path(os.path.expanduser(folder), "run.json"))["columns"]
         found = Columns(tuple(columns["text"]), columns["pair"], tuple(columns["label"]), columns["delimiter"])
     except (UserError, LookupError, TypeError):
         return None

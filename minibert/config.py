@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,9 +269,9 @@ class RunConfig:
     check: bool = flag(False, "look at data, model and memory; train nothing", group="other")
 
     def __post_init__(self) -> None:
-        for name in PATHS:
+        for name in (*PATHS, "output"):
             if (getattr(self, name) or "").startswith("~"):  # no shell has seen a --config file
-                object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))  # it is frozen
+                object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))  # it is frozen
         self._check_choices()
         self._check_ranges()
         self.mlp_size()

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise UserError(f'--onnx: needs {" and ".join(missing)}; pip install "minibert[onnx]"')
-    folder = Path(arguments.run).expanduser()
+    folder = Path(os.path.expanduser(arguments.run))
     output = Path(arguments.output or folder / ("model-int8.onnx" if arguments.int8 else "model.onnx"))
     if arguments.output and not output.parent.is_dir():
         raise UserError(f"{output.parent}: no such folder; make it, or give another --output")

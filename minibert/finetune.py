@@ -46,14 +46,12 @@ def finetune(
 ) -> Classifier:
     """Fine-tune on texts and labels (lists, arrays, pandas columns) and return the classifier.
 
-    A text may be a (first, second) tuple; `validation` and `test` are (texts, labels). `flags` are the command's, in
+    A text may be a pair, (first, second); `validation` and `test` are (texts, labels). `flags` are the command's, in
     snake_case. What the user can fix is a `minibert.errors.UserError`.
     """
     settings = checked_values(flags, "minibert.finetune")
     if of_files := [name for name in FILE_SETTINGS if name in settings]:
-        raise UserError(
-            f"minibert.finetune: {of_files[0]} is about data files, but texts and labels are given as lists"
-        )
+        raise UserError(f"minibert.finetune: {of_files[0]} is for data files on the command line; leave it out")
     config = RunConfig(**settings)
     from minibert.run import run_from_lists
 

@@ -36,11 +36,11 @@ def refuse_at_once(config: RunConfig) -> None:
         if config.resume:
             raise UserError("--resume: give --output, the folder of the run to continue")
         return
-    output = Path(config.output).expanduser()
+    output = Path(config.output)
     folders = [seed_folder(output, int(seed)) for seed in config.seeds] or [output]
     if config.resume and not any((folder / CHECKPOINTS / STATE_FILE).is_file() or begun(folder) for folder in folders):
         raise UserError(f"{output}: no checkpoint to resume; leave --resume out to start anew")
-    if config.model is not None and not config.resume and output.resolve() == Path(config.model).expanduser().resolve():
+    if config.model is not None and not config.resume and output.resolve() == Path(config.model).resolve():
         raise UserError(f"--output {output}: is the model to start from; give another folder")
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another --output")
@@ -66,7 +66,7 @@ def refuse_full(output: Path, config: RunConfig) -> None:
 def output_folder(config: RunConfig) -> Path:
     """--output, or a new folder runs/<time>, with a number where another run began in the same second."""
     if config.output is not None:
-        return Path(config.output).expanduser()
+        return Path(config.output)
     name = f"{datetime.now():%Y%m%d-%H%M%S}"
     for number in itertools.count(1):
         folder = Path("runs", name if number == 1 else f"{name}-{number}")
@@ -93,9 +93,6 @@ def open_output(config: RunConfig, held: ExitStack) -> Path:
         return Path(config.output or "")
     try:
         output = output_folder(config)
-    except OSError as error:
-        raise UserError(f"runs: cannot be made ({error.strerror}); give --output") from None
-    try:
         output.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(output))
         refuse_full(output, config)  # again: another run may have come and gone since
@@ -106,5 +103,7 @@ def open_output(config: RunConfig, held: ExitStack) -> Path:
             remove_runs(output)
         (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{output}: cannot be made ({error.strerror}); give another --output") from None
+        raise UserError(
+            f"{config.output or 'runs'}: cannot be made ({error.strerror}); give another --output"
+        ) from None
     return output

@@ -67,7 +67,7 @@ def run_from_files(given: dict[str, Any], command: list[str]) -> Classifier | No
     """
     config = RunConfig(**given)
     if config.train is None and config.resume and config.output is not None:
-        config = RunConfig(**begun_with(Path(config.output).expanduser(), config) | given)
+        config = RunConfig(**begun_with(Path(config.output), config) | given)
     elif config.train is None:
         if config.validation or config.test:
             raise UserError("--train is missing: give the training file beside the others")
@@ -105,8 +105,6 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
     """The Python API's run: the same, from lists."""
     with distributed.processes(config):
         refuse_at_once(config)
-        if config.check:
-            raise UserError("check: only on the command line; leave it out")
         parts = {}
         for part, pair in given.items():
             if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -309,7 +307,7 @@ def check(config: RunConfig, data: RunData) -> None:
     cost = expected_cost(job)
     print(fit([cost.line()])[0])
     if config.output is not None:
-        folder = Path(config.output).expanduser()
+        folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / CHECK, job.inspection.to_dict() | {"cost": cost.to_dict()})
 

@@ -178,8 +178,9 @@ def test_five_lines_of_python(minilm: Path, messages: Path, tmp_path: Path) -> N
     ("more", "message"),
     [
         ({"epoch": 3}, "unknown setting 'epoch'"),
-        ({"train": "data.csv"}, "train is about data files, but texts and labels are given as lists"),
-        ({"text_column": "body"}, "text_column is about data files"),
+        ({"train": "data.csv"}, "train is for data files on the command line; leave it out"),
+        ({"check": True}, "check is for data files on the command line"),
+        ({"text_column": "body"}, "text_column is for data files"),
         ({"test": (["a"],)}, r"test: expected a pair, \(texts, labels\)"),
         ({"validation": 5}, r"validation: expected a pair"),
     ],
@@ -231,6 +232,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(messages: Path, tmp_path: P
     ("arguments", "message"),
     [
         (["--train", "none.csv"], "none.csv: no such file"),
+        (["--train", "~nobody-of-this-name/a.csv"], "~nobody-of-this-name/a.csv: no such file"),
+        (["--train", "data.csv", "--model", "~nobody-of-this-name"], "~nobody-of-this-name: no such model folder"),
         (["--train", "bad.csv"], "bad.csv, line 3: 3 cells where the header has 2"),
         (["--train", "data.csv", "--text-column", "txt"], "no column 'txt'; its columns are text, label"),
         (["--train", "data.csv", "--epochs", "-1"], "--epochs -1.0"),
