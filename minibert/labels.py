@@ -12,7 +12,8 @@ import numpy as np
 
 from minibert.problem import MULTI, REGRESSION, SINGLE, label_text
 
-WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0+")  # a whole number as pandas writes it into a column with gaps
+# A whole number as pandas writes it into a column with gaps, or as transformers names a class that has no name.
+WHOLE = re.compile(r"(?:LABEL_)?(-?(?:0|[1-9][0-9]*))(?:\.0+)?")
 LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
 FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}  # in a column of one label
 MISSING_NUMBERS = ("nan", "na", "n/a", "null", "none", "inf", "-inf", "-")  # among numbers, a value that is not there
@@ -74,7 +75,7 @@ def read_label(value: Any, kind: str, places: Sequence[str], delimiter: str | No
 
 
 def respelled(labels: list[Any], known: Iterable[str]) -> list[Any]:
-    """Labels (or lists of them) with each whole number spelled as in `known`: 1 and 1.0 are one label."""
+    """Labels (or lists of them) with each whole number spelled as in `known`: 1, 1.0 and LABEL_1 are one label."""
     known = set(known)
     spelling = {_whole(name): name for name in sorted(known, key=len, reverse=True)}  # the shortest, where it has both
     found = {name for label in labels for name in ([label] if isinstance(label, str) else label)}

@@ -170,6 +170,16 @@ def test_what_is_no_other_spelling_of_a_number_stays() -> None:
     assert respelled([["1.0", "1"], [], ["one", "1.0"]], names) == [["1"], [], ["1", "one"]]
 
 
+def test_a_file_of_numbers_fits_a_model_whose_classes_have_no_names(tmp_path: Path) -> None:
+    path = tmp_path / "test.csv"
+    path.write_text("text,label\nwin,1\nhello,0\nnow,1.0\n")
+    (examples,) = stream_labelled(str(path), Problem(SINGLE, ["LABEL_0", "LABEL_1"]), RunConfig())
+    assert examples.labels == ["LABEL_1", "LABEL_0", "LABEL_1"]
+    path.write_text("text,label\nwin,2\n")
+    with pytest.raises(UserError, match=r"line 2: label '2' is unknown to the model; it knows LABEL_0, LABEL_1"):
+        list(stream_labelled(str(path), Problem(SINGLE, ["LABEL_0", "LABEL_1"]), RunConfig()))
+
+
 def test_labels_that_differ_in_case_draw_a_remark() -> None:
     assert "'Spam' and 'spam' differ only in upper and lower case" in second_thoughts(["spam", "Spam", "ham"] * 4)[0]
 
