@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import json
 import os
 import re
 import sys
@@ -255,6 +256,8 @@ def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
     try:
         if "\0" in str(value):  # no path or name holds one
             raise ValueError
+        if isinstance(value, dict) and field.name == "class_weights":
+            return json.dumps({str(label): weight for label, weight in value.items()}, default=float)
         return kind(value)
     except (TypeError, ValueError, OverflowError, RecursionError):
         raise UserError(f"{where}: {field.name} = {value!r} is not {kind.__name__}") from None

@@ -210,7 +210,7 @@ class RunConfig:
     max_grad_norm: float = flag(1.0, "clip gradients to this norm; 0 does not", group="recipe")
     layer_lr_decay: float = flag(1.0, "each layer below learns slower by this factor", group="recipe")
     freeze: str = flag("none", "none, embeddings, N (embeddings and the first N layers) or all", group="recipe")
-    class_weights: str = flag("none", "none, balanced, or a JSON file {label: weight}", group="recipe")
+    class_weights: str = flag("none", "none, balanced, or JSON {label: weight}, itself or its file", group="recipe")
     label_smoothing: float = flag(0.0, "label smoothing", "label_smoothing_factor", group="recipe")
     start_bias: bool = flag(
         True, "start a new head of several labels, or of a number, at the best constant answer", group="recipe"

@@ -115,11 +115,18 @@ def read_json(path: Path) -> Any:
         refuse_special(path)
         if path.stat().st_size > LARGEST_SETTINGS:
             raise UserError(f"{path}: larger than {LARGEST_SETTINGS >> 20} MB; is it the right file?")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({one_line(error)})") from None
+
+
+def parse_json(text: str, where: str | Path) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read as JSON ({one_line(error)})") from None
 
 
 def refuse_no_folder(path: Path) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from minibert import metrics
 from minibert.errors import UserError
+from minibert.files import parse_json, read_json
 from minibert.tokens import valid_unicode
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -185,18 +186,18 @@ def class_weights(problem: Problem, choice: str, targets: np.ndarray) -> np.ndar
         positive = targets.sum(0)
         negative = np.maximum(len(targets) - positive, 1)  # a label of every row still counts
         return np.where(positive > 0, negative / np.maximum(positive, 1), 1).astype(np.float32)
-    if not choice.endswith(".json") and not Path(choice).exists():
+    if not choice.startswith("{") and not choice.endswith(".json") and not Path(choice).exists():
         raise UserError(f"--class-weights {choice}: give none, balanced, or a JSON file {{label: weight}}")
-    return _weights_from_file(choice, problem.labels)
+    return _given_weights(choice, problem.labels)
 
 
-def _weights_from_file(path: str, labels: list[str]) -> np.ndarray:
-    from minibert.files import read_json
-
-    given = read_json(Path(path))
-    if not isinstance(given, dict) or not all(isinstance(v, int | float) and v >= 0 for v in given.values()):
-        raise UserError(f'{path}: expected {{"label": weight, ...}} with weights of at least 0')
+def _given_weights(choice: str, labels: list[str]) -> np.ndarray:
+    """[L] weights from JSON, or from a file of it."""
+    where = "--class-weights" if choice.startswith("{") else choice
+    given = parse_json(choice, where) if choice.startswith("{") else read_json(Path(choice))
+    if not isinstance(given, dict) or not all(isinstance(v, int | float) and 0 <= v < math.inf for v in given.values()):
+        raise UserError(f'{where}: expected {{"label": weight, ...}} with weights of at least 0')
     unknown, missing = sorted(set(given) - set(labels)), sorted(set(labels) - set(given))
     if unknown or missing:
-        raise UserError(f"{path}: weights must name each label once; unknown {unknown}, missing {missing}")
+        raise UserError(f"{where}: weights must name each label once; unknown {unknown}, missing {missing}")
     return np.array([given[label] for label in labels], dtype=np.float32)

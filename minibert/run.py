@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable, Iterable
@@ -92,7 +93,7 @@ def begun_with(output: Path, config: RunConfig) -> dict[str, Any]:
     settings = checked_values(record["flags"], str(path))
     folder = Path(str(record.get("folder") or "."))  # where its paths begin
     paths = {name: folder / settings[name] for name in PATHS if settings.get(name)}
-    return settings | {name: str(path) for name, path in paths.items() if path.exists()}
+    return settings | {name: str(path) for name, path in paths.items() if os.path.exists(path)}
 
 
 def demonstration(config: RunConfig) -> dict[str, Any]:
@@ -341,7 +342,7 @@ def run_each_seed(config: RunConfig, data: RunData, command: list[str]) -> Class
 
     rows = {f"{part} rows": rows_digest(examples) for part, examples in data.parts.items()}
     named = {name: getattr(config, name) for name in PATHS}
-    named |= {name: str(Path(value).absolute()) for name, value in named.items() if value and Path(value).exists()}
+    named |= {name: str(Path(value).absolute()) for name, value in named.items() if value and os.path.exists(value)}
     fingerprint = {"version": __version__, **rows, **named, **settings_of(config)}
     best = run_seeds(config, data, fingerprint, run_one, say)
     clear(output)

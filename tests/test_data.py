@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections import Counter
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minibert.cli import checked_values
 from minibert.columns import Columns, as_trained, find_columns, trained_columns
 from minibert.config import RunConfig
 from minibert.data import (
@@ -220,6 +222,25 @@ def test_class_weights_from_a_file_must_name_every_label(tmp_path: Path) -> None
     path.write_text('{"spam": 5, "eggs": 1}')
     with pytest.raises(UserError, match=r"unknown \['eggs'\], missing \['ham'\]"):
         class_weights(problem, str(path), np.array([0, 1]))
+
+
+@pytest.mark.parametrize("labels", [["ham", "spam"], ["0", "1"]])
+def test_class_weights_as_a_dict_from_python_or_as_json(labels: list[str]) -> None:
+    problem, keys = Problem(SINGLE, labels), np.array([int(x) if x.isdecimal() else x for x in labels])
+    sklearns = dict(zip(keys, np.array([0.5, 5], np.float32), strict=True))  # np.int64 or np.str_ to np.float32
+    (choice,) = checked_values({"class_weights": sklearns}, "here").values()
+    weights = class_weights(problem, choice, np.array([0, 1]))
+    assert weights is not None and weights.tolist() == [0.5, 5.0]
+    for wrong, message in (
+        ('{"ham": 1', "--class-weights: cannot be read as JSON"),
+        ('{"ham": "x"}', "with weights of at least 0"),
+        ('{"ham": Infinity}', "with weights of at least 0"),
+        ("{}", "missing"),
+    ):
+        with pytest.raises(UserError, match=message):
+            class_weights(problem, wrong, np.array([0, 1]))
+    many = json.dumps({f"a label of some length {i}": 1 for i in range(100)})  # no name of a file
+    assert RunConfig(class_weights=many).class_weights == many
 
 
 def test_flags_out_of_range_are_errors() -> None:
