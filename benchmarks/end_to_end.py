@@ -184,7 +184,10 @@ def run_frozen_tutorial(parts: dict[str, Texts], length: int = 25, epochs: int =
 
 
 def run_transformers(parts: dict[str, Texts], kind: str, epochs: int) -> np.ndarray:
-    """Full fine-tuning in a plain loop: padded to 128, to the longest of a random batch, or of one of like length."""
+    """Full fine-tuning in a plain loop: padded to 128, to the longest of a random batch, or of one of like length.
+
+    With batches of like length it also predicts in order of length.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
     tokenizer = AutoTokenizer.from_pretrained(demo_weights())
@@ -195,12 +198,12 @@ def run_transformers(parts: dict[str, Texts], kind: str, epochs: int) -> np.ndar
     labels = parts["train"].labels
     total = epochs * -(-len(labels) // BATCH)
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.1 * total), total)
-    lengths = np.array([len(e["input_ids"]) for e in encoded["train"]])
+    lengths = {part: np.array([len(e["input_ids"]) for e in texts]) for part, texts in encoded.items()}
     for _ in range(epochs):
         model.train()
         order = torch.randperm(len(labels)).numpy()
         if kind == "best":
-            order = order[np.argsort(lengths[order], kind="stable")]
+            order = order[np.argsort(lengths["train"][order], kind="stable")]
         batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
         for i in torch.randperm(len(batches)).tolist():
             inputs = tokenizer.pad([encoded["train"][row] for row in batches[i]], return_tensors="pt")
@@ -210,14 +213,15 @@ def run_transformers(parts: dict[str, Texts], kind: str, epochs: int) -> np.ndar
             schedule.step()
             optimizer.zero_grad()
     model.eval()
-    predictions: list[int] = []
     with torch.no_grad():
         for part in ("validation", "test"):
-            predictions = []
-            for start in range(0, len(encoded[part]), BATCH):
-                inputs = tokenizer.pad(encoded[part][start : start + BATCH], return_tensors="pt")
-                predictions += model(**inputs).logits.argmax(1).tolist()
-    return np.array(predictions)
+            order = np.argsort(lengths[part]) if kind == "best" else np.arange(len(lengths[part]))
+            predictions = np.empty(len(order), dtype=np.int64)
+            for start in range(0, len(order), BATCH):
+                rows = order[start : start + BATCH]
+                inputs = tokenizer.pad([encoded[part][row] for row in rows], return_tensors="pt")
+                predictions[rows] = model(**inputs).logits.argmax(1)
+    return predictions
 
 
 if __name__ == "__main__":
