@@ -8,6 +8,7 @@ arithmetic: a ring sends and receives 2 (N - 1) / N of the bytes over each link,
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import time
@@ -27,6 +28,7 @@ ROUNDS = 7
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     load = os.getloadavg()[0]
     distributed.join(RunConfig(device="cpu"))
     seconds = {name: measure(count) for name, count in PARAMETERS.items()}

@@ -5,6 +5,7 @@ MiniLM on SMS spam, batches of 32 of middling length. Writes results/breakdown-c
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -26,6 +27,7 @@ STEPS = 10
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     training = minibert_training(sms_spam())
     steps = sorted(training._steps_of_epoch(0), key=lambda step: step.tokens)
     middle = steps[(len(steps) - STEPS) // 2 :][:STEPS]
