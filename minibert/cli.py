@@ -239,15 +239,14 @@ def checked_values(values: dict[str, Any], where: str) -> dict[str, Any]:
         field = fields.get(name) or fields.get(name.removeprefix("no_"))
         if field is None or (name not in fields and field.metadata["kind"] is not bool):
             raise UserError(f"{where}: unknown setting {key!r}; the names are those of the flags")
-        converted = _converted(value, field, where)
-        result[field.name] = converted if name in fields else not converted
+        if value is not None:  # which from Python means that it is not given
+            converted = _converted(value, field, where)
+            result[field.name] = converted if name in fields else not converted
     return result
 
 
 def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
     kind = field.metadata["kind"]
-    if value is None and field.default is None:
-        return None
     if kind is tuple:
         items = value if isinstance(value, list | tuple) else [part for part in str(value).split(",") if part]
         return tuple(str(item) for item in items)

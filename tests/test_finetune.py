@@ -18,6 +18,7 @@ import torch
 import transformers
 
 import minibert
+from minibert.cli import checked_values
 from minibert.config import RunConfig
 from minibert.errors import UserError
 
@@ -188,6 +189,12 @@ def test_five_lines_of_python(minilm: Path, messages: Path, tmp_path: Path) -> N
 def test_mistakes_from_python(more: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         minibert.finetune(["a", "b"], [0, 1], **more)
+
+
+def test_none_from_python_is_the_default() -> None:
+    assert checked_values({"class_weights": None, "lr": None, "epochs": 2}, "here") == {"epochs": 2.0}
+    with pytest.raises(UserError, match="unknown setting 'epoch'"):
+        checked_values({"epoch": None}, "here")
 
 
 def test_a_run_is_reproducible(messages: Path, tmp_path: Path, minilm: Path) -> None:
