@@ -87,7 +87,7 @@ SMOKE_SIZES = {"base": (64, 1), "large": (64, 2)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(SHARES), help="which, separated by commas (default all)")
     parser.add_argument("--budget", type=float, default=500, help="seconds; what does not fit is skipped")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that everything runs")

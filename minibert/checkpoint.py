@@ -43,7 +43,7 @@ NAMES = {
 HEAD_NAMES = {"classifier": "classifier.out"}
 MLP_HEAD_NAMES = {"classifier.dense": "classifier.dense", "classifier.out_proj": "classifier.out"}
 # Present in other BERT checkpoints and of no use here.
-IGNORED = ("embeddings.position_ids", "cls.predictions.", "cls.seq_relationship.")
+IGNORED = ("embeddings.position_ids", "cls.predictions.", "cls.seq_relationship.", "fit_dense")  # the last: TinyBERT's
 MAY_BE_NEW = ("pooler.", "classifier.")
 OWN_HEAD = "the mlp head is minibert's own: transformers cannot load this folder as a classifier"
 
@@ -154,7 +154,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
                 f"{folder / pickled[0]}: pickled weights can run code and are not read; convert with transformers: "
                 "AutoModel.from_pretrained(folder).save_pretrained(folder)"
             )
-        raise UserError(f"{folder}: no {WEIGHTS} here; give a model folder with {CONFIG} and {WEIGHTS}")
+        advice = "pickled ones convert by transformers' AutoModel.from_pretrained(name).save_pretrained(folder)"
+        raise UserError(f"{folder}: no {WEIGHTS} here; give a model folder with {CONFIG} and {WEIGHTS}; {advice}")
     return _read_file(folder / WEIGHTS)
 
 

@@ -96,7 +96,7 @@ def _attention(config: RunConfig, device: torch.device, precision: str) -> str:
             "and --precision bf16 or fp16; use sdpa"
         )
     if config.attention == "triton" and (device.type != "cuda" or find_spec("triton") is None):
-        raise UserError('--attention triton: needs an NVIDIA GPU and Triton (pip install "minibert[gpu]"); use sdpa')
+        raise UserError("--attention triton: needs an NVIDIA GPU and Triton (pip install triton); use sdpa")
     return config.attention
 
 
@@ -119,7 +119,7 @@ def _cannot(config: RunConfig, device: torch.device, engine: str) -> str | None:
     if engine == "compile" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "torch.compile needs a C++ compiler on the CPU; install g++"
     if engine == "compile" and device.type == "cuda" and find_spec("triton") is None:
-        return 'needs Triton (pip install "minibert[gpu]")'
+        return "needs Triton (pip install triton)"
     if config.freeze not in ("none", "embeddings", "0") and config.cache_frozen:
         return "frozen layers are computed once, outside a step"
     if engine == "graph" and config.activation_checkpointing:

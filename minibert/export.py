@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--file: is for --int8, whose predictions are compared on it; leave it out")
     missing = [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]
     if missing:
-        raise UserError(f'--onnx: needs {" and ".join(missing)}; pip install "minibert[onnx]"')
+        raise UserError(f"--onnx: needs {' and '.join(missing)}; pip install {' '.join(missing)}")
     folder = Path(os.path.expanduser(arguments.run))
     output = Path(arguments.output or folder / ("model-int8.onnx" if arguments.int8 else "model.onnx"))
     if arguments.output and not output.parent.is_dir():

@@ -100,7 +100,7 @@ def output_format(arguments: argparse.Namespace) -> str:
     if arguments.file and path.exists() and Path(arguments.file).exists() and path.samefile(arguments.file):
         raise UserError(f"--output {path}: is the file to read; give another name")
     if kind == "parquet" and find_spec("pyarrow") is None:
-        raise UserError(f'--output {path}: writing Parquet needs pyarrow; pip install "minibert[parquet]"')
+        raise UserError(f"--output {path}: writing Parquet needs pyarrow; pip install pyarrow")
     return kind
 
 

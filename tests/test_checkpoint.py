@@ -105,6 +105,22 @@ def shard(folder: Path) -> dict[str, str]:
     return weight_map
 
 
+def test_what_distillation_left_in_a_checkpoint_is_left_there(tiny: Callable[..., Path]) -> None:
+    """The projections that TinyBERT was distilled through."""
+    folder = tiny()
+    before = encode(load_model(folder, BertModel)[0])
+    rewrite(folder, lambda tensors: tensors | {"fit_denses.0.weight": torch.ones(2), "fit_dense.bias": torch.ones(2)})
+    model, report = load_model(folder, BertModel)
+    assert torch.equal(encode(model), before) and {"fit_denses.0.weight", "fit_dense.bias"} <= set(report.ignored)
+
+
+def test_a_folder_without_safetensors_says_how_to_make_them(tiny: Callable[..., Path]) -> None:
+    folder = tiny()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no model.safetensors here.*save_pretrained"):
+        load_model(folder, BertModel)
+
+
 def test_sharded_weights_load(tiny: Callable[..., Path]) -> None:
     folder = tiny()
     before = encode(load_model(folder, BertModel)[0])
