@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,19 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 
+from minibert.batching import plan_epoch
+from minibert.checkpoint import load_model
+from minibert.model import BertForSequenceClassification
+from minibert.run import demo_weights
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "scores.json"
 TRAINERS = ("minibert", "transformers")
 ZERO_BIAS = "minibert --no-start-bias"  # for the tasks of several labels and of numbers; the same for the others
 BUCKETS = "minibert --length-buckets"
+ON_OUR_BATCHES = "transformers, minibert's batches and head"  # what is left of a difference: dropout and rounding
+CHOICES = (*TRAINERS, ZERO_BIAS, BUCKETS, ON_OUR_BATCHES)
 RECIPE = {"batch_size": 32, "weight_decay": 0.01, "warmup_ratio": 0.1, "max_grad_norm": 1.0, "max_length": 128}
 SPLIT_SEED = 2018
 THRESHOLD = 0.3  # of GoEmotions' published score
@@ -179,13 +186,14 @@ TASKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=(*TRAINERS, ZERO_BIAS, BUCKETS))
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), choices=CHOICES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--max-rows", type=int, help="cap each part, for a look; the results are not kept")
     parser.add_argument("--one", nargs=2, metavar=("FOLDER", "SEED"), help="Trainer on a task here (used by itself)")
     arguments = parser.parse_args()
     if arguments.one:
-        run_transformers(TASKS[arguments.tasks[0]], Path(arguments.one[0]), int(arguments.one[1]))
+        folder, seed = arguments.one
+        run_transformers(TASKS[arguments.tasks[0]], Path(folder), int(seed), arguments.trainers == [ON_OUR_BATCHES])
         return
     from steps import environment
 
@@ -219,7 +227,7 @@ def in_own_process(task: Task, trainer: str, seed: int, max_rows: int | None) ->
         for part, rows in parts.items():
             with open(folder / f"{part}.csv", "w", encoding="utf-8", newline="") as file:
                 csv.writer(file).writerows([("text", "second", "label"), *rows])
-        own = [sys.executable, __file__, "--tasks", task.name, "--one", name, str(seed)]
+        own = [sys.executable, __file__, "--tasks", task.name, "--trainers", trainer, "--one", name, str(seed)]
         program, *flags = trainer.split()
         command = [*minibert_command(task, folder, seed), *flags] if program == "minibert" else own
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
@@ -290,12 +298,10 @@ def minibert_outputs(task: Task, folder: Path) -> np.ndarray:
     return np.array([[float(row[name]) for name in columns] for row in rows])
 
 
-def run_transformers(task: Task, folder: Path, seed: int) -> None:
+def run_transformers(task: Task, folder: Path, seed: int, on_our_batches: bool) -> None:
     """Trainer as its documentation has it: dynamic padding, an evaluation each epoch, the best one kept."""
     import transformers
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
-
-    from minibert.run import demo_weights
 
     parts = {}
     for part in ("train", "validation", "test"):
@@ -345,10 +351,16 @@ def run_transformers(task: Task, folder: Path, seed: int) -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = transformers.Trainer(
+    train = examples("train")
+    trainer_class: Any = transformers.Trainer
+    if on_our_batches:
+        copy_our_head(model, seed)
+        order = OurOrder([len(example["input_ids"]) for example in train], seed)
+        trainer_class = type("OurOrderTrainer", (trainer_class,), {"_get_train_sampler": lambda self, *_: order})
+    trainer = trainer_class(
         model=model,
         args=settings,
-        train_dataset=examples("train"),
+        train_dataset=train,
         eval_dataset=examples("validation"),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=metrics,
@@ -358,6 +370,27 @@ def run_transformers(task: Task, folder: Path, seed: int) -> None:
     if task.kind == "multi":
         logits = 1 / (1 + np.exp(-logits))
     np.save(folder / "outputs.npy", logits)
+
+
+class OurOrder:
+    """A sampler: each pass over it is the next epoch of minibert's batches, row by row."""
+
+    def __init__(self, lengths: list[int], seed: int) -> None:
+        self.lengths, self.seed, self.epoch = np.array(lengths), seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        batches = plan_epoch(self.lengths, batch_size=int(RECIPE["batch_size"]), seed=self.seed, epoch=self.epoch)
+        self.epoch += 1
+        return iter(np.concatenate(batches).tolist())
+
+
+def copy_our_head(model: Any, seed: int) -> None:
+    """The new head that minibert draws with this seed."""
+    ours, _ = load_model(demo_weights(), BertForSequenceClassification, num_labels=model.num_labels, seed=seed)
+    model.classifier.load_state_dict(ours.classifier.out.state_dict())
 
 
 def verdicts(runs: list[dict[str, Any]]) -> dict[str, Any]:

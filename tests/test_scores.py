@@ -11,9 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
+from minibert.batching import plan_epoch
+from minibert.checkpoint import load_model
 from minibert.config import RunConfig
 from minibert.data import load_data
+from minibert.model import BertForSequenceClassification
 
 
 @pytest.fixture
@@ -54,6 +59,18 @@ def test_labels_have_minibert_s_order(name: str, scores: Any, shared_data: Path,
     assert data.problem.labels == scores.label_names(scores.TASKS[name], parts)
     theirs = data.problem.targets(data.parts["test"].labels or [])
     assert np.array_equal(theirs, scores.targets(scores.TASKS[name], parts, "test"))
+
+
+def test_transformers_can_be_given_the_batches_and_the_head_of_minibert(scores: Any, minilm: Path) -> None:
+    lengths = list(range(1, 101))
+    order = scores.OurOrder(lengths, seed=3)
+    for epoch in range(2):
+        planned = plan_epoch(np.array(lengths), batch_size=32, seed=3, epoch=epoch)
+        assert list(order) == np.concatenate(planned).tolist()
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(minilm, num_labels=3)
+    scores.copy_our_head(theirs, 3)
+    ours, _ = load_model(minilm, BertForSequenceClassification, num_labels=3, seed=3)
+    assert torch.equal(theirs.classifier.weight, ours.classifier.out.weight) and not theirs.classifier.bias.any()
 
 
 def test_verdicts(scores: Any) -> None:
