@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,15 +187,17 @@ def class_weights(problem: Problem, choice: str, targets: np.ndarray) -> np.ndar
         positive = targets.sum(0)
         negative = np.maximum(len(targets) - positive, 1)  # a label of every row still counts
         return np.where(positive > 0, negative / np.maximum(positive, 1), 1).astype(np.float32)
-    if not choice.startswith("{") and not choice.endswith(".json") and not Path(choice).exists():
-        raise UserError(f"--class-weights {choice}: give none, balanced, or a JSON file {{label: weight}}")
     return _given_weights(choice, problem.labels)
 
 
 def _given_weights(choice: str, labels: list[str]) -> np.ndarray:
     """[L] weights from JSON, or from a file of it."""
-    where = "--class-weights" if choice.startswith("{") else choice
-    given = parse_json(choice, where) if choice.startswith("{") else read_json(Path(choice))
+    if choice.startswith("{"):
+        where, given = "--class-weights", parse_json(choice, "--class-weights")
+    elif choice.endswith(".json") or os.path.exists(choice):
+        where, given = choice, read_json(Path(choice))
+    else:
+        raise UserError(f"--class-weights {choice}: give none, balanced, or a JSON file {{label: weight}}")
     if not isinstance(given, dict) or not all(isinstance(v, int | float) and 0 <= v < math.inf for v in given.values()):
         raise UserError(f'{where}: expected {{"label": weight, ...}} with weights of at least 0')
     unknown, missing = sorted(set(given) - set(labels)), sorted(set(labels) - set(given))
