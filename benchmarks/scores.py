@@ -352,12 +352,7 @@ def run_transformers(task: Task, folder: Path, seed: int, on_our_batches: bool) 
         disable_tqdm=True,
     )
     train = examples("train")
-    trainer_class: Any = transformers.Trainer
-    if on_our_batches:
-        copy_our_head(model, seed)
-        order = OurOrder([len(example["input_ids"]) for example in train], seed)
-        trainer_class = type("OurOrderTrainer", (trainer_class,), {"_get_train_sampler": lambda self, *_: order})
-    trainer = trainer_class(
+    trainer = transformers.Trainer(
         model=model,
         args=settings,
         train_dataset=train,
@@ -365,6 +360,10 @@ def run_transformers(task: Task, folder: Path, seed: int, on_our_batches: bool) 
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=metrics,
     )
+    if on_our_batches:
+        copy_our_head(model, seed)
+        order = OurOrder([len(example["input_ids"]) for example in train], seed)
+        trainer._get_train_sampler = lambda *_: order
     trainer.train()
     logits = np.asarray(trainer.predict(examples("test")).predictions, dtype=np.float64)
     if task.kind == "multi":
