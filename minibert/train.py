@@ -598,9 +598,11 @@ def _log_from(path: Path, start: int) -> Iterator[IO[str]]:
 def _signals_noted() -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM in a list, so that the loop ends between two steps; a second one ends at once.
 
-    torchrun repeats the signal by itself, and kills what has not ended after half a minute: there it is only noted.
+    torchrun repeats the signal by itself, sends SIGTERM to all when one has died, and kills what has not ended after
+    half a minute: there it is only noted, and a process on its way out with an error has the time to tell it.
     """
     noted: list[int] = []
+    leaving = True
 
     def note(number: int, _frame: object) -> None:
         if noted and not distributed.joined():
@@ -613,6 +615,7 @@ def _signals_noted() -> Iterator[list[int]]:
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
+        leaving = bool(noted)
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if noted and distributed.joined() else handler)
+            signal.signal(number, signal.SIG_IGN if leaving and distributed.joined() else handler)

@@ -227,9 +227,22 @@ def test_processes_drop_different_elements() -> None:
         assert 0.4 < float((masks[a] == masks[b]).float().mean()) < 0.6
 
 
+SLOW_TO_TELL = """
+import sys, time
+from minibert import distributed, finetune
+from minibert.cli import run_command
+
+told = distributed._told_already
+distributed._told_already = lambda: time.sleep(1) or told()
+sys.exit(run_command(finetune.main, sys.argv[1:]))
+"""
+
+
 def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> None:
+    """What is left tells why, though torchrun tells it to end before it gets there."""
     arguments = [*flags("few", "dead"), "--max-steps", "400", "--save-steps", "1"]
-    process = torchrun("-m", "minibert.finetune", *arguments)
+    (folder / "slow_to_tell.py").write_text(SLOW_TO_TELL)
+    process = torchrun("slow_to_tell.py", *arguments)
     with ended(process):
         wait_for_step(folder / "dead", 3, process)
         os.kill(workers_of(process)[1], signal.SIGKILL)
