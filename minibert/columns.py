@@ -11,7 +11,8 @@ from pathlib import Path
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.files import read_json
-from minibert.labels import is_number
+from minibert.labels import FLAGS, is_number
+from minibert.problem import label_text
 from minibert.tables import Table, describe_bad
 
 # What people call their columns, in the order of trust, as `_plain_name` writes them.
@@ -39,6 +40,7 @@ class Columns:
     pair: str | None
     label: tuple[str, ...]
     delimiter: str | None = None  # between the labels of a cell
+    header: bool = True  # whether the file says their names, or they are its columns' numbers
 
     def texts(self) -> list[str]:
         return [*self.text, *filter(None, [self.pair])]
@@ -53,8 +55,8 @@ class Columns:
 def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Columns:
     """The columns named by flags, or else by the names that people use; UserError lists what is there."""
     found = {_plain_name(name): name for name in reversed(table.columns)}
-    text = tuple(_asked(table, name, found) for name in config.text_column)
-    label = tuple(_asked(table, name, found) for name in config.label_column)
+    text = _asked_several(table, config.text_column, found)
+    label = _asked_several(table, config.label_column, found)
     pair = _asked(table, config.text_pair_column, found) if config.text_pair_column else None
     if not text and not pair:
         first, second = next(((a, b) for a, b in PAIR_NAMES if a in found and b in found), ("", ""))
@@ -98,6 +100,14 @@ def _asked(table: Table, name: str, found: dict[str, str]) -> str:
     return found[_plain_name(name)]
 
 
+def _asked_several(table: Table, names: tuple[str, ...], found: dict[str, str]) -> tuple[str, ...]:
+    """The columns named by a flag, whose commas may be part of a name."""
+    whole = ",".join(names)
+    if len(names) > 1 and whole in table.columns:
+        return (whole,)
+    return tuple(_asked(table, name, found) for name in names)
+
+
 def _first_of(known: Sequence[str], found: dict[str, str], taken: set[str | None]) -> tuple[str, ...]:
     return tuple(found[name] for name in known if name in found and found[name] not in taken)[:1]
 
@@ -124,7 +134,11 @@ def _columns_of_flags(table: Table, taken: set[str | None]) -> tuple[str, ...]:
     """Two or more columns of nothing but 0 and 1: one for each label."""
     if not table.lines:
         return ()
-    found = [name for name, values in table.columns.items() if {str(value) for value in values} <= {"0", "1"}]
+    found = [
+        name
+        for name, values in table.columns.items()
+        if {label_text(value).lower() for value in values} <= FLAGS.keys()
+    ]
     names = tuple(name for name in found if name not in taken)
     return names if len(names) > 1 else ()
 
@@ -179,8 +193,9 @@ def trained_columns(folder: str | Path) -> Columns | None:
     """Where a run's training found its texts and labels, by its run.json; None for a model that has none."""
     try:
         columns = read_json(Path(os.path.expanduser(folder), "run.json"))["columns"]
-        found = Columns(tuple(columns["text"]), columns["pair"], tuple(columns["label"]), columns["delimiter"])
-    except (UserError, LookupError, TypeError):
+        text, label, header = tuple(columns["text"]), tuple(columns["label"]), columns.get("header") is not False
+        found = Columns(text, columns["pair"], label, columns["delimiter"], header)
+    except (UserError, LookupError, TypeError, AttributeError):
         return None
     return found if all(isinstance(name, str) for name in [*found.names(), found.delimiter or ""]) else None
 
@@ -194,7 +209,10 @@ def as_trained(config: RunConfig, trained: Columns | None, first: Table) -> tupl
     if trained is None:
         return config, header
     above = {*map(_plain_name, column_names(first, header=True))}
-    header = header or (not config.no_header and {*map(_plain_name, trained.text)} <= above)
+    if trained.header:
+        header = header or (not config.no_header and {*map(_plain_name, trained.text)} <= above)
+    elif first.delimited:
+        header = header and bool(known_names(first, config))
     names = {*map(_plain_name, column_names(first, header))}
 
     def there(*columns: str) -> bool:

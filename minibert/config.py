@@ -190,7 +190,7 @@ class RunConfig:
 
     # recipe
     epochs: float = flag(3.0, "passes over the training rows", "num_train_epochs", group="recipe")
-    max_steps: int | None = flag(None, "stop after so many steps, whatever --epochs", group="recipe", kind=int)
+    max_steps: int | None = flag(None, "train for so many steps, whatever --epochs", group="recipe", kind=int)
     batch_size: int = flag(32, "examples a batch", "per_device_train_batch_size", group="recipe")
     batch_tokens: int | None = flag(None, "tokens a batch, instead of examples", group="recipe", kind=int)
     gradient_accumulation_steps: int = flag(1, "batches a step", group="recipe")

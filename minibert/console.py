@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 import time
@@ -17,6 +16,7 @@ from minibert import __version__
 from minibert.checkpoint import OWN_HEAD, LoadReport
 from minibert.config import RunConfig
 from minibert.device import Hardware, duration
+from minibert.files import printable
 from minibert.train import Training
 
 Say = Callable[[str], None]
@@ -24,7 +24,6 @@ Say = Callable[[str], None]
 MAIN_METRICS = """accuracy micro_f1 macro_f1 weighted_f1 subset_accuracy mcc roc_auc pearson spearman mse mae
 loss""".split()
 CLASSES, NAME_LENGTH = 30, 40  # of the table of classes
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 def silence(line: str) -> None:
@@ -69,7 +68,7 @@ class Progress:
         taken, total = time.monotonic() - self.started, self.training.total_steps
         left = taken / max(line["step"] - self.first, 1) * (total - line["step"])
         times = f"{duration(taken)}, {duration(left)} left" if line["step"] < total else duration(taken)
-        where = f"epoch {line['epoch']:<4.3g}step {line['step']} of {total}"
+        where = f"epoch {line['epoch']:<3.3g} step {line['step']} of {total}"
         self.say(f"{where} · {self.loss}{name.replace('_', ' ', 1)} {value}{best} · {times}")
 
 
@@ -115,7 +114,7 @@ def class_lines(part: str, per_class: dict[str, dict[str, Any]]) -> list[str]:
 
 def terminal_name(label: str) -> str:
     """A label on one line, without what a terminal would obey, and not longer than a column."""
-    name = " ".join(CONTROL.sub(" ", label).split())
+    name = " ".join(printable(label).split())
     return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
 
 

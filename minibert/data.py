@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -108,16 +109,17 @@ def load_data(config: RunConfig) -> RunData:
     """Read the files that the flags name, decide what the labels are, and split what has no file of its own."""
     assert config.train is not None
     notes: list[str] = []
-    tables = {"train": _read(config.train, config, notes)}
-    for part in ("validation", "test"):
+    tables, headers = {}, {}
+    for part in ("train", "validation", "test"):
         if path := getattr(config, part):
-            tables[part] = _read(path, config, notes)
+            tables[part], headers[part] = _read(path, config, notes)
     columns = find_columns(tables["train"], config)
+    columns = replace(columns, header=headers["train"])
     notes.append(str(columns))
     parts = {}
     for part, table in tables.items():
         own = _columns_like(columns, table, config)
-        if own != columns:
+        if str(own) != str(columns):
             notes.append(f"in {table.path} {own}")
         parts[part] = examples_from_table(table, own)
     return prepare(parts, columns, config, notes)
@@ -136,13 +138,15 @@ def _columns_like(columns: Columns, table: Table, config: RunConfig) -> Columns:
 
 
 def stream_examples(
-    path: str, config: RunConfig, with_labels: bool = False, trained: Columns | None = None
+    path: str, config: RunConfig, with_labels: bool = False, trained: Columns | None = None, alike: bool = True
 ) -> Iterator[Examples]:
     """Rows of a file, chunk by chunk, so that it may be larger than memory; the first chunk decides on the columns.
 
-    `trained`: where the model's training found its texts, for the columns that no flag names.
+    `trained`: where the model's training found its texts, for the columns that no flag names. `alike`: single texts
+    for a model of pairs are an error, as are pairs for one of single texts.
     """
     _, config, header = _opened(path, config, trained)
+    trained = trained if alike else None
 
     def checked(examples: Examples, columns: Columns) -> Examples:
         return usable(examples, config, _may_lack_labels(columns, config)) if with_labels else examples
@@ -232,7 +236,8 @@ def _refuse_unknown(examples: Examples, problem: Problem) -> None:
             raise UserError(f"{where}: label {unknown!r} is unknown to the model; it knows {some}{more}{hint}")
 
 
-def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
+def _read(path: str, config: RunConfig, notes: list[str]) -> tuple[Table, bool]:
+    """A whole file, and whether it has a header."""
     first = _first_rows(path, config)
     header = has_header(first, config)
     if not header and not config.no_header:
@@ -244,7 +249,7 @@ def _read(path: str, config: RunConfig, notes: list[str]) -> Table:
         raise UserError(f"{path}: no rows; expected a header and at least one row of data")
     if table.encoding not in ("utf-8", config.encoding):
         notes.append(f"{path} is not UTF-8; read as {table.encoding} (--encoding says otherwise)")
-    return table
+    return table, header
 
 
 def _first_rows(path: str, config: RunConfig) -> Table:
@@ -270,9 +275,9 @@ def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, not
     notes += _decision_notes(problem, why, parts["train"], config)
     if config.max_train_samples and config.max_train_samples < len(parts["train"]):
         rows = len(parts["train"])
-        parts["train"], _ = _divided(parts["train"], kind, 1 - config.max_train_samples / rows, config)
-        kept, flag = len(parts["train"]), f"--max-train-samples {config.max_train_samples}"
-        notes.append(f"{kept} of {rows} training rows are used ({flag})")
+        parts["train"] = _sampled(parts["train"], kind, config.max_train_samples, config)
+        flag = f"--max-train-samples {config.max_train_samples}"
+        notes.append(f"{len(parts['train'])} of {rows} training rows are used ({flag})")
     _split_parts(parts, problem, config)
     if "validation" not in parts:
         notes += [f"there are no validation rows: {flag_name(name)} has no effect" for name in _of_validation(config)]
@@ -398,10 +403,24 @@ def _split_parts(parts: dict[str, Examples], problem: Problem, config: RunConfig
         train = parts["train"]
         parts["train"], parts[part] = _divided(train, problem.kind, share * total / len(train), config)
         if not len(parts[part]) or not len(parts["train"]):
-            many = " for so many labels (is --label-column right?)" if 2 * len(problem.labels) > total else ""
+            different = len(set(text_keys(train)))
+            texts = f" of {different} different texts" if different < len(train) else ""
+            doubtful = 2 * len(problem.labels) > total and not config.max_train_samples
+            many = " for so many labels (is --label-column right?)" if doubtful else ""
             raise UserError(
-                f"{train.source}: {total} rows are too few{many} to split off {part}; give --{part}-split 0"
+                f"{train.source}: {total} rows{texts} are too few{many} to split off {part}; give --{part}-split 0"
             )
+
+
+def _sampled(examples: Examples, kind: str, most: int, config: RunConfig) -> Examples:
+    """At most so many rows, with the labels' shares kept; the labels with most rows make up for those with few."""
+    sample, _ = _divided(examples, kind, 1 - most / len(examples), config)
+    seen: Counter[str] = Counter()
+    earlier = []  # rows before each that have the same label
+    for label in map(str, sample.labels or []):
+        earlier.append(seen[label])
+        seen[label] += 1
+    return sample.take(np.sort(np.argsort(earlier, kind="stable")[:most]))
 
 
 def _divided(examples: Examples, kind: str, share: float, config: RunConfig) -> tuple[Examples, Examples]:

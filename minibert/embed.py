@@ -35,12 +35,14 @@ def main(argv: Sequence[str]) -> None:
     import numpy as np
 
     from minibert.classifier import load_encoder
+    from minibert.columns import trained_columns
     from minibert.data import stream_examples
 
     encoder = load_encoder(arguments.model, arguments.device, arguments.max_length)
+    trained = trained_columns(arguments.model)
     parts = [
         encoder.embed(examples.texts, examples.pairs, pooling=arguments.pooling)
-        for examples in stream_examples(arguments.file, column_config(arguments))
+        for examples in stream_examples(arguments.file, column_config(arguments), trained=trained, alike=False)
     ]
     if not sum(map(len, parts)):
         raise UserError(f"{arguments.file}: no rows")

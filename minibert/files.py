@@ -17,6 +17,7 @@ from minibert.errors import UserError
 
 LARGEST_SETTINGS = 256 << 20  # bytes of a JSON file of a model: the largest tokenizers have some 20 MB
 NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)  # file systems that cannot
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @contextmanager
@@ -147,4 +148,9 @@ def file_hash(path: str | Path) -> str:
 
 
 def one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(printable(str(error)).split())[:300]
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey, such as line breaks and colours."""
+    return CONTROL.sub(" ", text)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from minibert.data import Examples, RunData, text_keys
+from minibert.files import printable
 from minibert.problem import MULTI, REGRESSION
 from minibert.tokens import Tokens
 
@@ -170,6 +171,8 @@ def screen(inspection: Inspection) -> list[str]:
 
 
 def fit(lines: list[str]) -> list[str]:
+    """Lines for a terminal, without what one would obey, and no longer than it is wide."""
+    lines = [printable(line) for line in lines]
     return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from minibert.problem import MULTI, REGRESSION, SINGLE, label_text
 # A whole number as pandas writes it into a column with gaps, or as transformers names a class that has no name.
 WHOLE = re.compile(r"(?:LABEL_)?(-?(?:0|[1-9][0-9]*))(?:\.0+)?")
 LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
+STRINGS_IN_A_ROW = re.compile(r"""['"]\s+['"]""")
 FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}  # in a column of one label
 MISSING_NUMBERS = ("nan", "na", "n/a", "null", "none", "inf", "-inf", "-")  # among numbers, a value that is not there
 LARGEST = float(np.finfo(np.float32).max)
@@ -105,6 +107,9 @@ def second_thoughts(labels: list[str]) -> list[str]:
             ]
     if blank := sorted(name for name in names if name.lower() in ("nan", "<na>", "null", "n/a", "-")):
         return [f"label {blank[0]!r} is taken for a name; empty these cells if they mean that there is none"]
+    if written := sorted(name for name in names if LIST.fullmatch(name)):
+        shown = written[0] if len(written[0]) <= 40 else written[0][:39] + "…"
+        return [f"label {shown} is taken for a name: not all labels are lists as JSON or Python write them"]
     folded = Counter(name.casefold() for name in names)
     if folded and (most := folded.most_common(1)[0])[1] > 1:
         alike = [repr(name) for name in sorted(names) if name.casefold() == most[0]]
@@ -170,10 +175,18 @@ def _as_list(value: Any) -> Any:
     """A list in a text cell, as JSON or as Python writes it, becomes one; anything else stays."""
     if not isinstance(value, str) or not LIST.fullmatch(value):
         return value
-    for text in (value, value.replace("'", '"')):
+    for read in (json.loads, _python_list):
         try:
-            items = json.loads(text)
-        except (ValueError, RecursionError):
+            items = read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        return value if any(isinstance(item, list | dict) for item in items) else items
+        return items if all(isinstance(item, str | int | float | None) for item in items) else value
     return value
+
+
+def _python_list(text: str) -> list[Any]:
+    """ValueError also where there is no comma between strings, as numpy writes them: Python would join the two."""
+    if STRINGS_IN_A_ROW.search(text):
+        raise ValueError(text)
+    items: list[Any] = ast.literal_eval(text.strip())
+    return items

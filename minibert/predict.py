@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.errors import UserError
-from minibert.files import atomic, refuse_no_folder
+from minibert.files import atomic, printable, refuse_no_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -150,9 +150,9 @@ def print_predictions(classifier: Classifier, arguments: argparse.Namespace) -> 
             shown = [marked(text, words[i], in_pair=place > 0) for place, text in enumerate(shown)]
         print("\t".join([described(decision, probabilities[i], problem), *shown]))
         for k in most_probable(probabilities[i : i + 1], arguments.top_k)[0] if arguments.top_k else ():
-            print(f"\t{probabilities[i, k]:.4f}\t{problem.labels[k]}")
+            print(f"\t{probabilities[i, k]:.4f}\t{printable(problem.labels[k])}")
         if words is not None:
-            explained = problem.labels[int(probabilities[i].argmax())]
+            explained = printable(problem.labels[int(probabilities[i].argmax())])
             print(f"\tfor {explained}: " + (", ".join(map(str, strongest(words[i]))) or "no word matters"))
 
 
@@ -161,9 +161,9 @@ def described(decision: Any, probabilities: np.ndarray, problem: Problem) -> str
     if isinstance(decision, float):
         return f"{decision:.4f}"
     if not isinstance(decision, list):
-        return f"{decision}\t{probabilities.max():.4f}"
+        return f"{printable(decision)}\t{probabilities.max():.4f}"
     by_name = dict(zip(problem.labels, probabilities, strict=True))
-    return ", ".join(f"{name} {by_name[name]:.4f}" for name in decision) or "(none)"
+    return ", ".join(f"{printable(name)} {by_name[name]:.4f}" for name in decision) or "(none)"
 
 
 def write_predictions(classifier: Classifier, arguments: argparse.Namespace, kind: str) -> None:

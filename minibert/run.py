@@ -22,10 +22,9 @@ import torch
 from minibert import __version__, distributed, predictions, token_cache
 from minibert.calibration import calibration_metrics, fit_temperature
 from minibert.card import write_card
-from minibert.checkpoint import LoadReport, load_model, model_folder, saved_mlp_size
-from minibert.classifier import Classifier, as_texts, finite, fitting_tokenizer, load, refuse_pairs, saved_labels
+from minibert.checkpoint import LoadReport, load_model, model_folder, saved_mlp_size, saved_num_labels
+from minibert.classifier import Classifier, finite, fitting_tokenizer, load, refuse_pairs, saved_labels
 from minibert.cli import checked_values
-from minibert.columns import Columns
 from minibert.config import PATHS, BertConfig, RunConfig
 from minibert.console import Progress, aloud, describe, silence, summarise, terminal_name
 from minibert.data import Examples, RunData, load_data, prepare
@@ -34,6 +33,8 @@ from minibert.errors import UserError
 from minibert.files import read_json, write_json, write_text, writing
 from minibert.frozen import compute
 from minibert.inspection import Inspection, fit, inspect, screen
+from minibert.labels import respelled
+from minibert.lists import examples_from_lists
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
 from minibert.output import CHECK, CHECKPOINTS, clear, open_output, output_folder, refuse_at_once
@@ -106,26 +107,8 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
     """The Python API's run: the same, from lists."""
     with distributed.processes(config):
         refuse_at_once(config)
-        parts = {}
-        for part, pair in given.items():
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise UserError(f"{part}: expected a pair, (texts, labels)")
-            texts, labels = pair
-            first, second = as_texts(texts, None)
-            values = [_as_list(label) for label in (labels.tolist() if hasattr(labels, "tolist") else labels)]
-            if len(values) != len(first):
-                raise UserError(f"{part}: {len(first)} texts but {len(values)} labels; give one label for each text")
-            parts[part] = Examples(f"{part} list", first, second, values, list(range(len(first))))
-        notes: list[str] = []
-        second_column = "text_pair" if parts["train"].pairs is not None else None
-        columns = Columns(("text",), second_column, ("label",), config.label_delimiter)
-        data = prepare(parts, columns, config, notes)
-        return run(config, data, ["minibert.finetune(...)"])
-
-
-def _as_list(label: Any) -> Any:
-    """Several labels of a row may be a set or an array, too."""
-    return list(label) if isinstance(label, set | frozenset | np.ndarray) else label
+        parts, columns = examples_from_lists(given, config.label_delimiter)
+        return run(config, prepare(parts, columns, config, []), ["minibert.finetune(...)"])
 
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
@@ -368,7 +351,8 @@ def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, Ber
     folder = model_folder(config.model)
     bert = BertConfig.from_file(folder / "config.json")
     tokenizer = fitting_tokenizer(model_folder(config.tokenizer) if config.tokenizer else folder, folder, bert)
-    fits = bool(bert.source.get("id2label")) and saved_labels(bert, len(problem.labels)) == problem.labels
+    saved = saved_labels(bert, saved_num_labels(bert))
+    fits = len(saved) == len(problem.labels) and respelled(saved, problem.labels) == problem.labels
     mlp_size = saved_mlp_size(bert) if fits and config.head is None else config.mlp_size()
     model, report = load_model(
         folder,

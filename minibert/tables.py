@@ -441,14 +441,17 @@ def _parquet(path: Path, size: int) -> Iterator[Table]:
     try:
         packed = path.name.lower().endswith((".gz", ".zip"))
         file = parquet.ParquetFile(io.BytesIO(_unpacked(path)) if packed else path, page_checksum_verification=True)
-        _refuse_width(path, len(file.schema_arrow.names))
+        names = file.schema_arrow.names
+        _refuse_width(path, len(names))
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise UserError(f"{path}: two columns are named {twice[0]!r}; rename one")
         start, yielded = 1, False
         for batch in file.iter_batches(batch_size=size):
             lines = list(range(start, start + len(batch)))
             yield Table(str(path), batch.to_pydict(), lines)
             start, yielded = start + len(batch), True
         if not yielded:
-            yield Table(str(path), {name: [] for name in file.schema_arrow.names})
+            yield Table(str(path), {name: [] for name in names})
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({one_line(error)})") from None
 

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -192,7 +191,7 @@ def planned_batches(lengths: np.ndarray, config: RunConfig, epoch: int = 0) -> l
 
 
 def total_steps(steps_per_epoch: int, config: RunConfig) -> int:
-    return min(math.ceil(steps_per_epoch * config.epochs), config.max_steps or sys.maxsize)
+    return config.max_steps or math.ceil(steps_per_epoch * config.epochs)
 
 
 class Training:

@@ -102,10 +102,20 @@ def test_columns_asked_for_in_another_letter_case() -> None:
     assert found == Columns(("Body",), None, ("Label",))
 
 
+def test_a_column_whose_name_has_commas() -> None:
+    there = table(**{"Title, body": ["1"], "a": ["2"], "b": ["3"]})
+    settings = checked_values({"text_column": "Title, body", "label_column": "a,b"}, "here")
+    assert find_columns(there, RunConfig(**settings)) == Columns(("Title, body",), None, ("a", "b"))
+    with pytest.raises(UserError, match="no column 'Title'; its columns are Title, body, a, b"):
+        find_columns(there, RunConfig(text_column=("Title", "body")))
+
+
 def test_columns_of_0_and_1_are_a_label_each() -> None:
     columns = {"id": ["7", "8", "9"], "comment_text": ["a", "b", "c"], "toxic": ["0", "1", "0"], "threat": [0, 0, 1]}
     assert find_columns(table(**columns), RunConfig()).label == ("toxic", "threat")
     assert find_columns(table(**columns), RunConfig(), need_label=False).label == ()
+    typed = {"text": ["a", "b", "c"], "toxic": [True, False, False], "threat": [0.0, 1.0, 0.0], "odds": [0.5, 1.0, 0.0]}
+    assert find_columns(table(**typed), RunConfig()).label == ("toxic", "threat")
     del columns["threat"]
     with pytest.raises(UserError, match="give --label-column; the columns are id, comment_text, toxic"):
         find_columns(table(**columns), RunConfig())
@@ -202,6 +212,15 @@ def test_a_sample_of_the_training_rows_is_stratified(shared_data: Path) -> None:
     assert abs(total - 1000) <= 2
     spam = sum(label == "1" for part in data.parts.values() for label in part.labels or [])
     assert spam / total == pytest.approx(747 / 5572, abs=0.01)
+
+
+@pytest.mark.parametrize("most", [3, 20, 60, 100])
+def test_a_sample_is_never_larger_than_asked_for(shared_data: Path, most: int) -> None:
+    config = RunConfig(train=str(shared_data / "trec" / "train_5500.label"), max_train_samples=most, validation_split=0)
+    train = load_data(config).parts["train"]
+    assert len(train) == most and len(set(train.labels or [])) >= min(most, 40)
+    with pytest.raises(UserError, match="3 rows are too few to split off validation; give --validation-split 0"):
+        load_data(dataclasses.replace(config, max_train_samples=3, validation_split=0.15))
 
 
 def test_real_pairs_and_scores(shared_data: Path) -> None:
@@ -305,7 +324,7 @@ def test_streamed_bad_rows_are_refused_or_told(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_file_without_header_is_found_out(shared_data: Path) -> None:
     sst2 = load_data(RunConfig(train=str(shared_data / "sst2" / "dev.tsv")))
-    assert sum(map(len, sst2.parts.values())) == 872 and sst2.columns == Columns(("0",), None, ("1",))
+    assert sum(map(len, sst2.parts.values())) == 872 and sst2.columns == Columns(("0",), None, ("1",), header=False)
     assert any("has no header" in note for note in sst2.notes)
     with pytest.raises(UserError, match=r"no header; the columns are 0 \(.*\.\.\.\), 1 \(27\), 2 \("):
         load_data(RunConfig(train=str(shared_data / "multilabel" / "goemotions" / "dev.tsv")))
@@ -428,6 +447,15 @@ def test_lists_written_in_cells(quote: str) -> None:
     assert run_data(["[1, 0, 1]", "[0, 0, 1]"] * 10).problem.labels == ["0", "1", "2"]
 
 
+def test_lists_with_apostrophes_and_what_only_looks_like_a_list() -> None:
+    data = run_data(["""['anger', "can't say"]""", "['anger']", "[None, 'joy']"] * 10)
+    assert data.problem.kind == MULTI and data.problem.labels == ["anger", "can't say", "joy"]
+    for written in ("['anger' 'joy']", "[1 0]", "[anger, joy]", "[['a'], ['b']]", "[" * 9999 + "]", "[b'a', {1}]"):
+        data = run_data([written, "['anger']"] * 10)
+        assert data.problem.kind == SINGLE
+        assert any(" is taken for a name: not all labels are lists" in note for note in data.notes)
+
+
 def test_evaluation_finds_label_columns_and_skips_a_chunk_of_bad_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -477,9 +505,30 @@ def test_columns_of_training_are_taken_where_the_file_has_them(
 
 def test_a_column_of_texts_alone_is_not_taken_for_the_labels_of_training(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "see you\nat eight\n")
-    trained = Columns(("1",), None, ("0",))
-    (examples,) = stream_examples(path, RunConfig(no_header=True), trained=trained)
-    assert examples.texts == ["see you", "at eight"]
+    trained = Columns(("1",), None, ("0",), header=False)
+    for config in (RunConfig(no_header=True), RunConfig()):
+        (examples,) = stream_examples(path, config, trained=trained)
+        assert examples.texts == ["see you", "at eight"]
+
+
+@pytest.mark.parametrize("first", ["0", "1", "2"])
+def test_a_model_of_nameless_columns_reads_files_without_header(tmp_path: Path, first: str) -> None:
+    """A cell of the first row that is the number of the texts' column is no name of it."""
+    rows = f"{first},0\nwin,0\nhello,1\nnow,1\nwin,0\n"
+    train = write(tmp_path / "train.csv", "free,1\n" + rows)
+    columns = load_data(RunConfig(train=train, validation_split=0)).columns
+    assert columns == Columns(("0",), None, ("1",), header=False)
+    record = {"columns": dataclasses.asdict(columns)}
+    (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    trained = trained_columns(tmp_path)
+    assert trained == columns
+    for content in (rows, f"{first},0\n"):
+        (examples,) = stream_examples(write(tmp_path / "new.csv", content), RunConfig(), trained=trained)
+        assert examples.texts == [row.split(",")[0] for row in content.split()]
+    (examples,) = stream_labelled(write(tmp_path / "new.csv", rows), Problem(SINGLE, ["0", "1"]), RunConfig(), trained)
+    assert examples.texts[0] == first and examples.labels == ["0", "0", "1", "1", "0"]
+    (examples,) = stream_examples(write(tmp_path / "new.csv", "label,text\n1,win\n"), RunConfig(), trained=trained)
+    assert examples.texts == ["win"]
 
 
 def test_a_first_row_of_unknown_names_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -499,7 +548,7 @@ def test_a_first_row_of_unknown_names_is_told(tmp_path: Path, capsys: pytest.Cap
 
 def test_columns_named_by_numbers_do_not_make_a_header_of_a_row(tmp_path: Path) -> None:
     first = next(stream_table(write(tmp_path / "a.csv", "text,label\na,x\nb,x\nc,y\n"), header=False))
-    trained = Columns(("0",), None, ("1",))
+    trained = Columns(("0",), None, ("1",), header=False)
     assert as_trained(RunConfig(), trained, first) == (RunConfig(), True)
 
 
@@ -524,4 +573,5 @@ def test_a_file_of_single_texts_is_refused_for_a_model_of_pairs(tmp_path: Path) 
     pairs = write(tmp_path / "b.csv", "question1,question2,label\na,b,x\n")
     with pytest.raises(UserError, match=r"two texts a row .*, unlike training \(words\); give --text-column"):
         list(stream_labelled(pairs, Problem(MULTI, ["x"]), RunConfig(), Columns(("words",), None, ("label",))))
+    assert len(list(stream_examples(path, RunConfig(), trained=TRAINED, alike=False))) == 1
     assert len(list(stream_examples(pairs, RunConfig(), trained=TRAINED))) == 1

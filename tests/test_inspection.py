@@ -82,6 +82,13 @@ def finetune(*arguments: str) -> int:
     return run_command(main, arguments)
 
 
+def test_a_label_does_not_command_the_terminal(tmp_path: Path, minilm: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f'words {i},"\x1b[31mred\ngreen"\nmore {i},blue\n' for i in range(20)))
+    lines = screen(inspected(RunConfig(train=str(path)), minilm))
+    assert any("[31mred green" in line for line in lines) and not any(set("\x1b\n") & set(line) for line in lines)
+
+
 @pytest.mark.parametrize("freeze", ["none", "1", "all"])
 def test_check_trains_nothing_and_tells_the_cost(
     flawed: RunConfig, tiny: Callable[..., Path], tmp_path: Path, freeze: str, capsys: pytest.CaptureFixture[str]

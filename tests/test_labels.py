@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import minibert
 from minibert.columns import Columns
@@ -18,6 +19,7 @@ from minibert.config import RunConfig
 from minibert.data import Examples, RunData, load_data, prepare, stream_labelled
 from minibert.errors import UserError
 from minibert.labels import respelled, second_thoughts
+from minibert.lists import examples_from_lists
 from minibert.metrics import tune_thresholds
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights
 
@@ -180,6 +182,28 @@ def test_a_file_of_numbers_fits_a_model_whose_classes_have_no_names(tmp_path: Pa
         list(stream_labelled(str(path), Problem(SINGLE, ["LABEL_0", "LABEL_1"]), RunConfig()))
 
 
+@pytest.mark.parametrize(
+    ("names", "labels", "kept"),
+    [
+        (None, [0, 1], True),  # transformers writes no names where there are two that nobody named
+        (["LABEL_0", "LABEL_1", "LABEL_2"], [0, 1, 2], True),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], [0, 1], False),
+        (["a", "b", "c"], ["a", "b"], False),
+        (["a", "b"], ["b", "c"], False),
+    ],
+)
+def test_a_head_for_the_same_labels_is_kept(
+    names: list[str] | None, labels: list[Any], kept: bool, tiny: Callable[..., Path]
+) -> None:
+    changes = {} if names is None else {"num_labels": len(names), "id2label": dict(enumerate(names))}
+    folder = tiny("BertForSequenceClassification", **changes)
+    texts, values = [f"good film {i}" for i in range(12)], labels * (12 // len(labels))
+    flags = {"model": str(folder), "max_steps": 1, "learning_rate": 1e-9, "quiet": True, "validation_split": 0}
+    ours = minibert.finetune(texts, values, output=str(folder / "run"), **flags).model.classifier.out.weight
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder).classifier.weight
+    assert (ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-6)) == kept
+
+
 def test_labels_that_differ_in_case_draw_a_remark() -> None:
     assert "'Spam' and 'spam' differ only in upper and lower case" in second_thoughts(["spam", "Spam", "ham"] * 4)[0]
 
@@ -205,14 +229,55 @@ class Table(list[str]):
     columns = ("text", "label")
 
 
+class Frame(Table):
+    """One of columns of 0 and 1."""
+
+    def __init__(self, values: np.ndarray, columns: Any) -> None:
+        super().__init__(columns)
+        self.values, self.columns = values, columns
+
+    def to_numpy(self) -> np.ndarray:
+        return self.values
+
+
+def test_labels_in_a_column_or_in_a_table_from_python() -> None:
+    texts, numbers = ["a", "b", "c"], np.array([0, 1, 0])
+    for labels in (numbers, numbers[:, None], Frame(numbers[:, None], ["kind"])):
+        parts, columns = examples_from_lists({"train": (texts, labels)}, None)
+        data = prepare(parts, columns, RunConfig(validation_split=0), [])
+        assert data.problem.kind == SINGLE and data.parts["train"].labels == ["0", "1", "0"]
+
+    flags = Frame(np.array([[1, 0], [0, 0], [1, 1]]), ["rude", "loud"])
+    parts, columns = examples_from_lists(
+        {"train": (texts, flags), "test": (["d"], Frame(np.array([[0, 1]]), flags.columns))}, None
+    )
+    data = prepare(parts, columns, RunConfig(validation_split=0), [])
+    assert data.problem.kind == MULTI and data.problem.labels == ["rude", "loud"]
+    assert data.parts["train"].labels == [["rude"], [], ["rude", "loud"]] and data.parts["test"].labels == [["loud"]]
+    with pytest.raises(UserError, match="test: labels come in the columns label, those of training in rude and loud"):
+        examples_from_lists({"train": (texts, flags), "test": (["d"], [["loud"]])}, None)
+
+
+def test_a_text_that_is_missing_in_a_list_is_a_row_that_cannot_be_used() -> None:
+    given = {"train": (["win", None, "hello", float("nan"), "now"], ["a", "b", "b", "a", "a"])}
+    parts, columns = examples_from_lists(given, None)
+    with pytest.raises(UserError, match=r"train list, line 1, 3: 2 rows have no text; .*--on-bad-rows skip"):
+        prepare(parts, columns, RunConfig(), [])
+    data = prepare(parts, columns, RunConfig(on_bad_rows="skip", validation_split=0), [])
+    assert data.parts["train"].texts == ["win", "hello", "now"]
+    parts, _ = examples_from_lists({"train": ([("a", "b"), ("c", None)], [0, 1])}, None)
+    assert parts["train"].pairs == ["b", ""]
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
         ("one text", "put it in brackets"),
         (Table(["text", "label"]), "expected a column of texts, not a whole table"),
         ([1, 2], "text 0 is int, not a string: 1"),
-        (["a", float("nan")], "text 1 is float, not a string: nan"),
-        ([("a", "b"), ("a", None)], "second text 1 is NoneType, not a string"),
+        (["a", float("nan")], "line 1: 1 row has no text"),
+        ([("a", "b"), ("a", None)], "line 1: 1 row has no second text"),
+        ([("a", "b"), ("a", 3.5)], "second text 1 is float, not a string: 3.5"),
     ],
 )
 def test_what_is_no_list_of_texts_is_one_line(texts: Any, message: str, tiny: Callable[..., Path]) -> None:

@@ -19,6 +19,7 @@ from pyarrow import parquet
 
 import minibert
 from minibert.data import Examples
+from minibert.embed import main as embed_main
 from minibert.errors import UserError
 from minibert.evaluate import main as evaluate_main
 from minibert.explain import explain, marked, word_spans
@@ -352,6 +353,12 @@ def test_the_columns_of_training_need_not_be_named_again(
     assert told == capsys.readouterr().out and "film 1" in told
     with pytest.raises(UserError, match=r"one text a row .*, unlike training \(remark \+ answer\)"):
         predict_main([out, "--file", data, "--text-column", "remark"])
+    embed_main([out, "--file", data, "--output", out + ".npy"])  # not of `title`, which has a known name
+    expected = minibert.load(out).embed([(first, second) for first, second, *_ in rows])
+    assert np.allclose(np.load(out + ".npy"), expected, atol=1e-5)
+    embed_main([out, "--file", data, "--text-column", "remark", "--output", out + ".npy"])
+    assert np.allclose(np.load(out + ".npy"), minibert.load(out).embed([row[0] for row in rows]), atol=1e-5)
+    capsys.readouterr()
     predict_main([out, "--text", "good 1", "--text-pair", "film 1"])
     line = capsys.readouterr().out.rstrip("\n").split("\t")
     probability = minibert.load(out).predict([("good 1", "film 1")])[0].probabilities

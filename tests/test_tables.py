@@ -144,6 +144,14 @@ def test_parquet_keeps_types(tmp_path: Path) -> None:
     assert read_table(tmp_path / "a.parquet").columns == columns
 
 
+def test_parquet_with_two_columns_of_one_name(tmp_path: Path) -> None:
+    columns = [pyarrow.array(["a"]), pyarrow.array(["x"]), pyarrow.array(["y"])]
+    twice = pyarrow.Table.from_arrays(columns, names=["text", "label", "label"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: two columns are named 'label'; rename one"):
+        read_table(tmp_path / "a.parquet")
+
+
 def test_streaming_gives_the_same_rows(tmp_path: Path) -> None:
     path = write(tmp_path, "text,label\n" + "".join(f"text {i},{i % 3}\n" for i in range(1000)))
     parts = list(stream_table(path, rows=64))

@@ -257,6 +257,8 @@ def test_max_steps_and_part_of_an_epoch(tiny: Callable[..., Path], tmp_path: Pat
     folder = tiny()
     assert train(job(folder, dataclasses.replace(BASE, max_steps=5)), tmp_path).state.step == 5
     assert train(job(folder, dataclasses.replace(BASE, epochs=0.5)), tmp_path).state.step == 4
+    more = train(job(folder, dataclasses.replace(BASE, epochs=0.5, max_steps=11)), tmp_path)
+    assert more.state.step == 11 > more.steps_per_epoch
 
 
 def test_an_unknown_metric_is_refused_before_training(tiny: Callable[..., Path]) -> None:

@@ -1,0 +1,52 @@
+"""What a Python caller has for data, lists or arrays or columns of pandas -> the examples that files give, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from minibert.classifier import as_texts
+from minibert.columns import Columns
+from minibert.data import Examples
+from minibert.errors import UserError
+
+
+def examples_from_lists(
+    given: dict[str, tuple[Iterable[Any], Iterable[Any]]], delimiter: str | None
+) -> tuple[dict[str, Examples], Columns]:
+    """(texts, labels) of each part -> its examples, and the columns that a file of the same would have."""
+    parts, labels_of = {}, {}
+    for part, pair in given.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise UserError(f"{part}: expected a pair, (texts, labels)")
+        texts, pairs = as_texts(pair[0], None, may_lack=True)
+        labels_of[part], values = _labels(pair[1])
+        if len(values) != len(texts):
+            raise UserError(f"{part}: {len(texts)} texts but {len(values)} labels; give one label for each text")
+        if labels_of[part] != labels_of["train"]:
+            named = [" and ".join(names) for names in (labels_of[part], labels_of["train"])]
+            raise UserError(f"{part}: labels come in the columns {named[0]}, those of training in {named[1]}")
+        parts[part] = Examples(f"{part} list", texts, pairs, values, list(range(len(texts))))
+    second = "text_pair" if parts["train"].pairs is not None else None
+    return parts, Columns(("text",), second, labels_of["train"], delimiter)
+
+
+def _labels(labels: Iterable[Any]) -> tuple[tuple[str, ...], list[Any]]:
+    """Names of the columns that the labels come in, and a value for each row: of several columns a tuple."""
+    names: tuple[str, ...] = ("label",)
+    if hasattr(labels, "columns") and hasattr(labels, "to_numpy"):  # a whole table: a column of 0 and 1 a label
+        names = tuple(map(str, labels.columns)) if len(labels.columns) > 1 else names
+        labels = labels.to_numpy()
+    if isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.shape[1] == 1:  # as scikit-learn reads it
+        labels = labels[:, 0]
+    rows = labels.tolist() if hasattr(labels, "tolist") else labels
+    if len(names) > 1:
+        return names, [tuple(row) for row in rows]
+    return names, [_as_list(row) for row in rows]
+
+
+def _as_list(label: Any) -> Any:
+    """Several labels of a row may be a set or an array, too."""
+    return list(label) if isinstance(label, set | frozenset | np.ndarray) else label
