@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from minibert.classifier import as_texts
 from minibert.columns import Columns
 from minibert.data import Examples
 from minibert.errors import UserError
+from minibert.files import one_line
+from minibert.labels import is_missing
+
+
+def as_texts(
+    texts: Iterable[Any], pairs: Sequence[str] | None, may_lack: bool = False
+) -> tuple[list[str], list[str] | None]:
+    """Texts and second texts from a list of texts, or of (first, second) pairs; a single string is a mistake.
+
+    may_lack: None and NaN are empty texts, which whoever asks has a word for.
+    """
+    if isinstance(texts, str):
+        raise UserError("expected a list of texts, not one string; put it in brackets: [text]")
+    if hasattr(texts, "columns"):
+        raise UserError("expected a column of texts, not a whole table; choose one: frame['text']")
+    items = texts.tolist() if isinstance(texts, np.ndarray) else list(texts)
+    if items and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
+        items, pairs = [first for first, _ in items], [second for _, second in items]
+    pairs = None if pairs is None else list(pairs)
+    if may_lack:
+        items = ["" if is_missing(item) else item for item in items]
+        pairs = pairs and ["" if is_missing(item) else item for item in pairs]
+    for name, values in (("text", items), ("second text", pairs or [])):
+        for i, item in enumerate(values):
+            if not isinstance(item, str):
+                raise UserError(f"{name} {i} is {type(item).__name__}, not a string: {one_line(item)[:60]}")
+    if pairs is not None and len(pairs) != len(items):
+        raise UserError(f"{len(items)} texts but {len(pairs)} second texts; give one for each text")
+    return items, pairs
 
 
 def examples_from_lists(
