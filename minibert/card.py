@@ -117,13 +117,17 @@ def recipe(run: Finished) -> str:
     head = peak_learning_rate("classifier.weight", 0, config)
     rates = f"{head:g}" if config.freeze == "all" else f"{config.learning_rate:g}"
     rates += f" (head {head:g})" if f"{head:g}" != rates else ""
+    steps = f"{run.metrics['train']['steps']:,} steps were taken"
+    planned = ("steps", f"{config.max_steps:,}") if config.max_steps else ("epochs", f"{config.epochs:g}")
+    clipping = f"gradients clipped at {config.max_grad_norm:g}" if config.max_grad_norm else "gradients not clipped"
+    weights = config.class_weights if config.class_weights.startswith("{") else Path(config.class_weights).name
     rows: list[tuple[str, Any]] = [
-        ("epochs", f"{config.epochs:g} (at most; {run.metrics['train']['steps']:,} steps were taken)"),
+        (planned[0], f"{planned[1]} (at most; {steps})"),
         ("batch", f"{size}, times {config.gradient_accumulation_steps}"),
         ("learning rate", f"{rates}, {config.schedule}, warm-up {config.warmup_ratio:.0%}"),
-        ("optimiser", f"AdamW, weight decay {config.weight_decay:g}, gradients clipped at {config.max_grad_norm:g}"),
+        ("optimiser", f"AdamW, weight decay {config.weight_decay:g}, {clipping}"),
         ("frozen", config.freeze),
-        ("class weights", markdown(Path(config.class_weights).name)),
+        ("class weights", markdown(weights)),
         ("label smoothing", f"{config.label_smoothing:g}"),
         ("head", config.head),
         ("seed", config.seed),

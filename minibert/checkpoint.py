@@ -71,6 +71,8 @@ def _names(names: list[str]) -> str:
 
 def model_folder(name: str | Path) -> Path:
     """The folder of a model: `name` itself, or a download of the hub repository of that name."""
+    if not isinstance(name, str | os.PathLike):
+        raise UserError(f"expected the folder of a model, not {type(name).__name__}")
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
@@ -149,14 +151,22 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         return _read_shards(folder)
     if not (folder / WEIGHTS).is_file():
         pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+        made_by = _auto_class(folder)
         if pickled:
             raise UserError(
                 f"{folder / pickled[0]}: pickled weights can run code and are not read; convert with transformers: "
-                "AutoModel.from_pretrained(folder).save_pretrained(folder)"
+                f"{made_by}.from_pretrained(folder).save_pretrained(folder)"
             )
-        advice = "pickled ones convert by transformers' AutoModel.from_pretrained(name).save_pretrained(folder)"
+        advice = f"pickled ones convert by transformers' {made_by}.from_pretrained(name).save_pretrained(folder)"
         raise UserError(f"{folder}: no {WEIGHTS} here; give a model folder with {CONFIG} and {WEIGHTS}; {advice}")
     return _read_file(folder / WEIGHTS)
+
+
+def _auto_class(folder: Path) -> str:
+    """The class of transformers that keeps a checkpoint's head."""
+    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    classifies = "ForSequenceClassification" in str(config.get("architectures") if isinstance(config, dict) else "")
+    return "AutoModelForSequenceClassification" if classifies else "AutoModel"
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
@@ -285,6 +295,8 @@ def save_model(folder: Path, model: BertForSequenceClassification, labels: list[
     }
     for name in ("num_labels", "dtype", "torch_dtype"):  # the base's weights may have been in half precision
         config.pop(name, None)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; give the name of a folder")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS, their_tensors(model), {"format": "pt"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -107,11 +108,11 @@ class Classifier(TextEncoder):
         problem = self.problem if temperature else self.problem.without_temperature()
         probabilities = problem.probabilities(self.logits(texts, pairs))
         decisions = problem.decisions(probabilities)
-        return [self._prediction(d, p) for d, p in zip(decisions, probabilities, strict=True)]
-
-    def _prediction(self, decision: Any, probabilities: np.ndarray) -> Prediction:
-        named = dict(zip(self.problem.labels, map(float, probabilities), strict=True))
-        return Prediction(decision, float(probabilities.max()), named)
+        scores = probabilities[np.arange(len(probabilities)), problem.foremost(probabilities)]
+        return [
+            Prediction(decision, float(score), dict(zip(problem.labels, map(float, row), strict=True)))
+            for decision, score, row in zip(decisions, scores, probabilities, strict=True)
+        ]
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder that transformers and `minibert.load` read; a warning where transformers cannot."""
@@ -121,8 +122,9 @@ class Classifier(TextEncoder):
 
     def write(self, folder: str | Path) -> None:
         """What `save` writes."""
+        folder = Path(os.path.expanduser(folder))
         save_model(
-            Path(folder),
+            folder,
             self.model,
             self.problem.labels,
             problem_type=self.problem.kind,
@@ -132,7 +134,7 @@ class Classifier(TextEncoder):
             thresholds=self.problem.thresholds,
             temperature=self.problem.temperature,
         )
-        self.tokenizer.save(Path(folder), self.max_length)
+        self.tokenizer.save(folder, self.max_length)
 
 
 def finite(logits: np.ndarray) -> np.ndarray:
@@ -151,6 +153,8 @@ def load(folder: str | Path, device: str = "auto", temperature: bool = True) -> 
     model, report = load_model(path, BertForSequenceClassification)
     if any(name.startswith("classifier.") for name in report.new):
         raise UserError(f"{folder}: this model has no classification head; train one with python -m minibert.finetune")
+    if report.new:
+        raise UserError(f"{folder}: lacks {report.new[0]}; give a classifier of texts, or train one on this model")
     hardware = _hardware(device, model.config)
     tokenizer = fitting_tokenizer(path, path, model.config)
     ours = _saved_settings(model.config)

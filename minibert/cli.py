@@ -21,6 +21,32 @@ from minibert.config import RunConfig, flag_name
 from minibert.errors import UserError
 from minibert.files import one_line, refuse_special
 
+# Flags of transformers' Trainer and its scripts that have no counterpart of the same meaning, and what to do.
+NOT_NEEDED = "leave it out"
+OF_TRAINER = {
+    "warmup_steps": "--warmup-ratio is the share of all steps",
+    "per_device_eval_batch_size": f"evaluation chooses its own batches; {NOT_NEEDED}",
+    "fp16": "--precision fp16",
+    "bf16": "--precision bf16, as is the default on a GPU",
+    "no_cuda": "--device cpu",
+    "use_cpu": "--device cpu",
+    "group_by_length": "--length-buckets",
+    "pad_to_max_length": f"nothing is padded; {NOT_NEEDED}",
+    "do_train": NOT_NEEDED,
+    "do_eval": f"{NOT_NEEDED}; --validation or --validation-split",
+    "do_predict": f"{NOT_NEEDED}; --test, or minibert.predict",
+    "task_name": "give the task's files: --train, --validation, --test",
+    "dataset_name": "give the data's files: --train, --validation, --test",
+    "test_size": "--test-split",
+    "eval_strategy": "--eval-steps, or once an epoch",
+    "evaluation_strategy": "--eval-steps, or once an epoch",
+    "save_strategy": "--save-steps",
+    "save_total_limit": f"one checkpoint is kept, the last; {NOT_NEEDED}",
+    "logging_steps": f"train_log.jsonl has a hundred lines; {NOT_NEEDED}",
+    "load_best_model_at_end": f"the best weights are kept; {NOT_NEEDED}",
+    "cache_dir": f"the environment variable HF_HOME; {NOT_NEEDED}",
+    "optim": f"it is AdamW; {NOT_NEEDED}",
+}
 COMMANDS = {
     "finetune": "data file -> trained model folder",
     "predict": "labels and probabilities for new text",
@@ -73,8 +99,12 @@ class Parser(argparse.ArgumentParser):
         """What the user may have had in mind with a word that is no flag."""
         known = self._option_string_actions
         if word.startswith("--"):
+            if advice := OF_TRAINER.get(word[2:].replace("-", "_")):
+                return f" ({advice})"
             close = get_close_matches(word, known, 1, 0.7)
             return f" (did you mean {close[0]}?)" if close else ""
+        if word in ("True", "False", "true", "false"):
+            return " (a switch has no value: --x, or --no-x)"
         flags = [name for name in ("--text", "--file", "--train") if name in known]
         return f" (did you mean {' or '.join(flags)} in front of it?)"
 
@@ -252,6 +282,8 @@ def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
         return tuple(str(item) for item in items)
     if isinstance(value, bool) is not (kind is bool) or (kind is int and isinstance(value, float)):
         raise UserError(f"{where}: {field.name} = {value!r} is not {kind.__name__}")
+    if kind is str and not isinstance(value, str | os.PathLike | int | float | dict):
+        raise UserError(f"{where}: {field.name} is {type(value).__name__}; expected a name, a path or a number")
     try:
         if "\0" in str(value):  # no path or name holds one
             raise ValueError

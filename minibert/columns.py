@@ -27,6 +27,9 @@ PAIR_NAMES = (
     ("premise", "hypothesis"),
     ("text1", "text2"),
     ("query", "passage"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("question", "answer"),
     ("#1_string", "#2_string"),
 )
 KNOWN_NAMES = {*TEXT_NAMES, *LABEL_NAMES, *(name for pair in PAIR_NAMES for name in pair)}
@@ -148,7 +151,7 @@ def _not_found(table: Table, flag: str) -> UserError:
     if not names and table.bad:
         return UserError(f"{table.path}: no row can be used; {describe_bad(table.bad)}")
     if names == ["text"] and table.path.lower().endswith(".txt"):
-        hint = "; name a file of `label text` lines .label"
+        hint = "; this name says a text a line: name a table .csv, and a file of `label text` lines .label"
     if names != [str(i) for i in range(len(names))]:
         return UserError(f"{table.path}: give {flag}; the columns are {', '.join(names) or 'none'}{hint}")
     first = {name: " ".join(str(cells[0]).split()) if cells else "" for name, cells in table.columns.items()}
@@ -226,6 +229,20 @@ def as_trained(config: RunConfig, trained: Columns | None, first: Table) -> tupl
     delimiter = config.label_delimiter or trained.delimiter
     known = replace(config, text_column=text, text_pair_column=pair, label_column=label, label_delimiter=delimiter)
     return known, header
+
+
+def refuse_guessed_label(columns: Columns, path: str, config: RunConfig, trained: Columns, header: bool) -> None:
+    """UserError where only its content makes a column the labels, though training has a name for them.
+
+    A file to measure by may have no labels at all, and what looks most like some is its column of numbers.
+    """
+    known = _plain_name(columns.label[0]) in {*LABEL_NAMES, *map(_plain_name, trained.label)}
+    if config.label_column or not header or len(columns.label) > 1 or known:
+        return
+    raise UserError(
+        f"{path}: no column {trained.label[0]!r}, which training has for labels; give --label-column, or, if it has no "
+        "labels, leave the file to minibert.predict"
+    )
 
 
 def refuse_unlike_training(columns: Columns, path: str, trained: Columns) -> None:

@@ -272,6 +272,8 @@ class RunConfig:
         for name in (*PATHS, "output"):
             if (getattr(self, name) or "").startswith("~"):  # no shell has seen a --config file
                 object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))  # it is frozen
+        if self.metric:
+            object.__setattr__(self, "metric", self.metric.removeprefix("eval_"))  # as Trainer spells it
         self._check_choices()
         self._check_ranges()
         self.mlp_size()

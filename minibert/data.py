@@ -18,6 +18,7 @@ from minibert.columns import (
     guessed_text,
     has_header,
     known_names,
+    refuse_guessed_label,
     refuse_unlike_training,
 )
 from minibert.config import RunConfig, flag_name
@@ -118,19 +119,20 @@ def load_data(config: RunConfig) -> RunData:
     notes.append(str(columns))
     parts = {}
     for part, table in tables.items():
-        own = _columns_like(columns, table, config)
+        own = columns if part == "train" else _columns_like(columns, table, config, headers[part])
         if str(own) != str(columns):
             notes.append(f"in {table.path} {own}")
         parts[part] = examples_from_table(table, own)
     return prepare(parts, columns, config, notes)
 
 
-def _columns_like(columns: Columns, table: Table, config: RunConfig) -> Columns:
+def _columns_like(columns: Columns, table: Table, config: RunConfig, header: bool) -> Columns:
     """The columns of a part: those of training, or others that hold the same."""
     if all(name in table.columns for name in columns.names()):
         return columns
     own = find_columns(table, config)
     refuse_unlike_training(own, table.path, columns)
+    refuse_guessed_label(own, table.path, config, columns, header)
     if len(columns.label) > 1 and own.label != columns.label:
         missing = [name for name in columns.label if name not in own.label]
         raise UserError(f"{table.path}: no column {', '.join(map(repr, missing))}, which training has for a label")
@@ -205,6 +207,8 @@ def _stream(
                 print(f"note: {guess}", file=sys.stderr)
             if trained is not None:
                 refuse_unlike_training(columns, path, trained)
+                if need_label:
+                    refuse_guessed_label(columns, path, config, trained, header)
         examples = checked(examples_from_table(table, columns, need_label), columns)
         bad += examples.bad
         count += len(examples)
@@ -272,6 +276,8 @@ def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, not
     for part, bad in skipped.items():
         notes.append(f"skipped {_rows(bad)} of {parts[part].source}, {describe_bad(bad)}")
     problem = Problem(kind, _label_names(parts, kind, places, columns))
+    if kind == REGRESSION and config.label_smoothing:
+        raise UserError("--label-smoothing: regression has no classes; leave the flag out")
     notes += _decision_notes(problem, why, parts["train"], config)
     if config.max_train_samples and config.max_train_samples < len(parts["train"]):
         rows = len(parts["train"])

@@ -47,7 +47,7 @@ Span = tuple[bool, int, int]  # in the second text, start, end
 def explain(
     classifier: Classifier, texts: Sequence[str], pairs: Sequence[str] | None, logits: np.ndarray
 ) -> list[list[Word]]:
-    """The words of each text in their order, with their effects on the label that `logits` give the highest place.
+    """The words of each text in their order, with their effects on the label found: of several, the most probable.
 
     It costs a prediction for each word. Words that --max-length cuts off are left out.
     """
@@ -67,7 +67,7 @@ def _explain_few(
         shortened.append([_without(pairs[i], span, True) for i, span in found])
     without = classifier.logits(*shortened)
     owner = np.array([i for i, _ in found], dtype=np.int64)
-    label = logits.argmax(1)[owner]
+    label = classifier.problem.foremost(classifier.problem.probabilities(logits))[owner]
     effects = log_odds(classifier.problem, logits[owner], label) - log_odds(classifier.problem, without, label)
     words: list[list[Word]] = [[] for _ in texts]
     for (i, (in_pair, start, end)), effect in zip(found, effects.tolist(), strict=True):

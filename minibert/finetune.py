@@ -50,6 +50,9 @@ def finetune(
     snake_case. What the user can fix is a `minibert.errors.UserError`.
     """
     settings = checked_values(flags, "minibert.finetune")
+    for part in ("validation", "test"):
+        if part in settings:
+            raise UserError(f"minibert.finetune: give {part}=(texts, labels); files are for the command line")
     if of_files := [name for name in FILE_SETTINGS if name in settings]:
         raise UserError(f"minibert.finetune: {of_files[0]} is for data files on the command line; leave it out")
     config = RunConfig(**settings)

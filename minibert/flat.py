@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from minibert.config import RunConfig
-from minibert.optim import learning_rate_factor, parameter_groups
+from minibert.optim import learning_rate_factor, parameter_groups, shown_learning_rate
 from minibert_kernels.adamw import FOUND_INF, NORM, FlatLayout, adamw_, prepare_update_
 
 FIRST_LOSS_SCALE = 65536.0
@@ -54,7 +54,7 @@ class FlatOptimizer:
     def schedule(self, step: int) -> None:
         """Set the learning rate of step number `step`; the one part of a step that the host decides."""
         factor = learning_rate_factor(step, self.total_steps, self.config)
-        self.learning_rate = self.config.learning_rate * factor
+        self.learning_rate = shown_learning_rate(self.config) * factor
         self.factor.fill_(factor)
 
     def update(self) -> Tensor:

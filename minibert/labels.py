@@ -15,9 +15,11 @@ from minibert.problem import MULTI, REGRESSION, SINGLE, label_text
 
 # A whole number as pandas writes it into a column with gaps, or as transformers names a class that has no name.
 WHOLE = re.compile(r"(?:LABEL_)?(-?(?:0|[1-9][0-9]*))(?:\.0+)?")
+DECIMAL_COMMA = re.compile(r"-?[0-9]+,[0-9]+")
 LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
 STRINGS_IN_A_ROW = re.compile(r"""['"]\s+['"]""")
 FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}  # in a column of one label
+TRUTH = {"false": "0", "true": "1"}  # JSON's, which typed files have for what others write as 0 and 1
 MISSING_NUMBERS = ("nan", "na", "n/a", "null", "none", "inf", "-inf", "-")  # among numbers, a value that is not there
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -26,7 +28,8 @@ def is_missing(value: Any) -> bool:
     """Nothing, as JSON, CSV (a blank cell) and pandas (NaN or NA) write it."""
     if isinstance(value, str):
         return not value.strip()
-    return value is None or (isinstance(value, float) and value != value) or type(value).__name__ == "NAType"
+    is_nan = isinstance(value, float) and value != value
+    return value is None or is_nan or type(value).__name__ in ("NAType", "NaTType")
 
 
 def guess_kind(values: Sequence[Any], columns: int, delimiter: str | None) -> tuple[str, str]:
@@ -48,14 +51,17 @@ def guess_kind(values: Sequence[Any], columns: int, delimiter: str | None) -> tu
 
 
 def indicator_length(values: Sequence[Any]) -> int:
-    """The length of rows of 0 and 1, a place for each label; 0 if they are none, or lists of the labels 0 and 1."""
+    """The length of rows of 0 and 1, a place for each label; 0 if they are none, or lists of the labels 0 and 1.
+
+    Two or more are places in any case: lists of as many different labels would all be the same.
+    """
     if not values or not isinstance(_as_list(values[0]), list | tuple):
         return 0
     rows = [_as_list(value) for value in values]
     if not all(isinstance(row, list | tuple) for row in rows) or len({len(row) for row in rows}) > 1:
         return 0
-    are_flags = all(item in (0, 1) for row in rows for item in row)
-    return len(rows[0]) if are_flags and any(len(set(row)) < len(row) for row in rows) else 0
+    are_flags = len(rows[0]) > 1 and all(item in (0, 1) for row in rows for item in row)
+    return len(rows[0]) if are_flags else 0
 
 
 def read_label(value: Any, kind: str, places: Sequence[str], delimiter: str | None) -> Any:
@@ -77,7 +83,7 @@ def read_label(value: Any, kind: str, places: Sequence[str], delimiter: str | No
 
 
 def respelled(labels: list[Any], known: Iterable[str]) -> list[Any]:
-    """Labels (or lists of them) with each whole number spelled as in `known`: 1, 1.0 and LABEL_1 are one label."""
+    """Labels (or lists of them) with each whole number spelled as in `known`: 1, 1.0, true and LABEL_1 are one."""
     known = set(known)
     spelling = {_whole(name): name for name in sorted(known, key=len, reverse=True)}  # the shortest, where it has both
     found = {name for label in labels for name in ([label] if isinstance(label, str) else label)}
@@ -92,7 +98,7 @@ def respelled(labels: list[Any], known: Iterable[str]) -> list[Any]:
 
 def _whole(name: str) -> str:
     number = WHOLE.fullmatch(name)
-    return number[1] if number else name
+    return number[1] if number else TRUTH.get(name.lower(), name)
 
 
 def second_thoughts(labels: list[str]) -> list[str]:
@@ -105,6 +111,9 @@ def second_thoughts(labels: list[str]) -> list[str]:
             return [
                 f"labels such as {several[0]!r} look like several: --label-delimiter {delimiter!r} takes them apart"
             ]
+    comma = sorted(name for name in names if DECIMAL_COMMA.fullmatch(name))
+    if comma and all(is_number(name.replace(",", ".")) for name in names):
+        return [f"labels such as {comma[0]!r} look like numbers; write them with a point for the comma"]
     if blank := sorted(name for name in names if name.lower() in ("nan", "<na>", "null", "n/a", "-")):
         return [f"label {blank[0]!r} is taken for a name; empty these cells if they mean that there is none"]
     if written := sorted(name for name in names if LIST.fullmatch(name)):

@@ -21,11 +21,14 @@ def as_texts(
 
     may_lack: None and NaN are empty texts, which whoever asks has a word for.
     """
-    if isinstance(texts, str):
-        raise UserError("expected a list of texts, not one string; put it in brackets: [text]")
     if hasattr(texts, "columns"):
         raise UserError("expected a column of texts, not a whole table; choose one: frame['text']")
-    items = texts.tolist() if isinstance(texts, np.ndarray) else list(texts)
+    texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
+    if isinstance(texts, str):
+        raise UserError("expected a list of texts, not one string; put it in brackets: [text]")
+    if isinstance(texts, dict) or not isinstance(texts, Iterable):
+        raise UserError(f"expected a list of texts, not {one_line(repr(texts))[:60]}")
+    items = list(texts)
     if items and all(isinstance(item, tuple | list) and len(item) == 2 for item in items):
         items, pairs = [first for first, _ in items], [second for _, second in items]
     pairs = None if pairs is None else list(pairs)
@@ -53,6 +56,8 @@ def examples_from_lists(
         labels_of[part], values = _labels(pair[1])
         if len(values) != len(texts):
             raise UserError(f"{part}: {len(texts)} texts but {len(values)} labels; give one label for each text")
+        if not texts:
+            raise UserError(f"{part}: no texts; leave it out or give some")
         if labels_of[part] != labels_of["train"]:
             named = [" and ".join(names) for names in (labels_of[part], labels_of["train"])]
             raise UserError(f"{part}: labels come in the columns {named[0]}, those of training in {named[1]}")
@@ -63,18 +68,27 @@ def examples_from_lists(
 
 def _labels(labels: Iterable[Any]) -> tuple[tuple[str, ...], list[Any]]:
     """Names of the columns that the labels come in, and a value for each row: of several columns a tuple."""
+    if labels is None or isinstance(labels, str | dict):
+        raise UserError(f"expected a list of labels, not {one_line(repr(labels))[:60]}")
     names: tuple[str, ...] = ("label",)
     if hasattr(labels, "columns") and hasattr(labels, "to_numpy"):  # a whole table: a column of 0 and 1 a label
         names = tuple(map(str, labels.columns)) if len(labels.columns) > 1 else names
         labels = labels.to_numpy()
     if isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.shape[1] == 1:  # as scikit-learn reads it
         labels = labels[:, 0]
-    rows = labels.tolist() if hasattr(labels, "tolist") else labels
+    rows = _plain(labels)
+    if not isinstance(rows, Iterable):
+        raise UserError(f"expected a list of labels, not {one_line(repr(labels))[:60]}")
     if len(names) > 1:
         return names, [tuple(row) for row in rows]
-    return names, [_as_list(row) for row in rows]
+    return names, [_plain(row) for row in rows]
 
 
-def _as_list(label: Any) -> Any:
-    """Several labels of a row may be a set or an array, too."""
-    return list(label) if isinstance(label, set | frozenset | np.ndarray) else label
+def _plain(value: Any) -> Any:
+    """Python's own value or list for one of numpy, pandas, polars, torch or Arrow; a list for a set."""
+    if isinstance(value, set | frozenset):
+        return list(value)
+    for convert in ("tolist", "to_list", "to_pylist", "as_py"):
+        if hasattr(value, convert):
+            return getattr(value, convert)()
+    return value

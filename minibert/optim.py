@@ -55,6 +55,11 @@ def freeze(model: nn.Module, choice: str, new: Collection[str]) -> int:
     return frozen
 
 
+def shown_learning_rate(config: RunConfig) -> float:
+    """The peak that the log follows: the encoder's or, where that is frozen, the head's."""
+    return peak_learning_rate("classifier.weight", 0, config) if config.freeze == "all" else config.learning_rate
+
+
 def learning_rate_factor(step: int, total: int, config: RunConfig) -> float:
     """Share of the peak learning rate at step 0, 1, ... of `total`: linear warm-up, then the schedule."""
     warmup = math.ceil(config.warmup_ratio * total)
@@ -92,7 +97,7 @@ class Optimizer:
         factor = learning_rate_factor(step, self.total_steps, self.config)
         for group in self.adamw.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        self.learning_rate = self.config.learning_rate * factor
+        self.learning_rate = shown_learning_rate(self.config) * factor
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         divisor = torch.ones_like(norm)
         if self.loss_scale is not None:

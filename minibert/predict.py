@@ -152,7 +152,7 @@ def print_predictions(classifier: Classifier, arguments: argparse.Namespace) -> 
         for k in most_probable(probabilities[i : i + 1], arguments.top_k)[0] if arguments.top_k else ():
             print(f"\t{probabilities[i, k]:.4f}\t{printable(problem.labels[k])}")
         if words is not None:
-            explained = printable(problem.labels[int(probabilities[i].argmax())])
+            explained = printable(problem.labels[problem.foremost(probabilities[i : i + 1])[0]])
             print(f"\tfor {explained}: " + (", ".join(map(str, strongest(words[i]))) or "no word matters"))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from minibert.data import Examples
 from minibert.explain import Word, strongest
 from minibert.files import atomic
-from minibert.problem import REGRESSION, SINGLE, Problem
+from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 
 # What a spreadsheet takes for the start of a formula (OWASP, "CSV Injection"), behind any number of apostrophes.
 FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
@@ -49,6 +49,8 @@ def columns(
             table[f"top_{rank}_probability"] = probabilities[np.arange(len(column)), column].tolist()
     elif problem.kind != REGRESSION:
         table |= {f"probability_{name}": probabilities[:, i].tolist() for i, name in enumerate(problem.labels)}
+    if words is not None and problem.kind == MULTI:
+        table["explained"] = [problem.labels[k] for k in problem.foremost(probabilities)]
     if words is not None:
         table["words"] = ["; ".join(map(str, strongest(of_text))) for of_text in words]
     if targets is not None:
@@ -74,6 +76,8 @@ def records(
             record["top"] = [{"label": problem.labels[k], "probability": row[k]} for k in order[i]]
         elif problem.kind != REGRESSION:
             record["probabilities"] = dict(zip(problem.labels, row, strict=True))
+        if words is not None and problem.kind == MULTI:
+            record["explained"] = problem.labels[problem.foremost(probabilities[i : i + 1])[0]]
         if words is not None:
             record["words"] = [word.to_dict() for word in words[i]]
         yield record

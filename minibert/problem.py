@@ -119,6 +119,12 @@ class Problem:
         given = probabilities >= self.threshold_array()
         return [[self.labels[i] for i in np.flatnonzero(row)] for row in given]
 
+    def foremost(self, probabilities: np.ndarray) -> np.ndarray:
+        """[n, L] -> [n] numbers of the most probable label given, of none that is given the most probable."""
+        if self.kind != MULTI:
+            return probabilities.argmax(1)
+        return (probabilities + (probabilities >= self.threshold_array())).argmax(1)
+
     def without_temperature(self) -> Problem:
         """The same decisions with the probabilities as trained: thresholds move along with the probabilities."""
         if self.temperature == 1.0:

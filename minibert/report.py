@@ -124,6 +124,8 @@ def judgement(run: Finished, part: str) -> list[Html]:
 def fitted_on(run: Finished, part: str) -> str:
     if run.problem.temperature == 1 and not run.config.temperature:
         return "No temperature was fitted (--no-temperature)."
+    if "validation" not in run.logits:
+        return "There were no validation rows to fit a temperature on."
     if run.problem.temperature == 1:
         return "The validation rows give no reason for a temperature other than 1."
     return "The temperature was fitted on " + ("these very rows." if part == "validation" else "validation.")

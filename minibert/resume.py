@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from minibert import distributed
 from minibert.checkpoint import write_tensors
+from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.files import one_line, refuse_special, writing
 from minibert.train import State, Training
@@ -72,10 +73,10 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
         what = ", ".join(
             f"{key[:40]} (was {_short(saved.get(key))}, is {_short(fingerprint.get(key))})" for key in named
         )
-        raise UserError(
-            f"--resume: this is not the run that was begun; changed: {what}. "
-            "With --resume and --output alone it goes on with its own flags"
-        )
+        of_flags = set(changed) <= {field.name for field in dataclasses.fields(RunConfig)}
+        own = "With --resume and --output alone it goes on with its own flags"
+        advice = own if of_flags else "Undo that, or start anew without --resume"
+        raise UserError(f"--resume: this is not the run that was begun; changed: {what}. {advice}")
     if state.step > training.total_steps:
         raise UserError(f"{path}: not a checkpoint of this run (step {state.step} of {training.total_steps})")
     _check_tensors(path, training, tensors)

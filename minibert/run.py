@@ -142,6 +142,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     output = open_output(config, held)  # the last thing before training: an earlier run there is safe from mistakes
     record = run_record(job.config, data, first_command(output, command) if config.resume else command)
     begin(job, training, output, record, fingerprint, say)
+    moments = [moment - training.state.seconds for moment in moments]  # a resumed run has trained before
     tracker = train(job, training, output, record, fingerprint, say)
     moments.append(time.perf_counter())
 
@@ -272,7 +273,8 @@ def finish(
     for part, values in logits.items():
         path, examples = output / f"predictions-{part}.csv", job.data.parts[part]
         predictions.write_file(path, examples, job.data.problem, values, job.sets[part].targets)
-    metrics["train"] = {"best_step": training.state.best_step, "steps": training.state.step, **last_losses(output)}
+    state = training.state
+    metrics["train"] = {"best_step": state.best_step or state.step, "steps": state.step, **last_losses(output)}
     metrics["speed"] = speed(training, time.perf_counter() - moments[0])
     metrics["reload_max_difference"] = reload_difference(output, classifier, job.data.parts["train"])
     metrics["speed"]["seconds_by_part"] = seconds_by_part(training, [*moments, time.perf_counter()])
@@ -352,7 +354,8 @@ def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, Ber
     bert = BertConfig.from_file(folder / "config.json")
     tokenizer = fitting_tokenizer(model_folder(config.tokenizer) if config.tokenizer else folder, folder, bert)
     saved = saved_labels(bert, saved_num_labels(bert))
-    fits = len(saved) == len(problem.labels) and respelled(saved, problem.labels) == problem.labels
+    same = problem.kind == REGRESSION or respelled(saved, problem.labels) == problem.labels
+    fits = len(saved) == len(problem.labels) and same
     mlp_size = saved_mlp_size(bert) if fits and config.head is None else config.mlp_size()
     model, report = load_model(
         folder,

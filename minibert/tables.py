@@ -184,7 +184,7 @@ def _delimited(path: Path, text: IO[str], suffix: str, header: bool, size: int) 
     if header:
         bad: list[BadRow] = []
         names = _column_names(path, first.cells)
-        tables = _chunks(path, _checked(rows, len(names), bad), partial(_named, names), size, bad)
+        tables = _chunks(path, _checked(rows, first.cells, bad), partial(_named, names), size, bad)
     else:
         tables = _headless(path, first, rows, size, extra_cells=quoting["quoting"] == csv.QUOTE_NONE)
     for table in tables:
@@ -219,10 +219,13 @@ def _csv_rows(path: Path, reader: Any) -> Iterator[CsvRow]:
             yield CsvRow(start, cells, reader.line_num)
 
 
-def _checked(rows: Iterable[CsvRow], width: int, bad: list[BadRow]) -> Iterator[tuple[int, list[str]]]:
+def _checked(rows: Iterable[CsvRow], header: list[str], bad: list[BadRow]) -> Iterator[tuple[int, list[str]]]:
     """Rows as wide as the header; empty cells at the end of a row may be too many, the others are bad."""
+    width = len(header)
     for row in rows:
-        if len(row.cells) == width or (len(row.cells) > width and not any(row.cells[width:])):
+        if row.cells == header:
+            bad.append(BadRow(row.line, "the header again"))
+        elif len(row.cells) == width or (len(row.cells) > width and not any(row.cells[width:])):
             yield row.line, row.cells[:width]
         else:
             bad.append(_of_wrong_width(row, f"the header has {width}"))
@@ -266,7 +269,8 @@ def _column_names(path: Path, cells: list[str]) -> list[str]:
     names = [cell.strip() or str(i) for i, cell in enumerate(cells)]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
-        raise UserError(f"{path}, line 1: column {twice[0]!r} appears twice; rename one, or give --no-header")
+        advice = "rename one, or, if this line is data, give --no-header"
+        raise UserError(f"{path}, line 1: column {twice[0]!r} appears twice; {advice}")
     return names
 
 
@@ -360,7 +364,7 @@ def _json(path: Path, text: IO[str], size: int) -> Iterator[Table]:
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        first = next(filter(str.strip, content.splitlines()), "")
+        first = next(filter(str.strip, content.split("\n")), "")
         if not isinstance(_parse(first), dict):
             raise UserError(f"{path}: not JSON ({one_line(error)})") from None
         yield from _json_lines(path, io.StringIO(content), size)

@@ -22,6 +22,13 @@ from minibert.errors import UserError
 from minibert.files import one_line, read_json, refuse_special, write_json, write_text
 
 TOKENIZER, TOKENIZER_CONFIG, VOCABULARY = "tokenizer.json", "tokenizer_config.json", "vocab.txt"
+ADDED_TOKENS = "added_tokens.json"
+TOKEN_OPTIONS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+NORMALIZER_OPTIONS = {
+    "do_lower_case": "lowercase",
+    "strip_accents": "strip_accents",
+    "tokenize_chinese_chars": "handle_chinese_chars",
+}
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 # Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?": 128 of 510 tokens from the head, the rest the tail.
 HEAD_SHARE = 128 / 510
@@ -133,16 +140,23 @@ class Tokenizer:
             if (folder / TOKENIZER).is_file():
                 source = read_json(folder / TOKENIZER)
                 refuse_harmful(source)
+                _set_options(source, config)
                 return cls(tokenizers.Tokenizer.from_str(json.dumps(source)), config)
             if (folder / VOCABULARY).is_file():
-                return cls(_from_vocabulary(folder / VOCABULARY, config), config)
+                backend = _from_vocabulary(folder / VOCABULARY, config)
+                _add_tokens(backend, _added_tokens(folder, config))
+                for key in ("additional_special_tokens", "extra_special_tokens"):
+                    tokens = [_token_text(token, "") for token in config.get(key) or ()]
+                    backend.add_special_tokens([AddedToken(t, normalized=False) for t in tokens if t])
+                return cls(backend, config)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the Rust library raises plain Exception, and panics of no better kind
             raise UserError(f"{folder}: the tokenizer cannot be read ({one_line(error)})") from None
-        raise UserError(f"{folder}: no {TOKENIZER} or {VOCABULARY}; give --tokenizer, a folder with one")
+        advice = "copy one there (finetune also takes --tokenizer, a folder with one)"
+        raise UserError(f"{folder}: no {TOKENIZER} or {VOCABULARY}; {advice}")
 
     def encode(
         self,
@@ -347,6 +361,40 @@ def _from_vocabulary(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer
     )
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
     return backend
+
+
+def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
+    """Tokens beyond vocab.txt by id: of tokenizer_config.json or, of older versions of transformers, a file."""
+    path = folder / ADDED_TOKENS
+    older = read_json(path) if path.is_file() else {}
+    newer = config.get("added_tokens_decoder") or {}
+    found = {int(index): AddedToken(token, normalized=True) for token, index in older.items()}
+    for index, token in newer.items():
+        options = {key: bool(token[key]) for key in TOKEN_OPTIONS if key in token}
+        found[int(index)] = AddedToken(token["content"], **options)
+    return found
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, added: dict[int, AddedToken]) -> None:
+    for index in sorted(added):
+        token = added[index]
+        if token.special:
+            backend.add_special_tokens([token])
+        else:
+            backend.add_tokens([token])
+        if backend.token_to_id(token.content) != index:
+            raise UserError(
+                f"the added token {token.content!r} cannot have the id {index}; save tokenizer.json as well"
+            )
+
+
+def _set_options(source: dict[str, Any], config: dict[str, Any]) -> None:
+    """What tokenizer_config.json says of the normalizer wins over tokenizer.json, as in transformers."""
+    normalizer = source.get("normalizer")
+    if isinstance(normalizer, dict) and normalizer.get("type") == "BertNormalizer":
+        for option, name in NORMALIZER_OPTIONS.items():
+            if isinstance(config.get(option), bool):
+                normalizer[name] = config[option]
 
 
 def refuse_harmful(source: Any) -> None:

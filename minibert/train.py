@@ -287,6 +287,9 @@ class Training:
                     stop_request.close()
                     raise Interrupted
         stop_request.close()
+        if self.state.step < self.total_steps:
+            patience = f"{self.config.early_stopping_patience} evaluations without a better {self.metric}"
+            self.say(f"stopped at step {self.state.step} of {self.total_steps}: {patience}")
         if self.fixed is not None:
             self.say(f"engine {self.hardware.engine}: {self.fixed.report()}")
         if self.state.step == int(self.optimizer.skipped) > 0 and self.optimizer.loss_scale is None:

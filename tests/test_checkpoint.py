@@ -7,11 +7,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import minibert
 from minibert.checkpoint import load_model, model_folder, save_model, their_tensors
 from minibert.errors import UserError
 from minibert.model import BertForSequenceClassification, BertModel
@@ -112,6 +114,23 @@ def test_what_distillation_left_in_a_checkpoint_is_left_there(tiny: Callable[...
     rewrite(folder, lambda tensors: tensors | {"fit_denses.0.weight": torch.ones(2), "fit_dense.bias": torch.ones(2)})
     model, report = load_model(folder, BertModel)
     assert torch.equal(encode(model), before) and {"fit_denses.0.weight", "fit_dense.bias"} <= set(report.ignored)
+
+
+def test_a_model_of_another_task_is_no_classifier(tiny: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"lacks .*pooler.*; give a classifier of texts, or train one on this model"):
+        minibert.load(tiny("BertForTokenClassification"))
+
+
+def test_saving_goes_to_the_home_folder_and_onto_no_file(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = minibert.load(tiny("BertForSequenceClassification"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    classifier.save("~/mine")
+    assert np.array_equal(minibert.load(tmp_path / "mine").logits(["a film"]), classifier.logits(["a film"]))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: is a file; give the name of a folder"):
+        classifier.save(tmp_path / "file")
 
 
 def test_a_folder_without_safetensors_says_how_to_make_them(tiny: Callable[..., Path]) -> None:

@@ -50,6 +50,7 @@ def table(**columns: list[Any]) -> Table:
         (["sentence1", "sentence2", "score"], ("sentence1",), "sentence2", ("score",)),
         (["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"], ("#1 String",), "#2 String", ("Quality",)),
         (["Category", "Resume"], ("Resume",), None, ("Category",)),
+        (["index", "question", "sentence", "label"], ("question",), "sentence", ("label",)),
         (["Class Index", "Title", "Description"], ("Description",), None, ("Class Index",)),
         (["Clothing ID", "Title", "Review Text", "Rating"], ("Review Text",), None, ("Rating",)),
     ],
@@ -562,6 +563,35 @@ def test_a_record_without_columns_says_nothing(tmp_path: Path, record: str) -> N
     (tmp_path / "run.json").unlink()
     os.mkfifo(tmp_path / "run.json")  # is not waited for
     assert trained_columns(tmp_path) is None
+
+
+def test_a_file_without_labels_is_not_given_its_row_numbers_for_labels(tmp_path: Path) -> None:
+    rows = "".join(f"q{i},a question {i},{i % 2}\n" for i in range(40))
+    train = write(tmp_path / "train.csv", "qid,question_text,target\n" + rows)
+    unlabelled = write(tmp_path / "test.csv", "qid,question_text\n" + "".join(f"q{i},a text {i}\n" for i in range(9)))
+    message = r"test.csv: no column 'target', which training has for labels; .*minibert.predict"
+    with pytest.raises(UserError, match=message):
+        load_data(RunConfig(train=train, test=unlabelled))
+    columns = load_data(RunConfig(train=train)).columns
+    with pytest.raises(UserError, match=message):
+        list(stream_labelled(unlabelled, Problem(SINGLE, ["0", "1"]), RunConfig(), columns))
+    assert len(next(stream_examples(unlabelled, RunConfig(), trained=columns))) == 9
+    named = write(tmp_path / "named.csv", "question_text,label\nwhat,1\n")
+    assert next(stream_labelled(named, Problem(SINGLE, ["0", "1"]), RunConfig(), columns)).labels == ["1"]
+
+
+def test_true_and_1_are_one_label_in_files_of_two_kinds(tmp_path: Path) -> None:
+    train = tmp_path / "train.jsonl"
+    lines = [json.dumps({"text": f"a text {i}", "label": i % 2 == 0}) for i in range(20)]
+    train.write_text("\n".join(lines), encoding="utf-8")
+    test = write(tmp_path / "test.csv", "text,label\nwin,True\nhello,False\n")
+    data = load_data(RunConfig(train=str(train), test=test))
+    assert data.problem.labels == ["0", "1"] and data.parts["test"].labels == ["1", "0"]
+
+
+def test_regression_has_nothing_to_smooth() -> None:
+    with pytest.raises(UserError, match="--label-smoothing: regression has no classes"):
+        run_data([i / 4 for i in range(20)], RunConfig(label_smoothing=0.1))
 
 
 def test_a_file_of_single_texts_is_refused_for_a_model_of_pairs(tmp_path: Path) -> None:

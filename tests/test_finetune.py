@@ -184,6 +184,9 @@ def test_five_lines_of_python(minilm: Path, messages: Path, tmp_path: Path) -> N
         ({"text_column": "body"}, "text_column is for data files"),
         ({"test": (["a"],)}, r"test: expected a pair, \(texts, labels\)"),
         ({"validation": 5}, r"validation: expected a pair"),
+        ({"validation_file": "d.csv"}, r"give validation=\(texts, labels\); files are for the command line"),
+        ({"test": ([], [])}, "test: no texts; leave it out"),
+        ({"model": object()}, "model is object; expected a name, a path or a number"),
     ],
 )
 def test_mistakes_from_python(more: dict[str, Any], message: str) -> None:
@@ -277,6 +280,9 @@ def test_mistakes_get_one_line_and_exit_code_2(
         (["--freze", "all"], "--freze all (did you mean --freeze?)"),
         (["--epoch=3"], "did you mean --epochs?"),
         (["reviews.csv"], "reviews.csv (did you mean --train in front of it?)"),
+        (["--fp16"], "--fp16 (--precision fp16)"),
+        (["--warmup-steps", "100"], "(--warmup-ratio is the share of all steps)"),
+        (["--overwrite_output_dir", "True"], "True (a switch has no value: --x, or --no-x)"),
         (["--fancy"], "unrecognized arguments: --fancy; see"),
         (["--epochs", "ten"], "--epochs: 'ten' is no number; see"),
         (["--batch_size", "1.5"], "--batch-size: '1.5' is no whole number; see"),
@@ -288,6 +294,10 @@ def test_a_mistyped_flag_is_answered_with_the_one_that_was_meant(arguments: list
     with pytest.raises(UserError) as error:
         parse_run_config(arguments)
     assert message in str(error.value)
+
+
+def test_metrics_by_the_names_of_trainer() -> None:
+    assert RunConfig(metric="eval_f1").metric == "f1"
 
 
 def test_help_has_each_flag_once_under_its_first_name() -> None:

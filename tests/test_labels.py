@@ -92,6 +92,22 @@ def test_rows_of_0_and_1_are_a_place_for_each_label() -> None:
     assert prepared([[0, 1], [1], [0]] * 10, validation_split=0).problem.labels == ["0", "1"]  # lists of labels 0, 1
 
 
+@pytest.mark.parametrize("written", [list, str, np.array])
+def test_one_of_two_in_two_columns(written: Callable[[list[int]], Any]) -> None:
+    rows = np.eye(2, dtype=int)[[0, 1, 1, 0, 1] * 4]
+    texts = [f"text {i}" for i in range(20)]
+    labels = rows if written is np.array else [written(row.tolist()) for row in rows]
+    parts, columns = examples_from_lists({"train": (texts, labels)}, None)
+    data = prepare(parts, columns, RunConfig(validation_split=0), [])
+    assert (
+        data.problem.kind == MULTI and data.problem.targets(data.parts["train"].labels or []).tolist() == rows.tolist()
+    )
+
+
+def test_decimal_commas_draw_a_remark() -> None:
+    assert "'1,5' look like numbers; write them with a point" in second_thoughts(["1,5", "2", "2,25"] * 4)[0]
+
+
 def test_real_multi_label_data(shared_data: Path) -> None:
     folder = shared_data / "multilabel" / "goemotions"
     flags = {"text_column": ("0",), "label_column": ("1",), "label_delimiter": ",", "no_header": True}
@@ -256,6 +272,31 @@ def test_labels_in_a_column_or_in_a_table_from_python() -> None:
     assert data.parts["train"].labels == [["rude"], [], ["rude", "loud"]] and data.parts["test"].labels == [["loud"]]
     with pytest.raises(UserError, match="test: labels come in the columns label, those of training in rude and loud"):
         examples_from_lists({"train": (texts, flags), "test": (["d"], [["loud"]])}, None)
+
+
+@pytest.mark.parametrize("scalar", [bool, np.bool_, np.float32, np.int8, torch.tensor, lambda value: np.array(value)])
+def test_labels_are_numbers_of_any_kind(scalar: Callable[[int], Any]) -> None:
+    labels = [scalar(value) for value in (0, 1, 1)]
+    parts, columns = examples_from_lists({"train": (["a", "b", "c"], labels)}, None)
+    data = prepare(parts, columns, RunConfig(validation_split=0), [])
+    assert data.problem.kind == SINGLE and data.parts["train"].labels == ["0", "1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "message"),
+    [
+        (None, ["a"], "expected a list of texts, not None"),
+        ({"text": "a"}, ["a"], "expected a list of texts, not {'text': 'a'}"),
+        (np.array("win"), ["a"], "put it in brackets"),
+        (["a"], None, "expected a list of labels, not None"),
+        (["a", "b"], {0: "x", 1: "y"}, "expected a list of labels, not {0: 'x', 1: 'y'}"),
+        (["a"], 3, "expected a list of labels, not 3"),
+        ([], [], "train: no texts"),
+    ],
+)
+def test_what_is_no_list_is_one_line(texts: Any, labels: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        examples_from_lists({"train": (texts, labels)}, None)
 
 
 def test_a_text_that_is_missing_in_a_list_is_a_row_that_cannot_be_used() -> None:

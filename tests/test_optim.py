@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import transformers
 from minibert.checkpoint import load_model
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.flat import FlatOptimizer
 from minibert.model import BertForSequenceClassification
 from minibert.optim import Optimizer, freeze, learning_rate_factor, parameter_groups
 
@@ -117,6 +119,17 @@ def test_the_head_alone_learns_faster_unless_a_rate_is_given(model: BertForSeque
     assert rates() == {1e-3} and rates(learning_rate=3e-4) == {3e-4}
     assert rates(head_learning_rate=0.1) == rates(learning_rate=1, head_learning_rate=0.1) == {0.1}
     assert RunConfig().learning_rate == 5e-5
+
+
+def test_the_log_has_the_rate_of_the_head_where_it_alone_trains(model: BertForSequenceClassification) -> None:
+    config = RunConfig(freeze="all", learning_rate=5e-5, head_learning_rate=1e-2, warmup_ratio=0, schedule="constant")
+    freeze(model, "all", [])
+    flat = FlatOptimizer(model, copy.deepcopy(model), config, 10, torch.float32)
+    flat.schedule(0)
+    optimizer = Optimizer(model, config, 10)
+    model(torch.arange(5, 15)[None]).logits.sum().backward()
+    optimizer.step(0)
+    assert optimizer.learning_rate == flat.learning_rate == 1e-2
 
 
 def test_the_log_has_the_peak_rate_whatever_the_deepest_layer_has(model: BertForSequenceClassification) -> None:

@@ -209,6 +209,16 @@ def test_saved_thresholds_and_temperature_are_applied(tiny: Callable[..., Path])
     path.write_text(json.dumps(config | {"minibert": {"thresholds": thresholds, "temperature": 5.0}}))
     calibrated = json.loads(predict(str(folder), "--text", "a good film", "--format", "jsonl").stdout)
     assert calibrated["predicted"] == [low]
+    done = predict(str(folder), "--text", "a good film", "--format", "jsonl", "--explain")
+    explained = json.loads(done.stdout)
+    assert explained["explained"] == low  # which was given, though others are more probable
+    classifier, words = minibert.load(folder), ["good film", "a film", "a good"]
+    (prediction,) = classifier.predict(["a good film"])
+    assert prediction.label == [low] and prediction.score == prediction.probabilities[low]
+    at = list(prediction.probabilities).index(low)
+    whole, without = classifier.logits(["a good film"])[0, at], classifier.logits(words)[:, at]
+    effects = [word["effect"] for word in explained["words"]]
+    assert effects == pytest.approx(((whole - without) / 5).tolist(), abs=1e-4)
     for name, p in plain["probabilities"].items():
         q = calibrated["probabilities"][name]
         assert np.log(p / (1 - p)) / 5 == pytest.approx(np.log(q / (1 - q)), abs=1e-3)

@@ -160,6 +160,18 @@ def test_streaming_gives_the_same_rows(tmp_path: Path) -> None:
     assert parts[1].lines[0] == 66
 
 
+def test_a_header_in_the_middle_is_no_row(tmp_path: Path) -> None:
+    path = write(tmp_path, "text,label\na,x\ntext,label\nb,y\n")
+    with pytest.raises(UserError, match="line 3: the header again"):
+        read_table(path)
+    assert read_table(path, on_bad_rows="skip").columns == {"text": ["a", "b"], "label": ["x", "y"]}
+
+
+def test_json_lines_with_other_line_separators_in_a_text(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"text": "a\u2028b", "label": 1}\n{"text": "c", "label": 2}\n', "a.json")
+    assert read_table(path).columns["text"] == ["a\u2028b", "c"]
+
+
 def test_header_alone_is_a_table_without_rows(tmp_path: Path) -> None:
     table = read_table(write(tmp_path, "text,label\n"))
     assert table.columns == {"text": [], "label": []} and table.lines == []

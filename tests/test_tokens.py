@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,53 @@ def test_vocabulary_alone_gives_the_same_ids(minilm: Path, tmp_path: Path, lower
     shutil.copy(minilm / "vocab.txt", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
     expected = transformers.BertTokenizer.from_pretrained(tmp_path, do_lower_case=lower)(ODD)["input_ids"]
+    ours = Tokenizer.from_folder(tmp_path).encode(ODD, None, 50_000)
+    assert [row(ours, i) for i in range(len(ODD))] == expected
+
+
+USER = {"content": "<user>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "added"),
+    [
+        ({}, True),
+        ({"added_tokens_decoder": {"30522": USER | {"special": False}}}, False),
+        ({"added_tokens_decoder": {"30522": USER | {"special": True, "normalized": False}}}, False),
+        ({"additional_special_tokens": ["<user>"]}, False),
+        ({"additional_special_tokens": ["<user>"]}, True),
+    ],
+)
+def test_tokens_added_to_a_vocabulary_are_those_of_transformers(
+    minilm: Path, tmp_path: Path, options: dict[str, Any], added: bool
+) -> None:
+    shutil.copy(minilm / "vocab.txt", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **options}))
+    if added:
+        (tmp_path / "added_tokens.json").write_text('{"<user>": 30522}')
+    texts = ["The <user> said so", "<user><user>", "a <USER>"]
+    ours = Tokenizer.from_folder(tmp_path)
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)(texts)["input_ids"]
+    assert [row(ours.encode(texts, None, 20), i) for i in range(3)] == expected and 30522 in expected[0]
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved", 20)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")(texts)["input_ids"] == expected
+    (tmp_path / "added_tokens.json").write_text('{"<hole>": 40000}')
+    with pytest.raises(UserError, match="added token '<hole>' cannot have the id 40000"):
+        Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"do_lower_case": False}, {"strip_accents": False}, {"do_lower_case": False, "strip_accents": True}],
+)
+def test_options_beside_tokenizer_json_win_as_in_transformers(
+    minilm: Path, tmp_path: Path, options: dict[str, bool]
+) -> None:
+    shutil.copy(minilm / "tokenizer.json", tmp_path)
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, **options}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)(ODD)["input_ids"]
     ours = Tokenizer.from_folder(tmp_path).encode(ODD, None, 50_000)
     assert [row(ours, i) for i in range(len(ODD))] == expected
 

@@ -243,14 +243,19 @@ def test_a_resumed_run_ends_with_the_same_bits(
     load_checkpoint(tmp_path / "done", second, {"version": 1})
     second.run(tmp_path / "resumed.jsonl", lambda: None)  # nothing is left to do
     assert largest_difference(finished, weights(second)) == 0
-    with pytest.raises(UserError, match=r"changed: version \(was 1, is 2\)"):
+    with pytest.raises(UserError, match=r"changed: version \(was 1, is 2\). Undo that, or start anew without --resume"):
         load_checkpoint(tmp_path / "last", second, {"version": 2})
 
 
 def test_early_stopping(tiny: Callable[..., Path], tmp_path: Path) -> None:
     config = dataclasses.replace(BASE, epochs=50, learning_rate=1e-7, metric="accuracy", early_stopping_patience=2)
-    training = train(job(tiny(), config), tmp_path)
+    told: list[str] = []
+    training = train(job(tiny(), config, say=told.append), tmp_path)
     assert training.state.step == 3 * training.steps_per_epoch
+    stopped = (
+        f"stopped at step {training.state.step} of {training.total_steps}: 2 evaluations without a better accuracy"
+    )
+    assert stopped in told
 
 
 def test_max_steps_and_part_of_an_epoch(tiny: Callable[..., Path], tmp_path: Path) -> None:
