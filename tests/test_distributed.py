@@ -244,7 +244,7 @@ def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> Non
     (folder / "slow_to_tell.py").write_text(SLOW_TO_TELL)
     process = torchrun("slow_to_tell.py", *arguments)
     with ended(process):
-        wait_for_step(folder / "dead", 3, process)
+        wait_for_step(folder / "dead", 4, process)
         os.kill(workers_of(process)[1], signal.SIGKILL)
         code, _, err = result(process)
     assert code != 0 and "minibert/" not in err  # no traceback of ours beside what torchrun says
