@@ -20,6 +20,7 @@ from torch import Tensor
 from minibert_kernels.backend import cdiv, jit, reduction_programs, tl, use_triton
 
 BLOCK = 1024  # elements of a block, which all belong to one group
+NORM_BLOCK = 4096  # elements of which a program takes the sum of squares at once
 MOST_PARTIALS = 1024  # sums of squares, which one program adds up
 NORM, DIVISOR, FOUND_INF, CORRECTION_1, CORRECTION_2 = range(5)  # places in `control`
 
@@ -167,7 +168,7 @@ def prepare_update_(
     """
     if not use_triton(grad):
         return prepare_update_reference_(grad, step, betas=betas, max_norm=max_norm, loss_scale=loss_scale)
-    block = 4096 if grad.is_cuda else 1 << 14
+    block = NORM_BLOCK if grad.is_cuda else 1 << 14
     programs = min(reduction_programs(grad, cdiv(grad.numel(), block)), MOST_PARTIALS)
     partials = torch.empty(programs, dtype=torch.float32, device=grad.device)
     control = torch.empty(5, dtype=torch.float32, device=grad.device)

@@ -72,6 +72,9 @@ def _add_up(partials_ptr, out_ptr, num_partials, stride, SIZE: tl.constexpr, ROW
     tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < SIZE)
 
 
+PARTIALS = (128, 32)  # rows and columns of a program on a GPU: many rows at once, few waits
+
+
 @jit(do_not_specialize=("num_partials",))
 def add_partials_kernel(
     partials_ptr,  # [num_partials, V, SIZE] fp32
@@ -99,7 +102,7 @@ def add_partials_kernel(
 def add_partials(partials: Tensor, first: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> None:
     """Add the sum of [programs, V, SIZE] to V vectors, always in the same order, so equal bits from run to run."""
     programs, vectors, size = partials.shape
-    rows, cols = (128, 32) if partials.is_cuda else (4, next_power_of_2(size))  # many rows at once: few waits
+    rows, cols = PARTIALS if partials.is_cuda else (4, next_power_of_2(size))
     add_partials_kernel[(cdiv(size, cols), vectors)](
         *(partials, first, second, third, programs, size, vectors, rows, cols), num_warps=8
     )

@@ -66,10 +66,10 @@ def configurations() -> list[Configuration]:
     found = [
         Configuration("adamw", adamw.adamw_kernel, adam),
         Configuration("adamw fp32 grad", adamw.adamw_kernel, adam, types={"grad_ptr": "*fp32"}),
-        Configuration("adamw norm", adamw.sum_of_squares_kernel, {"BLOCK_SIZE": 4096}, 8),
+        Configuration("adamw norm", adamw.sum_of_squares_kernel, {"BLOCK_SIZE": adamw.NORM_BLOCK}, 8),
         Configuration("adamw control", adamw.control_kernel, {**logs, "BLOCK_SIZE": adamw.MOST_PARTIALS}),
     ]
-    sums, none = {"ROWS": 128, "COLS": 32}, {"second_ptr": None, "third_ptr": None}
+    sums, none = dict(zip(("ROWS", "COLS"), backend.PARTIALS, strict=True)), {"second_ptr": None, "third_ptr": None}
     found += [
         Configuration("add_partials 3", backend.add_partials_kernel, {"SIZE": 768, "V": 3, **sums}, 8),
         Configuration("add_partials 1", backend.add_partials_kernel, {"SIZE": 3072, "V": 1, **none, **sums}, 8),
@@ -77,8 +77,9 @@ def configurations() -> list[Configuration]:
     tile: dict[str, Any]
     for size in (384, 768, 1024):
         columns = backend.next_power_of_2(size)
-        segments = {"SIZE": size, "BLOCK_ROWS": 8, "BLOCK_COLS": 128}
-        tile = {"SIZE": size, "DROPPED": dropped, "BLOCK_ROWS": max(1, 1024 // columns), "BLOCK_COLS": columns}
+        rows = max(1, layer_norm.TILE // columns)
+        segments = {"SIZE": size, **blocks(embedding.SEGMENTS)}
+        tile = {"SIZE": size, "DROPPED": dropped, **blocks((rows, columns))}
         eps = {"EPS": 1e-12}
         found += [
             Configuration(f"layer_norm forward {size}", layer_norm.forward_kernel, {**tile, **eps}),
@@ -88,7 +89,7 @@ def configurations() -> list[Configuration]:
             Configuration(f"embedding scatter {size}", embedding.scatter_kernel, segments),
         ]
     for size in (1536, 3072, 4096):
-        tile = {"SIZE": size, "BLOCK_ROWS": 4, "BLOCK_COLS": 256}
+        tile = {"SIZE": size, **blocks(gelu.TILE)}
         found += [
             Configuration(f"gelu forward {size}", gelu.forward_kernel, tile),
             Configuration(f"gelu backward {size}", gelu.backward_kernel, tile),
@@ -106,8 +107,12 @@ def configurations() -> list[Configuration]:
             found.append(Configuration(f"attention backward {name}", kernel, tile, warps, attention.STAGES))
         tile = {"BLOCK_K": first_token.BLOCK, **{k: v for k, v in head.items() if k != "UPCAST"}}
         found += [
-            Configuration(f"attention first token forward {head_size}", first_token.forward_kernel, tile, 2),
-            Configuration(f"attention first token backward {head_size}", first_token.backward_kernel, tile, 2),
+            Configuration(
+                f"attention first token forward {head_size}", first_token.forward_kernel, tile, first_token.WARPS
+            ),
+            Configuration(
+                f"attention first token backward {head_size}", first_token.backward_kernel, tile, first_token.WARPS
+            ),
         ]
         rows, columns, warps = attention.LONG_BLOCKS
         tile = {"BLOCK_Q": rows, "BLOCK_K": columns, **head}
@@ -119,6 +124,10 @@ def configurations() -> list[Configuration]:
             ),
         ]
     return found
+
+
+def blocks(tile: tuple[int, int]) -> dict[str, int]:
+    return dict(zip(("BLOCK_ROWS", "BLOCK_COLS"), tile, strict=True))
 
 
 def compile_kernel(configuration: Configuration, arch: int, dtype: str = "bf16") -> Usage:

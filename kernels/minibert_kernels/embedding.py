@@ -25,6 +25,8 @@ from minibert_kernels.backend import (
 from minibert_kernels.layer_norm import row_blocks
 from minibert_kernels.philox import drop_threshold, dropout_reference, keep_mask_kernel
 
+SEGMENTS = (8, 128)  # rows and columns of a program that adds gradients up on a GPU
+
 
 @jit()
 def _gather_kernel(
@@ -210,7 +212,7 @@ def scatter_rows_(out: Tensor, grad: Tensor, ids: Tensor | None) -> None:
     ids, order = torch.sort(ids, stable=True)
     ends = torch.searchsorted(ids, ids, right=True)
     size = grad.shape[1]
-    block_rows, block_cols = (8, 128) if grad.is_cuda else (8, max(16, next_power_of_2(size)))
+    block_rows, block_cols = SEGMENTS if grad.is_cuda else (8, max(16, next_power_of_2(size)))
     scatter_kernel[(len(ids), cdiv(size, block_cols))](
         grad, ids, order, ends, out, size, block_rows, block_cols, num_warps=4
     )

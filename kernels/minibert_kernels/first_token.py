@@ -19,6 +19,7 @@ from minibert_kernels.backend import jit, tl, use_triton
 from minibert_kernels.philox import LEVELS, drop_threshold, keep_mask, keep_mask_kernel
 
 BLOCK = 32  # keys at once
+WARPS = 2
 
 
 @jit()
@@ -142,7 +143,7 @@ class FirstTokenAttention(torch.autograd.Function):
         scale = head_size**-0.5 * LOG2_E
         forward_kernel[(texts, heads)](
             *(query, key_value, cu_seqlens, out, softmax, rng, site, scale, heads, head_size, BLOCK, dropped),
-            num_warps=2,
+            num_warps=WARPS,
         )
         ctx.save_for_backward(query, key_value, cu_seqlens, out, softmax, rng)
         ctx.site, ctx.scale, ctx.dropped = site, scale, dropped
@@ -156,7 +157,7 @@ class FirstTokenAttention(torch.autograd.Function):
         backward_kernel[(texts, heads)](
             *(grad_out.contiguous(), query, key_value, cu_seqlens, out, softmax, grad_query, grad_key_value, rng),
             *(ctx.site, ctx.scale, heads, head_size, BLOCK, ctx.dropped),
-            num_warps=2,
+            num_warps=WARPS,
         )
         return grad_query, grad_key_value, None, None, None, None
 

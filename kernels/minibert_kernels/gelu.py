@@ -23,6 +23,8 @@ from minibert_kernels.backend import (
     use_triton,
 )
 
+TILE = (4, 256)  # rows and columns that a program on a GPU takes at once
+
 
 @jit(do_not_specialize=("num_rows",))
 def forward_kernel(
@@ -80,7 +82,7 @@ def backward_kernel(
 
 def _tile(x: Tensor) -> tuple[int, int]:
     """(rows, columns) of a program's tile."""
-    return (4, 256) if x.is_cuda else (16, min(128, next_power_of_2(x.shape[1])))
+    return TILE if x.is_cuda else (16, min(128, next_power_of_2(x.shape[1])))
 
 
 class BiasGelu(torch.autograd.Function):

@@ -26,11 +26,13 @@ from minibert_kernels.backend import (
 )
 from minibert_kernels.philox import drop_threshold, dropout_reference, keep_mask_kernel
 
+TILE = 1024  # elements that a program on a GPU takes at once
+
 
 def row_blocks(tensor: Tensor, size: int) -> tuple[int, int]:
     """(rows, columns) of a program's tile: whole rows, several of them where they are short."""
     columns = max(16, next_power_of_2(size))
-    return (max(1, 1024 // columns) if tensor.is_cuda else 8), columns
+    return (max(1, TILE // columns) if tensor.is_cuda else 8), columns
 
 
 @jit()
