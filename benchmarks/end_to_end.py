@@ -56,7 +56,7 @@ def main() -> None:
     for seed in arguments.seeds:  # seeds outside, so that trainers take turns
         for trainer in arguments.trainers:
             if not any((run["trainer"], run["seed"]) == (trainer, seed) for run in runs):
-                runs.append(in_own_process(trainer, seed, arguments.epochs))
+                runs.append(in_own_process(trainer, seed, arguments.epochs) | {"commit": environment()["commit"]})
                 path.write_text(json.dumps({**environment(), "summary": summary(runs), "runs": runs}, indent=2) + "\n")
     for trainer, numbers in summary(runs).items():
         print(trainer, numbers)

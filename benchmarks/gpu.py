@@ -29,6 +29,7 @@ import faulthandler
 import gc
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -56,6 +57,7 @@ from trainers import SHARED, transformers_optimizer
 from minibert.batching import plan_epoch
 from minibert.checkpoint import load_model, save_model
 from minibert.config import BertConfig, RunConfig
+from minibert.dataset import Dataset
 from minibert.device import choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
 from minibert.model import BertForSequenceClassification
@@ -63,7 +65,7 @@ from minibert.ops import flash_attention
 from minibert.problem import SINGLE, Problem
 from minibert.run import demo_weights
 from minibert.tokens import Tokenizer, Tokens, offsets_of
-from minibert.train import Dataset, Training
+from minibert.train import Training
 from minibert.vocabulary import CompactVocabulary
 from minibert_kernels import adamw, attention, embedding, gelu, layer_norm
 from minibert_kernels.backend import use_triton
@@ -231,7 +233,8 @@ class Run:
         if self.left < seconds and not self.smoke:
             return self.record(name, f"skipped: {max(self.left, 0):.0f} s left, {seconds:.0f} s needed")
         self.record(name, "running", silent=True)
-        limit = min(limit or max(60, 4 * seconds), max(self.ends + 10 - time.time(), 1))
+        limit = math.inf if self.smoke else limit or max(60, 4 * seconds)
+        limit = min(limit, max(self.ends + 10 - time.time(), 1))
         try:
             with open(self.folder / STACKS, "w") as stacks:
                 faulthandler.dump_traceback_later(limit, exit=True, file=stacks)

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from minibert.config import BertConfig, RunConfig
+from minibert.dataset import Dataset
 from minibert.device import choose
 from minibert.model import BertForSequenceClassification
 from minibert.problem import SINGLE, Problem
 from minibert.tokens import Tokens, offsets_of
-from minibert.train import Dataset, Training
+from minibert.train import Training
 
 BOUND = 4 << 20  # bytes that may come in the second half of the steps: the allocator's own changes
 

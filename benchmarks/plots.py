@@ -24,12 +24,13 @@ from steps import environment
 from trainers import sms_spam, transformers_optimizer
 
 from minibert.config import BertConfig, RunConfig
+from minibert.dataset import Dataset
 from minibert.device import choose, keep_freed_memory
 from minibert.model import BertForSequenceClassification
 from minibert.problem import SINGLE, Problem
 from minibert.run import demo_weights
 from minibert.tokens import Tokenizer, Tokens, offsets_of
-from minibert.train import Dataset, Training
+from minibert.train import Training
 
 RESULTS = Path(__file__).parent / "results"
 MINILM = (6, 384)  # layers, hidden size

@@ -16,12 +16,13 @@ import torch
 from minibert import ops
 from minibert.checkpoint import load_model
 from minibert.config import RunConfig
+from minibert.dataset import Dataset
 from minibert.device import choose, keep_freed_memory
 from minibert.model import BertForSequenceClassification
 from minibert.problem import SINGLE, Problem
 from minibert.run import demo_weights
 from minibert.tokens import Tokenizer
-from minibert.train import Dataset, Training
+from minibert.train import Training
 from minibert.vocabulary import CompactVocabulary
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -16,13 +16,13 @@ from torch import Tensor
 from minibert.batching import collate, halving, plan_evaluation
 from minibert.checkpoint import OWN_HEAD, load_model, model_folder, save_model
 from minibert.config import PROBLEM_TYPES, TRUNCATIONS, BertConfig, RunConfig
+from minibert.dataset import Dataset, evaluate
 from minibert.device import Hardware, choose, fit_attention
 from minibert.errors import UserError
 from minibert.lists import as_texts
 from minibert.model import BertForSequenceClassification, BertModel, PackedInput
 from minibert.problem import REGRESSION, SINGLE, Problem
 from minibert.tokens import Tokenizer, Tokens
-from minibert.train import Dataset, evaluate
 
 POOLINGS = ("mean", "cls", "pooler")
 

@@ -87,6 +87,16 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, "formatter_class": ShortHelp, **options})
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Every flag's name may be written with _ for -."""
+        known = self._option_string_actions
+        words = []
+        for word in args:
+            name, *value = word.split("=", 1)
+            kebab = name.replace("_", "-")
+            words.append("=".join([kebab if kebab in known else name, *value]))
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (--[\w-]+)[^:]*: ", r"\1: ", message)
         message = re.sub(r"invalid float value: (.*)", r"\1 is no number", message)
@@ -194,16 +204,15 @@ def run_parser() -> Parser:
 
 
 def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -> None:
-    """One flag under its kebab-case name, its snake_case name and its aliases in both spellings."""
-    names = [spelled for name in (field.name, *field.metadata["aliases"]) for spelled in (flag_name(name), f"--{name}")]
-    names = list(dict.fromkeys(names))
+    """One flag under its name and its aliases."""
+    names = [flag_name(name) for name in (field.name, *field.metadata["aliases"])]
     kind, default = field.metadata["kind"], field.default
     shown = "" if default in (None, ()) or isinstance(default, bool) else f" (default {default})"
     text = (field.metadata["help"] + shown).replace("%", "%%")
     if kind is bool and field.name.startswith("no_"):
         group.add_argument(*names, dest=field.name, action="store_true", help=text)
     elif kind is bool:  # with a --no- form, which overrules a --config file where the default is off, too
-        group.add_argument(*names, dest=field.name, action=Switch, help=text)
+        group.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction, help=text)
     elif kind is tuple:
         group.add_argument(*names, dest=field.name, action=Several, metavar=PLACEHOLDERS[field.name], help=text)
     else:
@@ -211,18 +220,6 @@ def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -
         placeholder = PLACEHOLDERS.get(field.name, {int: "N", float: "X"}.get(kind, "VALUE"))
         placeholder = "{" + ",".join(choices) + "}" if choices else placeholder
         group.add_argument(*names, dest=field.name, type=kind, choices=choices, metavar=placeholder, help=text)
-
-
-class Switch(argparse.BooleanOptionalAction):
-    """--x-y and --no-x-y, both also with _ for -."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
-        super().__init__(option_strings, dest, **options)
-        snake = ["--" + name[2:].replace("-", "_") for name in self.option_strings]
-        self.option_strings = list(dict.fromkeys([*self.option_strings, *snake]))
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, not str(option_string).startswith(("--no-", "--no_")))
 
 
 class Several(argparse.Action):

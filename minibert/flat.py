@@ -6,10 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from minibert.config import RunConfig
-from minibert.optim import learning_rate_factor, parameter_groups, shown_learning_rate
+from minibert.optim import (
+    FIRST_LOSS_SCALE,
+    learning_rate_factor,
+    parameter_groups,
+    shown_learning_rate,
+    update_loss_scale_,
+)
 from minibert_kernels.adamw import FOUND_INF, NORM, FlatLayout, adamw_, prepare_update_
-
-FIRST_LOSS_SCALE = 65536.0
 
 
 class FlatOptimizer:
@@ -67,7 +71,7 @@ class FlatOptimizer:
         at_fault = control[FOUND_INF] if self.loss_scale is None else control[FOUND_INF] * (self.loss_scale <= 1)
         self.bad.copy_(at_fault)
         if self.loss_scale is not None:
-            torch._amp_update_scale_(self.loss_scale, self.growth_tracker, control[FOUND_INF], 2.0, 0.5, 2000)
+            update_loss_scale_(self.loss_scale, self.growth_tracker, control[FOUND_INF])
         return control[NORM]
 
     def refresh(self) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from minibert.config import RunConfig
 from minibert.errors import UserError
 
+FIRST_LOSS_SCALE = 65536.0  # of fp16, as in torch's GradScaler
+
 
 def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, object]]:
     """One group for each (peak learning rate, weight decay): no decay on biases and LayerNorm."""
@@ -73,6 +75,11 @@ def learning_rate_factor(step: int, total: int, config: RunConfig) -> float:
     return 1.0
 
 
+def update_loss_scale_(loss_scale: Tensor, growth_tracker: Tensor, found_inf: Tensor) -> None:
+    """Halve it after an overflow, double it after 2,000 steps without one."""
+    torch._amp_update_scale_(loss_scale, growth_tracker, found_inf, 2.0, 0.5, 2000)
+
+
 class Optimizer:
     """Fused AdamW with the schedule, clipping and loss scaling folded in: gradients are divided as they are used.
 
@@ -84,7 +91,7 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.999), eps=1e-8, fused=True)
         self.parameters: list[nn.Parameter] = [p for group in self.adamw.param_groups for p in group["params"]]
         device = self.parameters[0].device
-        self.loss_scale = torch.full((), 65536.0, device=device) if scale_loss else None
+        self.loss_scale = torch.full((), FIRST_LOSS_SCALE, device=device) if scale_loss else None
         self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
         self.skipped = torch.zeros((), device=device)
         self.bad = torch.zeros((), device=device)  # 1 if the last step was skipped for another reason than fp16
@@ -117,7 +124,7 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         self.skipped += bad
         if self.loss_scale is not None:
-            torch._amp_update_scale_(self.loss_scale, self.growth_tracker, bad, 2.0, 0.5, 2000)
+            update_loss_scale_(self.loss_scale, self.growth_tracker, bad)
         return norm
 
     def drop_gradients(self) -> None:

@@ -13,14 +13,14 @@ from minibert.config import RunConfig
 from minibert.device import choose
 from minibert.errors import UserError
 from minibert.files import locked, sweep
-from minibert.resume import STATE_FILE
+from minibert.resume import CHECKPOINTS, STATE_FILE
 from minibert.seeds import remove_runs, seed_folder
 from minibert.trackers import TENSORBOARD, check_tracker
 
-CHECKPOINTS = Path("checkpoints", "last")
-OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json run.json
+OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json
 check.json splits.json train_log.jsonl predictions-validation.csv predictions-test.csv report.html README.md model.onnx
 model-int8.onnx tracker.json""".split()
+RECORD = "run.json"  # written as a run begins, removed last
 CHECK = "check.json"  # what --check leaves; a run may follow in the same folder
 
 
@@ -30,6 +30,8 @@ def refuse_at_once(config: RunConfig) -> None:
     check_tracker(config)
     if config.seeds and distributed.world() > 1:
         raise UserError("--seeds: for one process; under torchrun start one run for each --seed")
+    if config.check and distributed.world() > 1:
+        raise UserError("--check: for one process; leave torchrun out")
     if not distributed.is_first():  # the folder is not its own to write
         return
     if config.output is None:
@@ -77,10 +79,12 @@ def output_folder(config: RunConfig) -> Path:
 
 
 def clear(output: Path) -> None:
-    """Remove the files of an earlier run, and only those."""
-    for folder in ("checkpoints", TENSORBOARD):
+    """Remove the files of an earlier run, and only those: nothing in a folder that no run has begun in."""
+    if not (output / RECORD).is_file():
+        return
+    for folder in (CHECKPOINTS, TENSORBOARD):
         shutil.rmtree(output / folder, ignore_errors=True)
-    for name in OUTPUT_FILES:
+    for name in [*OUTPUT_FILES, RECORD]:
         (output / name).unlink(missing_ok=True)
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from minibert.config import RunConfig
+from minibert.dataset import Dataset, evaluate
 from minibert.device import duration, peak_memory
-from minibert.train import Dataset, Step, Training, evaluate, planned_batches, total_steps
+from minibert.train import Step, Training, planned_batches, total_steps
 
 TIMED_BATCHES = 4
 PATIENCE = 20.0  # seconds, after which no further batch is timed
@@ -85,8 +86,8 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
     return Cost(
         steps=steps,
         tokens_per_epoch=tokens["train"],
-        seconds=round(setup_seconds + train_seconds + _evaluation_rate(training) * read_again, 2),
-        train_seconds=round(train_seconds, 2),
+        seconds=round(setup_seconds + train_seconds + _evaluation_rate(training) * read_again, 4),
+        train_seconds=round(train_seconds, 4),
         seconds_per_step=round(train_seconds / steps, 4),
         peak_memory_bytes=peak + setup_bytes + 2 * trained,  # and the best weights, old and new for a moment
         memory_of="GPU" if training.hardware.device.type == "cuda" else "process",

@@ -19,13 +19,13 @@ import torch
 from minibert import __version__
 from minibert.config import PATHS, BertConfig, RunConfig
 from minibert.data import Examples, RunData
+from minibert.dataset import Dataset
 from minibert.device import Hardware
 from minibert.errors import UserError
 from minibert.files import file_hash, read_json
 from minibert.resume import code_digest
 from minibert.tables import BadRow
 from minibert.tokens import Tokenizer
-from minibert.train import Dataset
 
 SKIPPED_NAMED = 20  # rows that could not be used, in run.json
 
@@ -108,14 +108,11 @@ def rows_digest(examples: Examples) -> str:
     return digest.hexdigest()[:12]
 
 
-def must_be_alike(
-    fingerprint: dict[str, Any], bert: BertConfig, sets: dict[str, Dataset], weights: np.ndarray | None
-) -> dict[str, Any]:
+def must_be_alike(fingerprint: dict[str, Any], bert: BertConfig, sets: dict[str, Dataset]) -> dict[str, Any]:
     """What no process may have otherwise than the first."""
     return fingerprint | {
         "architecture": repr(bert),
         "encoded texts": [zlib.crc32(dataset.tokens.ids.tobytes()) for dataset in sets.values()],
-        "class weights": None if weights is None else weights.tolist(),
     }
 
 

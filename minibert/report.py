@@ -34,10 +34,10 @@ from minibert.charts import (
 )
 from minibert.config import RunConfig
 from minibert.data import RunData
+from minibert.dataset import Dataset
 from minibert.files import write_text
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.quality import Judged, calibration_charts, class_table, quality_charts, text_tables
-from minibert.train import Dataset
 
 LABELS = 20  # the most rows of the label distribution
 SHOWN_METRICS = {
@@ -347,7 +347,7 @@ def padding_shares(run: Finished) -> list[tuple[str, float]]:
         (f"padded to {limit}", 1 - total / (limit * len(lengths))),
         (f"padded to the longest of {size}", 1 - total / slots),
         ("minibert, inside attention", float(run.metrics["speed"]["padding_fraction"])),
-        ("minibert, everywhere else", 0.0),
+        ("minibert, everywhere else", float(run.metrics["speed"]["padding_fraction_elsewhere"])),
     ]
 
 

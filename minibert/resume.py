@@ -23,6 +23,7 @@ from minibert.errors import UserError
 from minibert.files import one_line, refuse_special, writing
 from minibert.train import State, Training
 
+CHECKPOINTS = Path("checkpoints", "last")  # in a run's folder
 STATE_FILE = "state.safetensors"
 
 
@@ -56,8 +57,6 @@ def weights_digest(model: nn.Module) -> str:
 def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any]) -> None:
     """Put a run back where its checkpoint stood; UserError if data, flags or version are not the same."""
     path = folder / STATE_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no checkpoint to resume; leave --resume out to start anew")
     try:
         refuse_special(path)
         with safe_open(path, framework="pt") as file:

@@ -9,7 +9,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -28,16 +28,17 @@ from minibert.cli import checked_values
 from minibert.config import PATHS, BertConfig, RunConfig
 from minibert.console import Progress, aloud, describe, silence, summarise, terminal_name
 from minibert.data import Examples, RunData, load_data, prepare
+from minibert.dataset import Dataset, evaluate
 from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
-from minibert.files import read_json, write_json, write_text, writing
+from minibert.files import locked, read_json, write_json, write_text, writing
 from minibert.frozen import compute
 from minibert.inspection import Inspection, fit, inspect, screen
 from minibert.labels import respelled
 from minibert.lists import examples_from_lists
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
-from minibert.output import CHECK, CHECKPOINTS, clear, open_output, output_folder, refuse_at_once
+from minibert.output import CHECK, clear, open_output, output_folder, refuse_at_once
 from minibert.probe import Cost, measure, sample_rows
 from minibert.problem import REGRESSION, Problem, class_weights
 from minibert.record import (
@@ -50,11 +51,11 @@ from minibert.record import (
     splits_record,
 )
 from minibert.report import Finished, verdict, write_report
-from minibert.resume import STATE_FILE, load_checkpoint, save_checkpoint, share_checkpoint, weights_digest
+from minibert.resume import CHECKPOINTS, STATE_FILE, load_checkpoint, save_checkpoint, share_checkpoint, weights_digest
 from minibert.seeds import SUMMARY_FILE, copy_run, run_seeds
 from minibert.tokens import Tokenizer
 from minibert.trackers import Tracker, open_tracker
-from minibert.train import Dataset, Interrupted, Training, evaluate
+from minibert.train import Interrupted, Training
 from minibert.vocabulary import CompactVocabulary, worth_compacting
 
 DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
@@ -133,7 +134,7 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     fingerprint = fingerprint_of(job.config, data, job.tokenizer, job.hardware, weights_digest(job.model), weights)
     if distributed.world() > 1:
         say(f"spread  over {distributed.world()} processes, each batch split by tokens")
-        distributed.refuse_unlike(must_be_alike(fingerprint, job.model.config, job.sets, weights))
+        distributed.refuse_unlike(must_be_alike(fingerprint, job.model.config, job.sets))
         distributed.same_weights(job.model)
     compact = prepare_sets(job)
     training = Training(job.model, data.problem, job.sets, job.config, job.hardware, weights, say)
@@ -143,7 +144,9 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     record = run_record(job.config, data, first_command(output, command) if config.resume else command)
     begin(job, training, output, record, fingerprint, say)
     moments = [moment - training.state.seconds for moment in moments]  # a resumed run has trained before
-    tracker = train(job, training, output, record, fingerprint, say)
+    tracker = begin_tracking(job.config, output, record, training.state.step)
+    held.callback(tracker.stop)  # however this ends; else its run would seem to go on
+    train(training, output, fingerprint, tracker, say)
     moments.append(time.perf_counter())
 
     metrics, logits = evaluate_parts(training)
@@ -223,19 +226,17 @@ def begin(
         write_text(output / "splits.json", json.dumps(splits_record(job.config, job.data)) + "\n")
 
 
+def begin_tracking(config: RunConfig, output: Path, record: dict[str, Any], step: int) -> Tracker:
+    """The first process alone reports."""
+    config = config if distributed.is_first() else replace(config, report_to="none")
+    return open_tracker(config, output, record, step)
+
+
 def train(
-    job: Job,
-    training: Training,
-    output: Path,
-    record: dict[str, Any],
-    fingerprint: dict[str, Any],
-    say: Callable[[str], None],
-) -> Tracker:
+    training: Training, output: Path, fingerprint: dict[str, Any], tracker: Tracker, say: Callable[[str], None]
+) -> None:
     """Train to the end, with checkpoints and tracker; KeyboardInterrupt after a checkpoint where asked to stop."""
-    first = distributed.is_first()
-    save = partial(save_checkpoint, output / CHECKPOINTS, training, fingerprint) if first else lambda: None
-    config = job.config if first else replace(job.config, report_to="none")
-    tracker = open_tracker(config, output, record, training.state.step)
+    save = partial(save_checkpoint, output / CHECKPOINTS, training, fingerprint)
     progress = Progress(say, training)
 
     def watch(line: dict[str, Any]) -> None:
@@ -244,16 +245,11 @@ def train(
 
     training.watch = watch
     try:
-        training.run(output / "train_log.jsonl", save)
+        training.run(output / "train_log.jsonl", save if distributed.is_first() else lambda: None)
     except Interrupted:
-        tracker.stop()
         say(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
         distributed.wait_for_all()
         raise KeyboardInterrupt from None
-    except UserError:
-        tracker.stop()  # or its run would seem to go on
-        raise
-    return tracker
 
 
 def finish(
@@ -329,9 +325,16 @@ def run_each_seed(config: RunConfig, data: RunData, command: list[str]) -> Class
     named = {name: getattr(config, name) for name in PATHS}
     named |= {name: str(Path(value).absolute()) for name, value in named.items() if value and os.path.exists(value)}
     fingerprint = {"version": __version__, **rows, **named, **settings_of(config)}
-    best = run_seeds(config, data, fingerprint, run_one, say)
-    clear(output)
-    copy_run(best, output)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(output):  # each seed's run locks its own folder, too
+            best = run_seeds(config, data, fingerprint, run_one, say)
+            clear(output)
+            copy_run(best, output)
+    finally:
+        with suppress(OSError):  # it holds something, but after a mistake that was seen before the first step
+            output.rmdir()
     say(f"its files are also in {output}\n")
     say(f'predict: python -m minibert.predict {shlex.quote(str(output))} --text "A text to classify"')
     return load(output, config.device)
@@ -471,10 +474,12 @@ def last_losses(output: Path) -> dict[str, Any]:
 def speed(training: Training, total_seconds: float) -> dict[str, Any]:
     state, hardware = training.state, training.hardware
     seconds = max(state.seconds, 1e-9)
+    in_attention, elsewhere = training.padding_fractions()
     return {
         "examples_per_second": round(state.examples / seconds, 2),
         "tokens_per_second": round(state.tokens / seconds, 1),
-        "padding_fraction": round(training.padding_fraction(), 4),
+        "padding_fraction": round(in_attention, 4),
+        "padding_fraction_elsewhere": round(elsewhere, 4),
         "train_seconds": round(state.seconds, 3),
         "total_seconds": round(total_seconds, 3),
         "skipped_steps": state.skipped,

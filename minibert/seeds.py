@@ -23,11 +23,10 @@ from minibert.data import RunData
 from minibert.errors import UserError
 from minibert.files import atomic, read_json, write_json
 from minibert.problem import MULTI, REGRESSION, Problem
-from minibert.resume import STATE_FILE
+from minibert.resume import CHECKPOINTS, STATE_FILE
 from minibert.train import LOWER_IS_BETTER
 
 SUMMARY_FILE = "seeds.json"
-CHECKPOINT = Path("checkpoints", "last", STATE_FILE)
 NEAR_BASELINE = 0.05  # a run that gains less than this share of what the constant answer leaves has learned nothing
 FAR_BELOW = 0.5  # a run that gains less than this share of the median run's gain is far below the others
 
@@ -78,7 +77,7 @@ def run_seeds(
 
 def _of_seed(config: RunConfig, seed: int, folder: Path) -> RunConfig:
     name = f"{config.run_name or folder.parent.name}-{folder.name}"
-    killed = (folder / CHECKPOINT).is_file() or not (folder / "metrics.json").exists()
+    killed = (folder / CHECKPOINTS / STATE_FILE).is_file() or not (folder / "metrics.json").exists()
     resume = config.resume and killed and folder.is_dir()
     return replace(config, seeds=(), seed=seed, output=str(folder), resume=resume, run_name=name)
 

@@ -24,8 +24,7 @@ from minibert.files import one_line, write_json
 PROJECT = "minibert"  # where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME do not say otherwise
 RUN_ID_FILE = "tracker.json"  # which run of the tracker --resume goes on with
 TENSORBOARD = "tensorboard"  # the folder of its event files, in the run's
-MODEL_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json vocab.txt special_tokens_map.json
-README.md""".split()
+MODEL_FILES = "config.json model.safetensors tokenizer.json tokenizer_config.json README.md".split()
 REPORT_FILES = ("report.html", "metrics.json", "run.json")  # not the predictions: they hold the texts
 LABEL_LENGTH, VALUE_LENGTH = 100, 500  # MLflow takes names of 250 characters, older ones values of 500
 NOT_SETTINGS = ("output", "overwrite", "resume", "quiet", "check", "report_to", "run_name", "seeds")
@@ -55,10 +54,12 @@ class Tracker:
     def finish(self, metrics: dict[str, Any], output: Path) -> None:
         """The end of a good run: final metrics, model and report."""
         self._call(lambda service: service.finish(final_values(metrics), artifacts(output)))
+        self.service = None
 
     def stop(self) -> None:
-        """The end of an interrupted one."""
+        """The end of any other; nothing after `finish`."""
         self._call(lambda service: service.stop())
+        self.service = None
 
     def _call(self, call: Callable[[Any], None]) -> None:
         if self.service is None:

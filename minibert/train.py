@@ -1,4 +1,4 @@
-"""The training loop and evaluation. What the benchmarks time is `train_step` and `evaluate`, as users run them."""
+"""The training loop. What the benchmarks time is `train_step`, as users run it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibert import distributed
-from minibert.batching import collate, cut, halving, plan_epoch, plan_evaluation, split
+from minibert.batching import cut, plan_epoch, split
 from minibert.config import RunConfig
+from minibert.dataset import Dataset, evaluate
 from minibert.device import Hardware, attempt, duration, eager, out_of_memory, peak_memory
 from minibert.errors import UserError
 from minibert.files import writing
-from minibert.frozen import FrozenActivations
 from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import DropoutMasks, chunk_bounds
 from minibert.optim import Optimizer
 from minibert.problem import Problem
-from minibert.tokens import Tokens, places_of
+from minibert.tokens import places_of
 
 if TYPE_CHECKING:
     from minibert.engine import FixedSteps
@@ -45,49 +45,6 @@ STEPS_UNREAD = 50  # on a GPU: to read its flags, the host waits for it
 ROWS_NAMED = 8
 STEPS_TIMED = 10  # before a run says how long it will take
 ROWS_TRIED = 8  # of an engine, before the first step
-
-
-@dataclass
-class Dataset:
-    """Encoded examples of one part, ready to be batched."""
-
-    tokens: Tokens
-    targets: np.ndarray
-    frozen: FrozenActivations | None = None  # what the frozen layers make of the tokens, computed once
-    source: str = ""  # the file the examples come from
-    lines: Sequence[int] = ()  # and the line of each
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example."""
-        return self.tokens.text_lengths
-
-    def take(self, rows: np.ndarray) -> Dataset:
-        """Some of the examples; only before frozen layers are computed."""
-        return Dataset(self.tokens.take(rows), self.targets[rows])
-
-    def batch(self, rows: np.ndarray) -> PackedInput:
-        if self.tokens.windows is None:
-            return self.rows(rows)
-        windows = places_of(self.tokens.windows, rows)
-        owner = np.repeat(np.arange(len(rows)), np.diff(self.tokens.windows)[rows])
-        order = np.argsort(self.tokens.lengths[windows], kind="stable")
-        x = self.rows(windows[order])
-        shares = (owner[order] == np.arange(len(rows))[:, None]).astype(np.float32)  # [texts, windows]
-        x.window_shares = torch.from_numpy(shares / shares.sum(1, keepdims=True))
-        return x
-
-    def rows(self, rows: np.ndarray) -> PackedInput:
-        """Rows of the tokens: examples, or windows of them."""
-        if self.frozen is not None:
-            return self.frozen.batch(rows, self.tokens.lengths[rows])
-        return collate(self.tokens, rows)
-
-    def targets_of(self, rows: np.ndarray, device: torch.device) -> Tensor:
-        return torch.from_numpy(self.targets[rows]).to(device, non_blocking=True)
 
 
 @dataclass
@@ -153,29 +110,6 @@ def train_step(
         if not out_of_memory(error):
             raise
         raise UserError("not enough memory for the optimizer; use a smaller model or --freeze") from None
-
-
-def evaluate(
-    model: BertForSequenceClassification, data: Dataset, hardware: Hardware, together: bool = False
-) -> np.ndarray:
-    """Logits [n, L] of every example, in their order; computed in batches of like length.
-
-    `together`: all processes call this at once; each computes its share and gets all logits.
-    Windows are batched as if each were a text, so that even a book needs no more memory than other texts.
-    """
-    logits = np.zeros((len(data.tokens), model.num_labels), dtype=np.float32)
-    batches = plan_evaluation(data.tokens.lengths, batch_tokens=hardware.evaluation_tokens)
-
-    def computed(rows: np.ndarray) -> np.ndarray:
-        with hardware.autocast():
-            return model.logits(hardware.place(data.rows(rows))).float().cpu().numpy()
-
-    with torch.inference_mode():
-        for rows, found in halving(
-            batches[distributed.rank() :: distributed.world()] if together else batches, computed
-        ):
-            logits[rows] = found
-    return data.tokens.mean_of_windows(distributed.sum_array(logits) if together else logits)
 
 
 def planned_batches(lengths: np.ndarray, config: RunConfig, epoch: int = 0) -> list[np.ndarray]:
@@ -546,17 +480,23 @@ class Training:
     def epoch(self) -> float:
         return round(self.state.step / self.steps_per_epoch, 4)
 
-    def padding_fraction(self) -> float:
-        """Share of padding inside attention in the first epoch's batches: no other operation sees any."""
-        if self.hardware.attention != "sdpa":
-            return 0.0
-        tokens, in_groups = self.data["train"].tokens, self.hardware.device.type == "cpu" and self.fixed is None
-        slots = 0
+    def padding_fractions(self) -> tuple[float, float]:
+        """Shares of padding in the first epoch's batches: inside attention, and in all else, which packs its tokens."""
+        tokens, padded = self.data["train"].tokens, self.hardware.attention == "sdpa"
+        inside = elsewhere = 0
         for rows in (rows for step in self._steps_of_epoch(0) for rows in step.batches):
             lengths = np.sort(tokens.lengths[rows if tokens.windows is None else places_of(tokens.windows, rows)])
-            bounds = chunk_bounds(lengths) if in_groups else [(0, len(lengths))]
-            slots += sum((stop - start) * int(lengths[stop - 1]) for start, stop in bounds)
-        return 1 - len(tokens.ids) / slots
+            if self.fixed is not None:
+                from minibert.engine import Bucket
+
+                bucket = Bucket.of(lengths)
+                packed, slots = bucket.tokens, bucket.texts * bucket.longest
+            else:
+                bounds = chunk_bounds(lengths) if self.hardware.device.type == "cpu" else [(0, len(lengths))]
+                packed, slots = int(lengths.sum()), sum((end - start) * int(lengths[end - 1]) for start, end in bounds)
+            inside += slots if padded else packed
+            elsewhere += packed
+        return 1 - len(tokens.ids) / inside, 1 - len(tokens.ids) / elsewhere
 
     def trained_parameters(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]

@@ -10,10 +10,10 @@ from minibert.calibration import calibration_metrics
 from minibert.columns import Columns
 from minibert.config import RunConfig
 from minibert.data import Examples, RunData
+from minibert.dataset import Dataset
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.report import Finished
 from minibert.tokens import Tokens, offsets_of
-from minibert.train import Dataset
 
 
 def finished(
@@ -44,7 +44,8 @@ def finished(
     speed = dict.fromkeys("examples_per_second tokens_per_second train_seconds total_seconds".split(), 123.4)
     words = dict.fromkeys(("device", "precision", "attention", "engine"), "cpu")
     parts = {"preparing": 1.0, "training steps": 5.0, "evaluation while training": 0.5, "evaluating and saving": 2.0}
-    run.metrics["speed"] = {**speed, **words, "padding_fraction": 0.05, "seconds_by_part": parts}
+    padding = {"padding_fraction": 0.05, "padding_fraction_elsewhere": 0.0}
+    run.metrics["speed"] = {**speed, **words, **padding, "seconds_by_part": parts}
     return run
 
 

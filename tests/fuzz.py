@@ -256,11 +256,12 @@ def read_toml(folder: Path) -> None:
 def training() -> Any:
     from minibert.checkpoint import load_model
     from minibert.config import RunConfig
+    from minibert.dataset import Dataset
     from minibert.device import choose
     from minibert.model import BertForSequenceClassification
     from minibert.problem import SINGLE, Problem
     from minibert.tokens import Tokens, offsets_of
-    from minibert.train import Dataset, Training
+    from minibert.train import Training
 
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from minibert.batching import collate
 from minibert.checkpoint import load_model
 from minibert.config import RunConfig
+from minibert.dataset import Dataset
 from minibert.device import Hardware, choose, fit_attention
 from minibert.engine import Bucket, FixedSteps, fill_up
 from minibert.errors import UserError
@@ -25,7 +26,7 @@ from minibert.model import BertForSequenceClassification
 from minibert.ops import DropoutMasks
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.tokens import Tokens
-from minibert.train import Dataset, Training
+from minibert.train import Training
 from minibert_kernels import backend, gelu
 
 CPU = torch.device("cpu")
@@ -144,6 +145,18 @@ def test_all_kernels_together_give_the_gradient_of_plain_torch(tiny: Callable[..
     assert backend.use_triton(steps.rng)
     assert steps.fault(collate(made_tokens(2), np.arange(2)), torch.tensor([0, 2])) is None
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
+def test_what_fills_batches_up_counts_as_padding(tiny: Callable[..., Path], attention: str) -> None:
+    *_, training = curve(tiny("BertModel"), SINGLE, Hardware(CPU, "fp32", attention, "fixed"))
+    lengths = [training.data["train"].lengths[rows] for step in training._steps_of_epoch(0) for rows in step.batches]
+    buckets = [Bucket.of(each) for each in lengths]
+    packed, total = sum(bucket.tokens for bucket in buckets), sum(each.sum() for each in lengths)
+    slots = sum(bucket.texts * bucket.longest for bucket in buckets)
+    inside, elsewhere = training.padding_fractions()
+    assert elsewhere == pytest.approx(1 - total / packed) and elsewhere > 0
+    assert inside == pytest.approx(1 - total / (slots if attention == "sdpa" else packed))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

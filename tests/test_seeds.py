@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
+import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from interrupted import interrupted
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.metrics import f1_score, log_loss, mean_squared_error
 
@@ -124,19 +125,12 @@ def test_resume_trains_only_what_is_missing(
 
 
 def test_an_interrupted_seed_goes_on_where_it_stopped(film_model: Path, films: Path, tmp_path: Path) -> None:
-    arguments = flags(films, film_model, tmp_path / "s", "--seeds", "1,2", "--max-steps", "300", "--epochs", "999")
-    command = [sys.executable, "-m", "minibert.finetune", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log, deadline = tmp_path / "s" / "seed-2" / "train_log.jsonl", time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err, err
+    arguments = flags(films, film_model, tmp_path / "s", "--seeds", "1,2", "--max-steps", "20", "--epochs", "999")
+    out = interrupted(30, arguments)
     assert f"--resume --output {tmp_path / 's'}\n" in out
     assert not (tmp_path / "s" / "model.safetensors").exists()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert done.returncode == 0 and "resumed at step" in done.stdout and "seed 1 (1 of 2): finished" in done.stdout
+    done = finetune(*arguments, "--resume").stdout
+    assert "resumed at step 10 of 20" in done and "seed 1 (1 of 2): finished" in done
     assert (tmp_path / "s" / "model.safetensors").exists()
 
 
@@ -174,6 +168,21 @@ def test_overwrite_leaves_nothing_of_earlier_seeds(
     assert json.loads((output / "seeds.json").read_text())["validation"]["accuracy"]["std"] is None
 
 
+def test_one_command_at_a_time_writes_to_the_folder_of_all_seeds(
+    trained: tuple[Path, str], films: Path, film_model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(trained[0], output)
+    descriptor = os.open(output, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    error = finetune(*flags(films, film_model, output, "--seeds", "9", "--overwrite"), code=2).stderr
+    os.close(descriptor)
+    assert "another run is writing here" in error and (output / "seed-2" / "model.safetensors").exists()
+    mistaken = flags(films, film_model, tmp_path / "new" / "one", "--seeds", "1", "--metric", "bleu")
+    finetune(*mistaken, code=2)
+    assert not (tmp_path / "new" / "one").exists()
+
+
 def test_collapsed_runs_are_named(film_model: Path, films: Path, tmp_path: Path) -> None:
     """A learning rate far too high: every answer becomes the same class."""
     wild = ["--lr", "100", "--max-grad-norm", "0", "--warmup-ratio", "0", "--seeds", "1,2"]
@@ -190,7 +199,7 @@ def test_seeds_from_python_and_mistakes(film_model: Path, films: Path, tmp_path:
     flags = {"model": str(film_model), "epochs": 1, "quiet": True, "validation_split": 0}
     clf = minibert.finetune(texts, labels, seeds=[1, 2], output=str(tmp_path / "x"), **flags)
     assert np.array_equal(clf.logits(texts[:5]), minibert.load(tmp_path / "x" / "seed-1").logits(texts[:5]))
-    for bad in ("1,x", "1,1", "1,01"):
+    for bad in ("1,x", "1,1", "1,01", f"1,{1 << 63}"):
         with pytest.raises(UserError, match="different whole numbers"):
             RunConfig(seeds=tuple(bad.split(",")))
     error = finetune("--train", str(films), "--seeds", "8", "--resume", "--output", str(tmp_path / "x"), code=2)

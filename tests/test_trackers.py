@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -17,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from interrupted import interrupted
 
+import minibert.run
 import minibert.trackers
 from minibert.config import RunConfig
 from minibert.errors import UserError
@@ -78,7 +78,7 @@ def test_tensorboard_shows_a_resumed_run_as_one(films: Path, film_model: Path, t
 
     output = tmp_path / "run"
     interrupt(films, film_model, output, "tensorboard")
-    finetune(films, film_model, output, "tensorboard", "--max-steps", "250", "--epochs", "999", "--resume")
+    finetune(films, film_model, output, "tensorboard", "--max-steps", "60", "--epochs", "999", "--resume")
     events = EventAccumulator(str(output / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     stored = [(event.step, event.value) for event in events.Scalars("train/loss")]
     points = expected_curves(output)["train/loss"]
@@ -86,17 +86,8 @@ def test_tensorboard_shows_a_resumed_run_as_one(films: Path, film_model: Path, t
 
 
 def interrupt(films: Path, film_model: Path, output: Path, tracker: str, env: dict[str, str] | None = None) -> None:
-    arguments = command(films, film_model, output, tracker, "--max-steps", "250", "--epochs", "999")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), **(env or {})}
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=output.parent
-    )
-    log, deadline = output / "train_log.jsonl", time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err, err
+    arguments = command(films, film_model, output, tracker, "--max-steps", "60", "--epochs", "999")
+    interrupted(20, arguments[3:], env=env or {}, cwd=output.parent)
 
 
 def test_mlflow(films: Path, film_model: Path, tmp_path: Path) -> None:
@@ -108,7 +99,7 @@ def test_mlflow(films: Path, film_model: Path, tmp_path: Path) -> None:
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("films").experiment_id
     assert client.search_runs([experiment])[0].info.status == "KILLED"
-    more = ("--max-steps", "250", "--epochs", "999", "--resume")
+    more = ("--max-steps", "60", "--epochs", "999", "--resume")
     finetune(films, film_model, output, "mlflow", *more, env=env)
     (run,) = client.search_runs([experiment])  # resumed: still the one run
     assert run.info.status == "FINISHED" and run.info.run_name == "run"
@@ -223,6 +214,31 @@ def test_a_failing_service_is_given_up_with_one_warning(capsys: pytest.CaptureFi
     tracker.log({"step": 2, "loss": 0.5})
     tracker.finish({}, Path())
     assert capsys.readouterr().err == "warning: --report-to mlflow is given up: server is away\n"
+
+
+def test_a_run_that_fails_after_training_ends_its_tracker(
+    films: Path, film_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = []
+
+    class Service:
+        log = finish = lambda *_: None
+
+        def stop(self) -> None:
+            stopped.append(True)
+
+    monkeypatch.setattr(minibert.run, "open_tracker", lambda *_: Tracker("none", Service()))  # type: ignore[arg-type]
+    flags = {"train": str(films), "model": str(film_model), "max_steps": 2, "quiet": True}
+    minibert.run.run_from_files({**flags, "output": str(tmp_path / "well")}, ["x"])
+    assert not stopped
+
+    def full(*_: object) -> None:
+        raise UserError("disk full")
+
+    monkeypatch.setattr(minibert.run, "write_report", full)
+    with pytest.raises(UserError, match="disk full"):
+        minibert.run.run_from_files({**flags, "output": str(tmp_path / "badly")}, ["x"])
+    assert stopped == [True]
 
 
 def test_names_of_values() -> None:

@@ -16,6 +16,7 @@ import transformers
 from minibert import frozen
 from minibert.checkpoint import load_model
 from minibert.config import RunConfig
+from minibert.dataset import Dataset, evaluate
 from minibert.device import Hardware
 from minibert.errors import UserError
 from minibert.model import BertForSequenceClassification
@@ -23,7 +24,7 @@ from minibert.optim import freeze
 from minibert.problem import SINGLE, Problem
 from minibert.resume import load_checkpoint, save_checkpoint
 from minibert.tokens import Tokens, offsets_of
-from minibert.train import Dataset, Training, evaluate
+from minibert.train import Training
 from minibert.vocabulary import CompactVocabulary
 
 CPU = Hardware(torch.device("cpu"), "fp32", "sdpa", "eager")
@@ -130,9 +131,9 @@ def test_padding_is_that_of_the_groups_of_attention(tiny: Callable[..., Path], b
     train = training.data["train"]
     packings = [train.batch(rows).packing for step in training._steps_of_epoch(0) for rows in step.batches]
     slots = sum(chunk.num_texts * chunk.longest for packing in packings for chunk in packing.chunks)
-    assert training.padding_fraction() == pytest.approx(1 - train.lengths.sum() / slots)
+    assert training.padding_fractions() == (pytest.approx(1 - train.lengths.sum() / slots), 0)
     training.hardware = dataclasses.replace(CPU, attention="flash")
-    assert training.padding_fraction() == 0
+    assert training.padding_fractions() == (0, 0)
 
 
 def test_accumulation_equals_one_large_batch(tiny: Callable[..., Path], tmp_path: Path) -> None:

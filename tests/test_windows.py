@@ -16,13 +16,14 @@ import minibert
 from minibert import token_cache
 from minibert.checkpoint import load_model
 from minibert.config import RunConfig
+from minibert.dataset import Dataset, evaluate
 from minibert.device import choose
 from minibert.errors import UserError
 from minibert.model import BertForSequenceClassification
 from minibert.ops import DropoutMasks
 from minibert.problem import SINGLE, Problem
 from minibert.tokens import Tokenizer, Tokens
-from minibert.train import Dataset, Training, evaluate
+from minibert.train import Training
 
 TEXTS = ["a b c", "", " ".join("abcdefghijklmnopqrstuvwxyz"), "z " * 70, "good film"]
 
