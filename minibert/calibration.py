@@ -18,7 +18,7 @@ def fit_temperature(problem: Problem, logits: np.ndarray, targets: np.ndarray) -
 
     1 where the rows cannot tell: none, regression, or all of them right, when ever colder would look ever better.
     """
-    if problem.kind == REGRESSION or not len(logits) or not np.isfinite(logits).all():
+    if problem.kind == REGRESSION or not len(logits):
         return 1.0
     slope = _multi_label_slope(logits, targets) if problem.kind == MULTI else _single_label_slope(logits, targets)
     if slope(LIMIT)[0] <= 0:
@@ -74,11 +74,8 @@ def confidences(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What reliability compares: stated probabilities, and whether (0 or 1) what they speak of was so.
 
-    Single-label: [n] of the predicted class of each row. Multi-label: [n * L] of every label of every row. Rows whose
-    logits are no numbers are left out.
+    Single-label: [n] of the predicted class of each row. Multi-label: [n * L] of every label of every row.
     """
-    known = np.isfinite(logits).all(1)
-    logits, targets = logits[known], targets[known]
     scaled = logits / np.float32(temperature)
     if problem.kind == MULTI:
         return (0.5 + 0.5 * np.tanh(0.5 * scaled)).ravel(), targets.ravel()
@@ -98,5 +95,5 @@ def calibration_metrics(
             error = calibration_gap(*confidences(problem, values, targets[part], used.temperature))
             losses = used.example_losses(values, targets[part])
             result[part]["expected_calibration_error"][name] = error
-            result[part]["loss"][name] = float(losses.mean()) if np.isfinite(losses).all() and len(losses) else None
+            result[part]["loss"][name] = float(losses.mean()) if len(losses) else None
     return result

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from minibert.files import valid_unicode
+
 WIDTH, HEIGHT = 360, 230  # of a chart, in the units of its text: readable on a phone as it is
 LEFT, RIGHT, TOP, BOTTOM = 54, 10, 12, 36
 MOST_POINTS, MOST_DOTS = 240, 40  # of a curve
@@ -28,8 +30,7 @@ def esc(value: Any) -> Html:
     """Text -> markup that shows it as it is; `Html` stays."""
     if isinstance(value, Html):
         return value
-    text = str(value).encode("utf-8", "replace").decode("utf-8")  # lone surrogates cannot be written
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = valid_unicode(str(value)).replace("\r\n", "\n").replace("\r", "\n")
     return Html(html.escape(INVISIBLE.sub("\ufffd", text)))
 
 

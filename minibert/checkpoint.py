@@ -48,7 +48,8 @@ MAY_BE_NEW = ("pooler.", "classifier.")
 OWN_HEAD = "the mlp head is minibert's own: transformers cannot load this folder as a classifier"
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-DOWNLOADS = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+DOWNLOADS = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors"]
+DOWNLOADS += ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "added_tokens.json"]
 
 Model = TypeVar("Model", BertModel, BertForSequenceClassification)
 

@@ -284,7 +284,8 @@ class RunConfig:
             raise UserError(f"--freeze {self.freeze}: give none, embeddings, a number of layers, or all")
         if self.validation_split + self.test_split >= 1:
             raise UserError("--validation-split and --test-split together leave no training rows; give less than 1")
-        if any(not seed.isdecimal() for seed in self.seeds) or len({*map(int, self.seeds)}) < len(self.seeds):
+        seeds = [int(seed) if seed.isdecimal() else -1 for seed in self.seeds]
+        if len({*seeds}) < len(seeds) or not all(0 <= seed < 1 << 63 for seed in seeds):
             raise UserError(f"--seeds {','.join(self.seeds)}: give different whole numbers, such as 1,2,3")
 
         if self.window_stride is not None and self.truncation != "window":

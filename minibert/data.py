@@ -23,12 +23,11 @@ from minibert.columns import (
 )
 from minibert.config import RunConfig, flag_name
 from minibert.errors import UserError
-from minibert.files import one_line
+from minibert.files import one_line, valid_unicode
 from minibert.labels import guess_kind, indicator_length, is_missing, read_label, respelled, second_thoughts
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, sorted_labels
 from minibert.splits import split
 from minibert.tables import BadRow, Table, bad_rows_error, describe_bad, read_table, stream_table
-from minibert.tokens import valid_unicode
 
 ROOM_FOR_LABELS, ROOM_FOR_ROW = 30, 60  # characters
 HEADER_ROWS = 200  # looked at to tell whether there is a header

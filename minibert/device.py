@@ -220,7 +220,7 @@ def keep_freed_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first large allocation
     m_trim_threshold, m_mmap_threshold, madv_hugepage, page = -1, -3, 14, 4096
     libc.mallopt(m_mmap_threshold, 1 << 30)
-    libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+    libc.mallopt(m_trim_threshold, -1)  # never: freeing the blocks below would cut off what they marked
     libc.malloc.restype = ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]

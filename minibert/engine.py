@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -316,7 +315,8 @@ def without_dropout(model: BertForSequenceClassification) -> Iterator[None]:
 
 def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """torch.compile for a few fixed shapes, with its cache where ours is, so that the next run finds it."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_folder(), "inductor")))
+    if cache := cache_folder():
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
     torch._dynamo.config.recompile_limit = 256  # a compilation for each bucket, of which there are few
     torch._dynamo.utils.counters.clear()
     return torch.compile(function, dynamic=False)

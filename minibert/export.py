@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minibert.cli import Parser, add_column_flags, column_config, run_command
+from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.files import refuse_no_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,15 +57,15 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--onnx: needs {' and '.join(missing)}; pip install {' '.join(missing)}")
     folder = Path(os.path.expanduser(arguments.run))
     output = Path(arguments.output or folder / ("model-int8.onnx" if arguments.int8 else "model.onnx"))
-    if arguments.output and not output.parent.is_dir():
-        raise UserError(f"{output.parent}: no such folder; make it, or give another --output")
+    if arguments.output:
+        refuse_no_folder(output)
     if not arguments.output and not folder.is_dir():
         raise UserError(f"--output: is needed where RUN is no folder here ({arguments.run})")
     from minibert.classifier import load
     from minibert.files import atomic
 
     classifier = load(arguments.run, "cpu")
-    plain = output.with_name(f".{output.name}.{os.getpid()}.fp32.tmp")
+    plain = output.with_name(f".{output.name}.fp32.{os.getpid()}.tmp")
     with atomic(output) as temporary:
         try:
             print(export(classifier, plain if arguments.int8 else temporary))
@@ -198,7 +200,7 @@ def _comparison_texts(classifier: Classifier, arguments: Any) -> Iterator[Exampl
         trained = trained_columns(arguments.run)
         yield from stream_labelled(arguments.file, classifier.problem, column_config(arguments), trained)
     else:
-        yield from stream_examples(str(DEMO_DATA), column_config(parser().parse_args(["-"])))
+        yield from stream_examples(str(DEMO_DATA), RunConfig())
 
 
 def open_session(path: Path) -> Any:

@@ -18,6 +18,7 @@ from minibert.errors import UserError
 LARGEST_SETTINGS = 256 << 20  # bytes of a JSON file of a model: the largest tokenizers have some 20 MB
 NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)  # file systems that cannot
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @contextmanager
@@ -154,3 +155,8 @@ def one_line(error: object) -> str:
 def printable(text: str) -> str:
     """Text without what a terminal would obey, such as line breaks and colours."""
     return CONTROL.sub(" ", text)
+
+
+def valid_unicode(text: str) -> str:
+    """Lone surrogates, which JSON can hold and UTF-8 and the tokenizer cannot, become question marks."""
+    return SURROGATE.sub("?", text)

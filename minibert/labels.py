@@ -85,7 +85,8 @@ def read_label(value: Any, kind: str, places: Sequence[str], delimiter: str | No
 def respelled(labels: list[Any], known: Iterable[str]) -> list[Any]:
     """Labels (or lists of them) with each whole number spelled as in `known`: 1, 1.0, true and LABEL_1 are one."""
     known = set(known)
-    spelling = {_whole(name): name for name in sorted(known, key=len, reverse=True)}  # the shortest, where it has both
+    longest_first = sorted(known, key=lambda name: (-len(name), name))
+    spelling = {_whole(name): name for name in longest_first}  # the shortest, where it has both
     found = {name for label in labels for name in ([label] if isinstance(label, str) else label)}
     other = {name: new for name in found if (new := spelling.get(_whole(name), name)) != name}
     if not other:

@@ -102,20 +102,21 @@ def average_ranks(values: Array) -> Array:
 
 def precision_recall_points(labels: Array, scores: Array) -> tuple[Array, Array, Array]:
     """At each distinct score as the threshold, from the highest down: (precision, recall, threshold)."""
-    order = np.argsort(-scores, kind="stable")
-    hits = np.cumsum(labels[order] == 1)
-    last_of_tie = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
-    taken = last_of_tie + 1
-    return hits[last_of_tie] / taken, hits[last_of_tie] / max(hits[-1], 1), scores[order][last_of_tie]
+    hits, taken, thresholds = _taken_from_the_highest(labels, scores)
+    return hits / taken, hits / max(hits[-1], 1), thresholds
 
 
 def roc_points(labels: Array, scores: Array) -> tuple[Array, Array]:
     """At each distinct score as the threshold, from the highest down: (false positive rate, true positive rate)."""
+    hits, taken, _ = _taken_from_the_highest(labels, scores)
+    return (taken - hits) / max(len(labels) - hits[-1], 1), hits / max(hits[-1], 1)
+
+
+def _taken_from_the_highest(labels: Array, scores: Array) -> tuple[Array, Array, Array]:
+    """At each distinct score, from the highest down: (rows of label 1, rows) that score as high, and the score."""
     order = np.argsort(-scores, kind="stable")
-    hits = np.cumsum(labels[order] == 1)
     last_of_tie = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
-    false = last_of_tie + 1 - hits[last_of_tie]
-    return false / max(len(labels) - hits[-1], 1), hits[last_of_tie] / max(hits[-1], 1)
+    return np.cumsum(labels[order] == 1)[last_of_tie], last_of_tie + 1, scores[order][last_of_tie]
 
 
 def average_precision(labels: Array, scores: Array) -> float | None:

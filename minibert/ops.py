@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # Texts whose attention is computed at once on the CPU: so many that a score matrix of all heads stays in the cache,
-# and of so like length that little is padded. Measured in benchmarks/bench_ops.py.
+# and of so like length that little is padded. benchmarks/bench_step.py times it beside torch.
 CHUNK_AREA = 1 << 18  # texts x S x S
 CHUNK_SPREAD = 1.25  # longest over shortest
 

@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from minibert.cli import Parser, add_column_flags, column_config, run_command
+from minibert.cli import TEXT_FLAGS, Parser, add_column_flags, column_config, run_command
+from minibert.config import flag_name
 from minibert.errors import UserError
 from minibert.files import atomic, printable, refuse_no_folder
 
@@ -39,7 +40,7 @@ def parser() -> Parser:
     source = result.add_mutually_exclusive_group()
     source.add_argument("--text", nargs="+", action="extend", metavar="T", help="one or more texts")
     second = "the second text of each --text"
-    result.add_argument("--text-pair", "--text_pair", nargs="+", action="extend", metavar="T", help=second)
+    result.add_argument("--text-pair", nargs="+", action="extend", metavar="T", help=second)
     source.add_argument(
         "--file",
         type=os.path.expanduser,
@@ -53,7 +54,7 @@ def parser() -> Parser:
         help="where to write: .csv, .jsonl or .parquet (default: stdout)",
     )
     result.add_argument("--format", choices=FORMATS[:2], help="of what goes to stdout (default csv)")
-    result.add_argument("--top-k", "--top_k", type=int, metavar="K", help="only the K most probable classes")
+    result.add_argument("--top-k", type=int, metavar="K", help="only the K most probable classes")
     result.add_argument("--explain", action="store_true", help="mark the words that moved the result (a pass a word)")
     result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     text = "give probabilities as trained, without the temperature fitted on validation (labels stay the same)"
@@ -130,9 +131,9 @@ def check_no_file(arguments: argparse.Namespace) -> None:
     nothing = sys.stdin is None or (arguments.file is None and sys.stdin.isatty())
     if arguments.text is None and nothing:
         raise UserError("give --text, --file, or texts on standard input, one a line")
-    for name in ("text_column", "text_pair_column", "no_header"):
-        if getattr(arguments, name, None):
-            raise UserError(f"--{name.replace('_', '-')}: is about a data file; give it with --file")
+    for name in TEXT_FLAGS:
+        if getattr(arguments, name) and (name != "encoding" or arguments.text is not None):  # lines have one
+            raise UserError(f"{flag_name(name)}: is about a data file; give it with --file")
 
 
 def print_predictions(classifier: Classifier, arguments: argparse.Namespace) -> None:
@@ -219,13 +220,10 @@ def read_chunks(arguments: argparse.Namespace) -> Iterator[Examples]:
 def stream_lines(read: Callable[[], bytes], encoding: str) -> Iterator[Examples]:
     """The lines that are there, as soon as they are; blank ones too, so that line n is answered by row n."""
     from minibert.data import Examples
-    from minibert.sources import LONGEST_LINE
+    from minibert.sources import LONGEST_LINE, known_encoding
 
     source, rest, count = "standard input", "", 0
-    try:
-        decoder = codecs.getincrementaldecoder(encoding)()
-    except LookupError:
-        raise UserError(f"--encoding {encoding}: no such encoding; try utf-8, cp1252 or latin-1") from None
+    decoder = codecs.getincrementaldecoder(known_encoding(encoding))()
     data = b"\n"
     while data:
         data = read()

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from minibert import metrics
 from minibert.errors import UserError
-from minibert.files import parse_json, read_json
-from minibert.tokens import valid_unicode
+from minibert.files import parse_json, read_json, valid_unicode
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -176,9 +175,12 @@ def label_text(value: Any) -> str:
 def sorted_labels(names: set[str]) -> list[str]:
     """Numbers in the order of numbers, anything else in the order of text."""
     try:
-        return sorted(names, key=lambda name: (float(name), name))
+        numbers = {name: float(name) for name in names}
     except ValueError:
         return sorted(names)
+    if any(map(math.isnan, numbers.values())):  # which has no place in an order
+        return sorted(names)
+    return sorted(names, key=lambda name: (numbers[name], name))
 
 
 def class_weights(problem: Problem, choice: str, targets: np.ndarray) -> np.ndarray | None:

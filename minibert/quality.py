@@ -113,9 +113,7 @@ def rankings_of(judged: Judged) -> list[Ranking]:
     """
     labels = judged.problem.labels
     scores = judged.problem.probabilities(judged.logits)  # [n, L]
-    known = np.isfinite(scores).all(1)
-    scores, targets = scores[known], judged.targets[known]
-    single = judged.problem.kind == SINGLE
+    targets, single = judged.targets, judged.problem.kind == SINGLE
     truth = targets[:, None] == np.arange(len(labels)) if single else targets > 0  # [n, L]
     drawn = np.flatnonzero(truth.any(0) & ~truth.all(0))
     if single and len(labels) == 2:
@@ -164,8 +162,6 @@ def roc_figure(rankings: Sequence[Ranking], note: str) -> Html:
 
 def regression_charts(judged: Judged) -> list[Html]:
     predictions, targets = judged.logits[:, 0].astype(np.float64), judged.targets.astype(np.float64)
-    known = np.isfinite(predictions)
-    predictions, targets = predictions[known], targets[known]
     if not len(targets):
         return []
     shown = evenly(len(targets), MOST_DOTS)
@@ -327,8 +323,7 @@ def regression_finds(judged: Judged) -> tuple[list[Found], list[Found]]:
 
 
 def top(values: np.ndarray, count: int = TEXTS) -> list[int]:
-    """Row numbers of the highest values, highest first; rows of -inf, or of no number, are left out."""
-    values = np.where(np.isnan(values), -np.inf, values)
+    """Row numbers of the highest values, highest first; rows of -inf are left out."""
     count = min(count, len(values))
     chosen = np.argpartition(-values, count - 1)[:count] if count else np.zeros(0, np.int64)
     chosen = chosen[np.argsort(-values[chosen], kind="stable")]

@@ -115,12 +115,12 @@ def _zip_member(path: Path) -> str:
 
 def encoding_of(path: Path, asked: str | None) -> str:
     """The encoding asked for, or else the one the file's bytes show, as a codec's name."""
-    encoding = _known(asked) if asked else _detected(path)
+    encoding = known_encoding(asked) if asked else _detected(path)
     # one codec reads UTF-8 with or without its mark; else the mark would become part of a column's name
     return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
 
 
-def _known(encoding: str) -> str:
+def known_encoding(encoding: str) -> str:
     """A text encoding that this Python knows."""
     try:
         "a".encode(encoding)

@@ -1,7 +1,7 @@
 """Encoded texts on disk, so that the next run on the same data does not tokenize again. Never used by predict.
 
 The key is all that decides the ids: the texts, the tokenizer, the options and this version. The folder is
-$XDG_CACHE_HOME/minibert (or ~/.cache/minibert); the least recently used files go when it grows past its limit.
+$XDG_CACHE_HOME/minibert (or ~/.cache/minibert); the least recently used files go when all of them grow past the limit.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from safetensors.numpy import load_file, save_file
 
 from minibert import __version__
 from minibert.errors import UserError
-from minibert.files import atomic
+from minibert.files import atomic, sweep
 from minibert.tokens import Tokenizer, Tokens
 
 SMALLEST = 10_000  # texts: fewer are tokenized before a file is found
 OPTIONAL = ("type_ids", "windows", "repeated")  # arrays that not all tokens have
-LIMIT = 2 << 30  # bytes of the whole folder
+LIMIT = 2 << 30  # bytes of all encoded texts
 
 
 def encode(
@@ -36,19 +36,22 @@ def encode(
     window_stride: int | None = None,
 ) -> Tokens:
     """`tokenizer.encode` through the cache. A cache that cannot be read or written is as good as none."""
-    if len(texts) < SMALLEST:
+    directory = folder()
+    if len(texts) < SMALLEST or directory is None:
         return tokenizer.encode(texts, pairs, max_length, truncation, window_stride)
-    path = folder() / f"{key(tokenizer, texts, pairs, max_length, truncation, window_stride)}.safetensors"
+    path = directory / f"{key(tokenizer, texts, pairs, max_length, truncation, window_stride)}.safetensors"
     tokens = load(path)
     if tokens is None:
         tokens = tokenizer.encode(texts, pairs, max_length, truncation, window_stride)
-        with contextlib.suppress(OSError, UserError):
+        with contextlib.suppress(OSError, UserError, SafetensorError):
             save(path, tokens)
     return tokens
 
 
-def folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minibert"
+def folder() -> Path | None:
+    """None for a user without a home, and for a relative XDG_CACHE_HOME, which its standard tells to ignore."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "minibert") if os.path.isabs(cache) else None
 
 
 def key(
@@ -91,7 +94,8 @@ def save(path: Path, tokens: Tokens) -> None:
 
 
 def make_room(directory: Path) -> None:
-    """Delete the least recently used files until the folder is within its limit."""
+    """Delete the least recently used files until they are within the limit, and what killed runs left."""
+    sweep(directory)
     files = sorted(directory.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
     size = 0
     for file in files:

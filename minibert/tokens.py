@@ -19,7 +19,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from minibert.config import TRUNCATIONS
 from minibert.errors import UserError
-from minibert.files import one_line, read_json, refuse_special, write_json, write_text
+from minibert.files import one_line, read_json, refuse_special, valid_unicode, write_json, write_text
 
 TOKENIZER, TOKENIZER_CONFIG, VOCABULARY = "tokenizer.json", "tokenizer_config.json", "vocab.txt"
 ADDED_TOKENS = "added_tokens.json"
@@ -311,19 +311,6 @@ def gather_spans(
     ends = np.cumsum(flat_lengths)
     index = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - flat_lengths), flat_lengths)
     return source[index], lengths.sum(1), flat_lengths
-
-
-def valid_unicode(text: str) -> str:
-    """Lone surrogates, which no UTF-8 holds, become U+FFFD; the tokenizer drops it like a control character."""
-    return text.encode("utf-8", "replace").decode("utf-8") if _has_surrogate(text) else text
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _token_text(value: Any, default: str) -> str:

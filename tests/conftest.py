@@ -41,6 +41,7 @@ def missing(what: str) -> None:
 
 def skip_without_interpreter() -> None:
     """Triton 3.6, which torch 2.11 for CUDA brings, takes one-element arrays for numbers, and numpy 2.4 does not."""
+    pytest.importorskip("triton", reason="Triton is for Linux alone")
     if tuple(map(int, version("triton").split(".")[:2])) < (3, 7):
         pytest.skip("Triton's interpreter is used from 3.7 on")
 

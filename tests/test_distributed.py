@@ -267,7 +267,7 @@ step, group = train.Training._step, dist.init_process_group
 def meet(*arguments, store, rank, timeout, **options):
     store.set(f"came {rank}", "")
     store.wait(["came 0", "came 1"])  # a busy machine may take its time to start; only what comes later may not
-    group(*arguments, store=store, rank=rank, timeout=datetime.timedelta(seconds=10), **options)
+    group(*arguments, store=store, rank=rank, timeout=datetime.timedelta(seconds=20), **options)
 
 
 def stalling(self, chosen):

@@ -25,7 +25,7 @@ def result(tmp_path_factory: pytest.TempPathFactory, minilm: Path, shared_data: 
     benchmark(folder, "--pack", str(packed))
     lines = (packed / "sms_spam.csv").read_text(encoding="utf-8").splitlines(keepends=True)
     (packed / "sms_spam.csv").write_text("".join(lines[:61]), encoding="utf-8")
-    done = benchmark(folder, "--smoke", "--output", str(path), "--packed", str(packed))
+    done = benchmark(folder, "--smoke", "--budget", "3600", "--output", str(path), "--packed", str(packed))
     last = json.loads(done.stdout.splitlines()[-1])
     result: dict[str, Any] = json.loads(path.read_text())
     assert last["seconds"] == result["seconds"] and last["figures"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,10 @@ import pytest
 from minibert.cli import run_command
 from minibert.config import RunConfig
 from minibert.data import load_data
+from minibert.errors import UserError
 from minibert.finetune import main
 from minibert.inspection import FEW_ROWS, WIDTH, Inspection, histogram, inspect, screen
+from minibert.output import refuse_at_once
 from minibert.predict import main as predict
 from minibert.tokens import Tokenizer
 
@@ -129,6 +132,12 @@ def test_a_run_may_follow_a_check_in_the_same_folder_and_records_skipped_rows(
     assert run_command(predict, [output, "--file", str(flawed.train), "--on-bad-rows", "skip"]) == 0
     said = capsys.readouterr()
     assert "skipped 1 row of" in said.err and "line 67" in said.err and len(said.out.splitlines()) == 66
+
+
+def test_check_is_for_one_process(flawed: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minibert.distributed.world", lambda: 2)
+    with pytest.raises(UserError, match="--check: for one process"):
+        refuse_at_once(replace(flawed, check=True))
 
 
 def test_check_finds_the_mistakes_that_a_run_would(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -376,3 +379,18 @@ def test_a_new_head_starts_at_the_constant_answer(tiny: Callable[..., Path], tmp
     first = str(tmp_path / "first")
     bias(model, numbers, output=first)
     assert np.allclose(bias(first, [0.5 + value for value in numbers]), np.mean(numbers), atol=1e-5)  # the head is kept
+
+
+def test_order_and_spelling_of_labels_are_the_same_in_every_process() -> None:
+    """Sets of strings have another order in each."""
+    code = """
+from minibert.labels import respelled
+from minibert.problem import sorted_labels
+print(respelled(["1"], {"True", "true", "TRUE", "False"}), sorted_labels({"3.5", "1.5", "nan", "2.5", "-inf"}))
+print(sorted_labels({"10", "9", "-1"}))
+"""
+    said = set()
+    for seed in range(6):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
+        said.add(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout)
+    assert said == {"['true'] ['-inf', '1.5', '2.5', '3.5', 'nan']\n['-1', '9', '10']\n"}

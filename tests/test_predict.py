@@ -289,6 +289,7 @@ def test_encodings_of_standard_input(encoding: str, data: bytes) -> None:
         ("ascii", "x\nä\n".encode(), "after line 1: not ascii text; give --encoding"),
         ("utf-8", "x\nä".encode()[:-1], "after line 1: not utf-8 text; give --encoding"),
         ("klingon", b"x", "--encoding klingon: no such encoding"),
+        ("base64", b"x", "--encoding base64: no such encoding"),
     ],
 )
 def test_standard_input_that_is_no_text(encoding: str, data: bytes, message: str) -> None:
@@ -305,6 +306,8 @@ def test_standard_input_that_is_no_text(encoding: str, data: bytes, message: str
         (["--text", "a", "--output", "x.xlsx"], None, "end the name in .csv, .jsonl or .parquet"),
         (["--text", "a", "--output", "x.csv", "--format", "jsonl"], None, "--output x.csv says csv"),
         (["--text", "a", "--no-header"], None, "--no-header: is about a data file"),
+        (["--text", "a", "--on-bad-rows", "skip"], None, "--on-bad-rows: is about a data file"),
+        (["--text", "a", "--encoding", "cp1252"], None, "--encoding: is about a data file"),
         (["--text", "a", "--top-k", "0"], None, "--top-k 0: give a whole number of at least 1"),
         (["--file", "-", "--text-column", "x"], "a\n", "--text-column: is about a data file"),
     ],

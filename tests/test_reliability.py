@@ -192,6 +192,18 @@ def test_two_runs_on_one_folder(
     resumes(arguments(output))
 
 
+def test_overwriting_takes_only_what_a_run_left(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    output, theirs = tmp_path / "project", tmp_path / "project" / "checkpoints" / "other.pt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    (output / "splits.json").write_text("mine, too")
+    (output / "tracker.json").write_text("and mine")
+    assert run_command(main, [*arguments(output), "--overwrite"]) == 0
+    assert (output / "tracker.json").read_text() == "and mine"  # there was no run
+    assert run_command(main, [*arguments(output), "--overwrite"]) == 0
+    assert theirs.read_text() == "mine" and not (output / "tracker.json").exists()
+
+
 def test_the_model_to_start_from_is_never_overwritten(
     arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

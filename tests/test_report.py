@@ -195,12 +195,6 @@ def test_a_large_run_has_a_small_report() -> None:
     assert "others)" in page and "Most often confused" in page and "3 of 150 labels" in page
 
 
-def silent(run: Finished) -> Finished:
-    """The same run with test logits that are no numbers."""
-    add_predictions(run, "test", np.full_like(run.logits["test"], np.nan))
-    return run
-
-
 def without_labels() -> Finished:
     run = finished(MULTI, ["a", "b"])
     run.sets["test"].targets[:] = 0
@@ -226,9 +220,6 @@ ODD_RUNS: dict[str, Callable[[], Finished]] = {
     "labels that no row has": without_labels,
     "regression": lambda: finished(REGRESSION),
     "large values": seconds_since_1970,
-    "logits that are no numbers": lambda: silent(finished(labels=list("abc"))),
-    "multi-label logits that are no numbers": lambda: silent(finished(MULTI, list("abc"))),
-    "values that are no numbers": lambda: silent(finished(REGRESSION)),
     "hostile labels": lambda: finished(labels=[*NAMES.values(), "x" * 500, "عربي", "😀\r\n| pipe", ""]),
     "odd texts": lambda: finished(texts=[EVIL, "", "x" * 5000, "عربي", "😀" * 300, "a\r\nb", "\x1b[31m"]),
     "a frozen run with an MLP head": lambda: finished(freeze="all", head="mlp:512"),

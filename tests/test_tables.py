@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import random
 import zipfile
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minibert import sources, tables
+from minibert import tables
 from minibert.errors import UserError
 from minibert.tables import read_table, stream_table
 
@@ -219,37 +218,6 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
         read_table(tmp_path / "none.csv")
     with pytest.raises(UserError, match="is a folder"):
         read_table(tmp_path)
-
-
-def test_random_damage_never_gives_another_error(tmp_path: Path) -> None:
-    parquet = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.table(ROWS), parquet)
-    seeds = {
-        "a.csv": CSV.encode(),
-        "a.tsv": CSV.replace(",", "\t").encode(),
-        "a.jsonl": b'{"text": "a", "label": [1, {"b": null}]}\n' * 3,
-        "a.json": json.dumps(ROWS).encode(),
-        "a.csv.gz": gzip.compress(CSV.encode()),
-        "a.parquet": parquet.getvalue(),
-        "a.txt": b"DESC:x a question ?\n" * 3,
-    }
-    rng = random.Random(0)
-    for name, seed in seeds.items():
-        for _ in range(60):
-            damaged = bytearray(seed)
-            for _ in range(rng.randint(1, 8)):
-                place = rng.randrange(len(damaged) + 1)
-                damaged[place : place + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 3))
-            path = write(tmp_path, bytes(damaged), name)
-            try:
-                table = read_table(path, header=rng.random() < 0.5)
-                assert all(len(values) == len(table.lines) for values in table.columns.values())
-            except UserError as error:
-                assert "\n" not in str(error)
-
-
-def test_longest_line_is_a_limit_not_a_crash() -> None:
-    assert sources.LONGEST_LINE < 1 << 30
 
 
 def test_bad_rows_are_counted_by_reason_and_left_out_when_asked(tmp_path: Path) -> None:

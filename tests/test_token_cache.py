@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 
 from minibert import token_cache
 from minibert.tokens import Tokenizer, Tokens
@@ -53,6 +54,33 @@ def test_a_damaged_file_is_made_anew(tokenizer: Tokenizer, tmp_path: Path) -> No
 def test_a_folder_that_cannot_be_written_is_no_obstacle(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "minibert").write_text("a file in the way")
     assert len(token_cache.encode(tokenizer, TEXTS, None, 16, "head")) == 4
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), SafetensorError("I/O error: disk full")])
+def test_a_full_disk_is_no_obstacle(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(token_cache, "save_file", full)
+    assert len(token_cache.encode(tokenizer, TEXTS, None, 16, "head")) == 4
+    assert not list((tmp_path / "minibert").iterdir())
+
+
+def test_a_user_without_a_home_has_no_cache(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert token_cache.folder() is None
+    assert len(token_cache.encode(tokenizer, TEXTS, None, 16, "head")) == 4
+
+
+def test_what_a_killed_run_left_is_swept(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    left = tmp_path / "minibert" / ".abc.safetensors.123.tmp"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    token_cache.encode(tokenizer, TEXTS, None, 16, "head")
+    assert not left.exists()
 
 
 def test_old_files_make_room(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
