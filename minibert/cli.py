@@ -95,6 +95,7 @@ class Parser(argparse.ArgumentParser):
             name, *value = word.split("=", 1)
             kebab = name.replace("_", "-")
             words.append("=".join([kebab if kebab in known else name, *value]))
+        self.words = words
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -115,6 +116,9 @@ class Parser(argparse.ArgumentParser):
             return f" (did you mean {close[0]}?)" if close else ""
         if word in ("True", "False", "true", "false"):
             return " (a switch has no value: --x, or --no-x)"
+        before = [name for name in self.words[: self.words.index(word)] if name in known] if word in self.words else []
+        if before and isinstance(known[before[-1]], Several):
+            return f" (several values stand between commas: {before[-1]} A,B)"
         flags = [name for name in ("--text", "--file", "--train") if name in known]
         return f" (did you mean {' or '.join(flags)} in front of it?)"
 
@@ -280,12 +284,15 @@ def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
     if isinstance(value, bool) is not (kind is bool) or (kind is int and isinstance(value, float)):
         raise UserError(f"{where}: {field.name} = {value!r} is not {kind.__name__}")
     if kind is str and not isinstance(value, str | os.PathLike | int | float | dict):
-        raise UserError(f"{where}: {field.name} is {type(value).__name__}; expected a name, a path or a number")
+        expected = "{label: weight}" if field.name == "class_weights" else "a name, a path or a number"
+        raise UserError(f"{where}: {field.name} is {type(value).__name__}; expected {expected}")
     try:
         if "\0" in str(value):  # no path or name holds one
             raise ValueError
         if isinstance(value, dict) and field.name == "class_weights":
-            return json.dumps({str(label): weight for label, weight in value.items()}, default=float)
+            from minibert.problem import label_text  # imports numpy
+
+            return json.dumps({label_text(label): weight for label, weight in value.items()}, default=float)
         return kind(value)
     except (TypeError, ValueError, OverflowError, RecursionError):
         raise UserError(f"{where}: {field.name} = {value!r} is not {kind.__name__}") from None

@@ -11,7 +11,7 @@ from pathlib import Path
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.files import read_json
-from minibert.labels import FLAGS, is_number
+from minibert.labels import FLAGS, is_missing, is_number
 from minibert.problem import label_text
 from minibert.tables import Table, describe_bad
 
@@ -118,30 +118,31 @@ def _first_of(known: Sequence[str], found: dict[str, str], taken: set[str | None
 def _two_columns(
     table: Table, text: tuple[str, ...], label: tuple[str, ...], need_label: bool
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of two columns, where no name tells, the label has fewer different values; without labels the text is longer."""
+    """Of two columns, where no name tells, the label is the one of numbers, or has fewer different values.
+
+    Without labels the text is the longer one.
+    """
     first, second = table.columns
     known = text or label
     if known:
         other = second if known == (first,) else first
         return (text or (other,)), (label or (other,))
 
-    def like_text(name: str) -> tuple[int, int]:
+    def like_text(name: str) -> tuple[bool, int, int]:
         values = [str(value) for value in table.columns[name]]
-        return len(set(values)) if need_label else 0, sum(map(len, values))
+        return not all(map(is_number, values)), len(set(values)) if need_label else 0, sum(map(len, values))
 
     fewer, more = sorted((first, second), key=like_text)
     return (more,), (fewer,)
 
 
 def _columns_of_flags(table: Table, taken: set[str | None]) -> tuple[str, ...]:
-    """Two or more columns of nothing but 0 and 1: one for each label."""
-    if not table.lines:
-        return ()
-    found = [
-        name
-        for name, values in table.columns.items()
-        if {label_text(value).lower() for value in values} <= FLAGS.keys()
-    ]
+    """Two or more columns of nothing but 0 and 1, blank cells aside: one for each label."""
+    found = []
+    for name, values in table.columns.items():
+        seen = {label_text(value).lower() for value in values if not is_missing(value)}
+        if seen and seen <= FLAGS.keys():
+            found.append(name)
     names = tuple(name for name in found if name not in taken)
     return names if len(names) > 1 else ()
 

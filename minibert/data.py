@@ -97,8 +97,8 @@ def _cells(table: Table, name: str) -> list[Any]:
 def _texts(table: Table, name: str) -> list[str]:
     texts = []
     for value, line in zip(_cells(table, name), table.lines, strict=True):
-        if isinstance(value, dict | list):
-            kind = "an object" if isinstance(value, dict) else "a list"
+        if isinstance(value, dict | list | bytes):
+            kind = "an object" if isinstance(value, dict) else "a list" if isinstance(value, list) else "bytes"
             raise UserError(f"{table.path}, line {line}, column {name}: {kind}, not a text")
         is_nothing = not isinstance(value, str) and is_missing(value)  # a text of blanks stays as it is
         texts.append("" if is_nothing else valid_unicode(str(value)))
@@ -109,10 +109,12 @@ def load_data(config: RunConfig) -> RunData:
     """Read the files that the flags name, decide what the labels are, and split what has no file of its own."""
     assert config.train is not None
     notes: list[str] = []
-    tables, headers = {}, {}
+    tables: dict[str, Table] = {}
+    headers: dict[str, bool] = {}
     for part in ("train", "validation", "test"):
         if path := getattr(config, part):
-            tables[part], headers[part] = _read(path, config, notes)
+            like = None if part == "train" or headers["train"] else tables["train"]
+            tables[part], headers[part] = _read(path, config, notes, like)
     columns = find_columns(tables["train"], config)
     columns = replace(columns, header=headers["train"])
     notes.append(str(columns))
@@ -150,7 +152,10 @@ def stream_examples(
     trained = trained if alike else None
 
     def checked(examples: Examples, columns: Columns) -> Examples:
-        return usable(examples, config, _may_lack_labels(columns, config)) if with_labels else examples
+        if with_labels:
+            return usable(examples, config, _may_lack_labels(columns, config))
+        skips = config.on_bad_rows == "skip"
+        return usable(examples, config, may_lack_labels=True) if skips else examples  # a blank text has an answer, too
 
     yield from _stream(path, header, config, trained, with_labels, checked)
 
@@ -166,6 +171,8 @@ def stream_labelled(
 
     def named(examples: Examples, columns: Columns) -> Examples:
         places = columns.label if len(columns.label) > 1 else ()
+        if places and (missing := [name for name in problem.labels if name not in places]):
+            raise UserError(f"{path}: no column {', '.join(map(repr, missing[:5]))}, which the model has for a label")
         examples = usable(examples, config, _may_lack_labels(columns, config))
         if not places and indicator_length(examples.labels or []) == len(problem.labels):
             places = tuple(problem.labels)
@@ -183,7 +190,10 @@ def _opened(path: str, config: RunConfig, trained: Columns | None) -> tuple[Tabl
     """(first rows, flags with training's columns, whether there is a header), with a note where that is doubtful."""
     first = _first_rows(path, config)
     config, header = as_trained(config, trained, first)
-    if doubt := _doubt(first, config, header):
+    doubt = _doubt(first, config, header)
+    if not header and has_header(first, config):
+        doubt = f"{path}: the first row ({_shown_row(first)}) is read as data, for training's file had no header"
+    if doubt:
         print(f"note: {doubt}", file=sys.stderr)
     return first, config, header
 
@@ -222,9 +232,13 @@ def _doubt(first: Table, config: RunConfig, header: bool) -> str:
     """What to say where a first row is taken for names none of which is known: it may be a row that would be lost."""
     if not header or not first.delimited or not first.lines or known_names(first, config):
         return ""
+    row = _shown_row(first)
+    return f"{first.path}: the first row ({row}) is taken for the columns' names; --no-header if it is data"
+
+
+def _shown_row(first: Table) -> str:
     row = ", ".join(str(cells[0]) for cells in first.columns.values() if cells)
-    shown = one_line(row if len(row) <= ROOM_FOR_ROW else row[: ROOM_FOR_ROW - 3] + "...")
-    return f"{first.path}: the first row ({shown}) is taken for the columns' names; --no-header if it is data"
+    return one_line(row if len(row) <= ROOM_FOR_ROW else row[: ROOM_FOR_ROW - 3] + "...")
 
 
 def _refuse_unknown(examples: Examples, problem: Problem) -> None:
@@ -239,10 +253,12 @@ def _refuse_unknown(examples: Examples, problem: Problem) -> None:
             raise UserError(f"{where}: label {unknown!r} is unknown to the model; it knows {some}{more}{hint}")
 
 
-def _read(path: str, config: RunConfig, notes: list[str]) -> tuple[Table, bool]:
-    """A whole file, and whether it has a header."""
+def _read(path: str, config: RunConfig, notes: list[str], headerless: Table | None = None) -> tuple[Table, bool]:
+    """A whole file, and whether it has a header; `headerless`: what training reads, if that has none."""
     first = _first_rows(path, config)
     header = has_header(first, config)
+    if headerless is not None and len(first.columns) == len(headerless.columns):
+        header = header and bool(known_names(first, config))
     if not header and not config.no_header:
         notes.append(f"{path} has no header: its first row looks like the others")
     if doubt := _doubt(first, config, header):
@@ -419,7 +435,9 @@ def _split_parts(parts: dict[str, Examples], problem: Problem, config: RunConfig
 
 def _sampled(examples: Examples, kind: str, most: int, config: RunConfig) -> Examples:
     """At most so many rows, with the labels' shares kept; the labels with most rows make up for those with few."""
-    sample, _ = _divided(examples, kind, 1 - most / len(examples), config)
+    rows = [str(row) for row in range(len(examples))]  # equal texts may part: the others are not used
+    kept, _ = split(rows, examples.labels or [], kind, 1 - most / len(examples), config.split_seed)
+    sample = examples.take(kept)
     seen: Counter[str] = Counter()
     earlier = []  # rows before each that have the same label
     for label in map(str, sample.labels or []):

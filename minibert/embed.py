@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.errors import UserError
-from minibert.files import atomic, refuse_no_folder
+from minibert.files import atomic, refuse_output
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     add_column_flags(parser)
     arguments = parser.parse_args(list(argv))
     output = Path(arguments.output)
-    refuse_no_folder(output)
+    refuse_output(output, arguments.file)
     import numpy as np
 
     from minibert.classifier import load_encoder

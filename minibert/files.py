@@ -131,10 +131,14 @@ def parse_json(text: str, where: str | Path) -> Any:
         raise UserError(f"{where}: cannot be read as JSON ({one_line(error)})") from None
 
 
-def refuse_no_folder(path: Path) -> None:
-    """Said before the work, not after it."""
+def refuse_output(path: Path, source: str | None = None) -> None:
+    """A file to write that cannot be, or that is the one to read: said before the work, not after it."""
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder; make it, or give another --output")
+    if path.is_dir():
+        raise UserError(f"--output {path}: is a folder; give the name of a file")
+    if source and path.exists() and os.path.exists(source) and path.samefile(source):
+        raise UserError(f"--output {path}: is the file to read; give another name")
 
 
 def refuse_special(path: Path) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ NAMED = 3  # texts, classes or lines that a warning names; check.json has more
 NAMED_IN_JSON = 100
 ROOM_FOR_NAMES = 32  # characters
 CLASSES_SHOWN = 10
+NOTES_SHOWN = 12
 WIDTH = 100  # columns of a line
 BAR = 40
 
@@ -178,7 +180,10 @@ def fit(lines: list[str]) -> list[str]:
 
 def _size_lines(inspection: Inspection) -> list[str]:
     rows = " · ".join(f"{part} {inspected.rows}" for part, inspected in inspection.parts.items())
-    return [f"data    {rows} rows", *(f"        {note}" for note in inspection.notes[:8])]
+    notes, more = inspection.notes[:NOTES_SHOWN], len(inspection.notes) - NOTES_SHOWN
+    lines = [line for note in notes for line in wrap(note, WIDTH - 8, max_lines=2, break_on_hyphens=False)]
+    lines += [f"... {more} more notes"] if more > 0 else []
+    return [f"data    {rows} rows", *(f"        {line}" for line in lines)]
 
 
 def _class_lines(inspection: Inspection) -> list[str]:

@@ -77,8 +77,8 @@ def read_label(value: Any, kind: str, places: Sequence[str], delimiter: str | No
         if len(value) != 1:
             raise ValueError(f"{len(value)} labels where {SINGLE} takes one")
         value = value[0]
-    if isinstance(value, dict):
-        raise ValueError("an object where a label is expected")
+    if isinstance(value, dict | bytes):
+        raise ValueError(f"{'bytes' if isinstance(value, bytes) else 'an object'} where a label is expected")
     return label_text(value)
 
 
@@ -105,15 +105,16 @@ def _whole(name: str) -> str:
 def second_thoughts(labels: list[str]) -> list[str]:
     """What looks as if single labels were meant in another way."""
     names = set(labels)
+    comma = sorted(name for name in names if DECIMAL_COMMA.fullmatch(name))
+    numbers = bool(comma) and all(is_number(name.replace(",", ".")) for name in names)
     for delimiter in ",|;":
         several = sorted(name for name in names if delimiter in name)
-        pieces = {piece.strip() for name in several for piece in name.split(delimiter)}
-        if several and pieces <= names:
-            return [
-                f"labels such as {several[0]!r} look like several: --label-delimiter {delimiter!r} takes them apart"
-            ]
-    comma = sorted(name for name in names if DECIMAL_COMMA.fullmatch(name))
-    if comma and all(is_number(name.replace(",", ".")) for name in names):
+        pieces = Counter(piece.strip() for name in names for piece in name.split(delimiter))
+        again = sum(count > 1 for count in pieces.values())  # pieces of several names
+        if several and again > len(pieces) / 2:
+            hint = f"labels such as {several[0]!r} look like several: --label-delimiter {delimiter!r} takes them apart"
+            return [hint + "; if they are numbers, write them with a point" * numbers]
+    if numbers:
         return [f"labels such as {comma[0]!r} look like numbers; write them with a point for the comma"]
     if blank := sorted(name for name in names if name.lower() in ("nan", "<na>", "null", "n/a", "-")):
         return [f"label {blank[0]!r} is taken for a name; empty these cells if they mean that there is none"]

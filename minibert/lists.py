@@ -74,6 +74,8 @@ def _labels(labels: Iterable[Any]) -> tuple[tuple[str, ...], list[Any]]:
     if hasattr(labels, "columns") and hasattr(labels, "to_numpy"):  # a whole table: a column of 0 and 1 a label
         names = tuple(map(str, labels.columns)) if len(labels.columns) > 1 else names
         labels = labels.to_numpy()
+    if hasattr(labels, "toarray"):  # a sparse matrix of scipy's, as MultiLabelBinarizer can give
+        labels = labels.toarray()
     if isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.shape[1] == 1:  # as scikit-learn reads it
         labels = labels[:, 0]
     rows = _plain(labels)

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 from minibert.cli import TEXT_FLAGS, Parser, add_column_flags, column_config, run_command
 from minibert.config import flag_name
 from minibert.errors import UserError
-from minibert.files import atomic, printable, refuse_no_folder
+from minibert.files import atomic, printable, refuse_output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,9 +97,7 @@ def output_format(arguments: argparse.Namespace) -> str:
         raise UserError(f"--output {path}: end the name in .csv, .jsonl or .parquet")
     if arguments.format not in (None, kind):
         raise UserError(f"--format {arguments.format}: --output {path} says {kind}; leave one of the two out")
-    refuse_no_folder(path)
-    if arguments.file and path.exists() and Path(arguments.file).exists() and path.samefile(arguments.file):
-        raise UserError(f"--output {path}: is the file to read; give another name")
+    refuse_output(path, arguments.file)
     if kind == "parquet" and find_spec("pyarrow") is None:
         raise UserError(f"--output {path}: writing Parquet needs pyarrow; pip install pyarrow")
     return kind
@@ -118,10 +116,12 @@ def warn_of_single_texts(arguments: argparse.Namespace) -> None:
     """A model of pairs that is given one text a row says so and goes on; a file is refused as it is read."""
     from minibert.columns import trained_columns
 
-    if arguments.text_pair is not None or arguments.file not in (None, STANDARD_INPUT):
+    if arguments.file not in (None, STANDARD_INPUT):
         return
     trained = trained_columns(arguments.run)
-    if trained is not None and trained.pair:
+    if trained is not None and not trained.pair and arguments.text_pair is not None:
+        print(f"warning: {arguments.run} was trained on one text a row; leave --text-pair out", file=sys.stderr)
+    if trained is not None and trained.pair and arguments.text_pair is None:
         advice = "--text-pair gives the second" if arguments.text else "give a --file with both"
         print(f"warning: {arguments.run} was trained on two texts a row; {advice}", file=sys.stderr)
 

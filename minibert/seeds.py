@@ -148,15 +148,21 @@ def _spread(values: list[float | None]) -> dict[str, Any]:
 def constant_baseline(data: RunData, part: str) -> dict[str, Any]:
     """The metrics of an answer that never looks at the text: label frequencies or the mean of the training rows."""
     problem = Problem(data.problem.kind, data.problem.labels)
-    train, targets = (problem.targets(data.parts[name].labels or []) for name in ("train", part))
+    targets_of = {name: problem.targets(examples.labels or []) for name, examples in data.parts.items()}
+    train, targets = targets_of["train"], targets_of[part]
     if problem.kind == REGRESSION:
         constant = train.mean(keepdims=True)
     else:
         counts = train.sum(0) if problem.kind == MULTI else np.bincount(train, minlength=len(problem.labels))
         share = (counts + 1e-3) / (len(train) + 1e-2)
         constant = np.log(share / (1 - share)) if problem.kind == MULTI else np.log(share)
-    logits = np.broadcast_to(constant.astype(np.float32), (len(targets), len(problem.labels)))
-    return problem.metrics(np.ascontiguousarray(logits), targets)
+
+    def answers(rows: np.ndarray) -> np.ndarray:
+        return np.tile(constant.astype(np.float32), (len(rows), 1))
+
+    if "validation" in targets_of:  # as a run's thresholds are
+        problem.tune(answers(targets_of["validation"]), targets_of["validation"])
+    return problem.metrics(answers(targets), targets)
 
 
 def collapsed(values: list[float | None], baseline: float | None, lower_is_better: bool) -> list[str]:

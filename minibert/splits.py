@@ -45,14 +45,14 @@ def _stratified(strata: list[Any], sizes: list[int], share: float, rng: np.rando
     for group, stratum in enumerate(strata):
         groups.setdefault(stratum, []).append(group)
     taken = []
-    owed = 0.0  # what rounding in one stratum left over is made up for in the next
+    owed = 0.0  # what rounding in one stratum left over is made up for in the next, not what it could not give
     for stratum in sorted(groups, key=str):
         owed += share * sum(sizes[group] for group in groups[stratum])
         for group in rng.permutation(groups[stratum])[: len(groups[stratum]) - 1]:
-            if sizes[group] > owed + 0.5:
-                break
-            taken.append(int(group))
-            owed -= sizes[group]
+            if sizes[group] <= owed + 0.5:
+                taken.append(int(group))
+                owed -= sizes[group]
+        owed = min(owed, 0.5)
     return taken
 
 

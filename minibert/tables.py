@@ -57,6 +57,7 @@ class CsvRow(NamedTuple):
     line: int
     cells: list[str]
     last_line: int  # later than `line` where quotes hold line breaks
+    runs_on: bool = False  # over lines that are rows by themselves: a quote was not closed
 
 
 def read_table(
@@ -177,7 +178,7 @@ def _delimited(path: Path, text: IO[str], suffix: str, header: bool, size: int) 
     delimiter = _delimiter(sample, "\t" if suffix == ".tsv" else ",")
     csv.field_size_limit(LONGEST_LINE)
     quoting = _quoting(sample, delimiter)
-    rows = _csv_rows(path, csv.reader(_rejoined(sample, _lines(path, text)), delimiter=delimiter, **quoting))
+    rows = _csv_rows(path, _rejoined(sample, _lines(path, text)), {"delimiter": delimiter, **quoting})
     first = next(rows, None)
     if first is None:
         raise UserError(f"{path}: empty; expected a header and rows")
@@ -205,10 +206,19 @@ def _rejoined(sample: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def _csv_rows(path: Path, reader: Any) -> Iterator[CsvRow]:
+def _csv_rows(path: Path, lines: Iterator[str], options: dict[str, Any]) -> Iterator[CsvRow]:
     """The rows that are not blank, without the line `sep=;` that spreadsheets write for each other."""
+    taken: list[str] = []  # lines of the row
+
+    def noted() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(noted(), **options)
     while True:
         start = reader.line_num + 1
+        taken.clear()
         try:
             cells = next(reader)
         except StopIteration:
@@ -216,7 +226,21 @@ def _csv_rows(path: Path, reader: Any) -> Iterator[CsvRow]:
         except csv.Error as error:
             raise UserError(f"{path}, line {start}: {one_line(error)}; is a quote not closed?") from None
         if cells and not (start == 1 and cells[0].lower() == "sep=" and len(cells) == 2):
-            yield CsvRow(start, cells, reader.line_num)
+            yield CsvRow(start, cells, reader.line_num, len(taken) > 1 and _runs_on(taken, cells, options))
+
+
+def _runs_on(lines: list[str], cells: list[str], options: dict[str, Any]) -> bool:
+    """Whether a quote that was not closed has swallowed the rows up to the next one.
+
+    That one then has text behind it, where only a delimiter may stand, or the cell holds tabs beside its lines.
+    """
+    if options["delimiter"] == "\t" and any("\t" in cell and "\n" in cell for cell in cells):
+        return True
+    try:
+        list(csv.reader(lines, strict=True, **options))
+    except csv.Error:
+        return True
+    return False
 
 
 def _checked(rows: Iterable[CsvRow], header: list[str], bad: list[BadRow]) -> Iterator[tuple[int, list[str]]]:
@@ -225,10 +249,17 @@ def _checked(rows: Iterable[CsvRow], header: list[str], bad: list[BadRow]) -> It
     for row in rows:
         if row.cells == header:
             bad.append(BadRow(row.line, "the header again"))
+        elif row.runs_on:
+            bad.append(_unclosed(row))
         elif len(row.cells) == width or (len(row.cells) > width and not any(row.cells[width:])):
             yield row.line, row.cells[:width]
         else:
             bad.append(_of_wrong_width(row, f"the header has {width}"))
+
+
+def _unclosed(row: CsvRow) -> BadRow:
+    more = row.last_line - row.line
+    return BadRow(row.line, f"a quote is not closed, and takes in {more} more line{'s' * (more != 1)}")
 
 
 def _of_wrong_width(row: CsvRow, expected: str) -> BadRow:
@@ -250,7 +281,9 @@ def _headless(path: Path, first: CsvRow, rows: Iterator[CsvRow], size: int, extr
 
     def fitting() -> Iterator[tuple[int, list[str]]]:
         for row in itertools.chain(head, rows):
-            if len(row.cells) > usual and not extra_cells:
+            if row.runs_on:
+                bad.append(_unclosed(row))
+            elif len(row.cells) > usual and not extra_cells:
                 bad.append(_of_wrong_width(row, f"most rows have {usual}"))
             else:
                 _refuse_width(path, len(row.cells))
@@ -266,7 +299,8 @@ def _headless(path: Path, first: CsvRow, rows: Iterator[CsvRow], size: int, extr
 
 def _column_names(path: Path, cells: list[str]) -> list[str]:
     _refuse_width(path, len(cells))
-    names = [cell.strip() or str(i) for i, cell in enumerate(cells)]
+    given = {cell.strip() for cell in cells}
+    names = [cell.strip() or (f"unnamed {i}" if str(i) in given else str(i)) for i, cell in enumerate(cells)]
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         advice = "rename one, or, if this line is data, give --no-header"
@@ -281,6 +315,8 @@ def _refuse_width(path: Path | str, width: int) -> None:
 
 def _delimiter(sample: str, usual: str) -> str:
     """The one that cuts the most rows into as many cells as the first, more than one; the usual one if in doubt."""
+    if given := re.match(r"sep=([^\w\s]|\t)\r?\n", sample, re.IGNORECASE):
+        return given[1]
     lines = io.StringIO(sample, newline="").readlines()
     if len(sample) == SAMPLE:
         lines = lines[:-1] or lines
@@ -304,8 +340,9 @@ def _quoting(sample: str, delimiter: str) -> dict[str, Any]:
     if not _is_quoted(sample, delimiter):
         return {"quoting": csv.QUOTE_NONE}
     edge = re.escape(delimiter)
-    spaced = re.match(rf'[^\r\n]*{edge} +"', sample)  # "text", "label"
-    options: dict[str, Any] = {"quoting": csv.QUOTE_MINIMAL, "skipinitialspace": spaced is not None}
+    spaced = re.search(rf'{edge} +"[^"\r\n]*"(?={edge}|\r?$)', sample, re.MULTILINE)  # "text", "label"
+    is_spaced = spaced is not None and re.search(rf'{edge}"', sample) is None
+    options: dict[str, Any] = {"quoting": csv.QUOTE_MINIMAL, "skipinitialspace": is_spaced}
     single = len(re.findall(rf"(?:^|{edge})'[^'\r\n]*'(?={edge}|\r?$)", sample, re.MULTILINE))
     double = len(re.findall(rf'(?:^|{edge})"', sample, re.MULTILINE))
     if single > double and single >= len(sample.splitlines()) / 2:
@@ -320,6 +357,8 @@ def _is_quoted(sample: str, delimiter: str) -> bool:
     """CSV is. A tab-separated file is if every quote stands at the edge of a cell, and quotes come in pairs."""
     if delimiter != "\t":
         return True
+    if re.search(r'(?:^|\t)"[^"\t]*\t[^"]*\n[^"]*"', sample, re.MULTILINE):  # it would hold tabs and lines
+        return False
     bare = re.search(r'[^\t\r\n"]"[^\t\r\n"]', sample)
     starts, ends = (len(re.findall(edge, sample, re.MULTILINE)) for edge in (r'(?:^|\t)"', r'"(?:\t|\r?$)'))
     return bare is None and 0 <= starts - ends <= (len(sample) == SAMPLE)  # whose end may stand inside quotes
@@ -393,11 +432,17 @@ def _json_rows(path: Path, value: Any) -> Any:
         _refuse_unequal(path, parts)
         return [dict(zip(value, row, strict=True)) for row in zip(*parts, strict=True)]
     if all(isinstance(part, dict) for part in parts):
-        if len(parts) > len(parts[0]):  # {"0": {"text": ..., "label": ...}, ...}
+        if _are_rows(value, parts):  # {"0": {"text": ..., "label": ...}, ...}
             return parts
         _refuse_unequal(path, parts)
         return [{name: column.get(key) for name, column in value.items()} for key in parts[0]]
     return [value]
+
+
+def _are_rows(value: dict[str, Any], parts: list[dict[str, Any]]) -> bool:
+    """Whether an object of objects is one of rows, not of columns: numbers name rows; else there are more of them."""
+    outer, inner = (all(name.isdecimal() for name in names) for names in (value, {key for p in parts for key in p}))
+    return outer if outer != inner else len(parts) > len(parts[0])
 
 
 def _refuse_unequal(path: Path, columns: list[Any]) -> None:
@@ -452,12 +497,22 @@ def _parquet(path: Path, size: int) -> Iterator[Table]:
         start, yielded = 1, False
         for batch in file.iter_batches(batch_size=size):
             lines = list(range(start, start + len(batch)))
-            yield Table(str(path), batch.to_pydict(), lines)
+            yield Table(str(path), {name: _as_text(cells) for name, cells in batch.to_pydict().items()}, lines)
             start, yielded = start + len(batch), True
         if not yielded:
             yield Table(str(path), {name: [] for name in names})
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as Parquet ({one_line(error)})") from None
+
+
+def _as_text(cells: list[Any]) -> list[Any]:
+    """Spark and Hive write text as bytes, where UTF-8 is meant; other bytes stay."""
+    if not any(isinstance(cell, bytes) for cell in cells):
+        return cells
+    try:
+        return [cell.decode() if isinstance(cell, bytes) else cell for cell in cells]
+    except UnicodeDecodeError:
+        return cells
 
 
 def _unpacked(path: Path) -> bytes:

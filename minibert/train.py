@@ -378,7 +378,8 @@ class Training:
             chosen = batches[start : start + config.gradient_accumulation_steps]
             chosen = [part for batch in chosen for part in self.within_budget(batch)]
             rows = np.concatenate(chosen)
-            steps.append(Step(chosen, float(counts[rows].sum()), int(train.lengths[rows].sum()), len(rows)))
+            total = float(counts[rows].sum()) or 1.0  # all of classes of weight 0: no loss
+            steps.append(Step(chosen, total, int(train.lengths[rows].sum()), len(rows)))
         return steps
 
     def within_budget(self, rows: np.ndarray) -> list[np.ndarray]:

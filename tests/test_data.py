@@ -605,3 +605,74 @@ def test_a_file_of_single_texts_is_refused_for_a_model_of_pairs(tmp_path: Path) 
         list(stream_labelled(pairs, Problem(MULTI, ["x"]), RunConfig(), Columns(("words",), None, ("label",))))
     assert len(list(stream_examples(path, RunConfig(), trained=TRAINED, alike=False))) == 1
     assert len(list(stream_examples(pairs, RunConfig(), trained=TRAINED))) == 1
+
+
+def test_many_rare_classes_take_nothing_from_the_others() -> None:
+    labels = [f"rare {i:03}" for i in range(200)] + ["refund"] * 40 + ["shipping"] * 400
+    data = Examples("list", [f"text {i}" for i in range(640)], None, labels)
+    for seed in range(5):
+        _, taken = split(data, Problem(SINGLE, sorted({*labels})), 0.15, seed)
+        count = Counter(labels[i] for i in taken)
+        assert 5 <= count["refund"] <= 7 and 59 <= count["shipping"] <= 61 and len(count) == 2
+
+
+def test_a_text_of_many_rows_starves_no_class() -> None:
+    texts = [f"text {i}" for i in range(350)] + ["win a prize"] * 50
+    labels = ["ham"] * 300 + ["spam"] * 100
+    for seed in range(8):
+        _, taken = split(Examples("list", texts, None, labels), Problem(SINGLE, ["ham", "spam"]), 0.15, seed)
+        assert Counter(labels[i] for i in taken) == {"ham": 45, "spam": 15}
+
+
+def test_a_sample_is_not_copies_of_one_text(tmp_path: Path) -> None:
+    rows = ["ok,ham"] * 400 + [f"ham {i},ham" for i in range(500)] + [f"spam {i},spam" for i in range(100)]
+    path = write(tmp_path / "a.csv", "text,label\n" + "\n".join(rows) + "\n")
+    for seed in (4, 5, 6):
+        data = load_data(RunConfig(train=path, max_train_samples=200, split_seed=seed))
+        texts = [text for examples in data.parts.values() for text in examples.texts]
+        labels = [label for examples in data.parts.values() for label in examples.labels or []]
+        assert len(texts) == 200 and 60 <= texts.count("ok") <= 105 and labels.count("spam") == 20
+
+
+def test_a_blank_cell_among_flags_is_a_bad_row_not_a_lost_label(tmp_path: Path) -> None:
+    rows = [f"{i},some text {i},{i % 2},{int(i % 3 == 0)}" for i in range(40)]
+    rows[7] = "7,some text 7,1,"
+    path = write(tmp_path / "a.csv", "id,comment_text,toxic,threat\n" + "\n".join(rows) + "\n")
+    with pytest.raises(UserError, match="line 9: column threat: '' is neither 0 nor 1"):
+        load_data(RunConfig(train=path))
+    assert load_data(RunConfig(train=path, on_bad_rows="skip")).problem.labels == ["toxic", "threat"]
+
+
+def test_of_two_columns_the_one_of_numbers_is_the_label(tmp_path: Path) -> None:
+    rows = "".join(f"phrase {i % 30},{i * 0.003:.6f}\n" for i in range(1, 200))
+    data = load_data(RunConfig(train=write(tmp_path / "a.csv", "Snippet,Valence\n" + rows)))
+    assert data.columns.text == ("Snippet",) and data.problem.kind == REGRESSION
+
+
+def test_a_small_validation_file_without_header_is_read_as_the_training_file(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.tsv", "".join(f"intent_{i % 20}\tthe text number {i}\n" for i in range(300)))
+    validation = write(tmp_path / "b.tsv", "".join(f"intent_{i}\tother text {i}\n" for i in range(15)))
+    assert len(load_data(RunConfig(train=train, validation=validation)).parts["validation"]) == 15
+
+
+def test_a_row_of_unknown_names_that_is_read_as_data_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = Columns(("1",), None, ("0",), None, header=False)
+    path = write(tmp_path / "a.csv", "id,comments\n" + "".join(f"{i},some words {i}\n" for i in range(5)))
+    assert len(next(stream_examples(path, RunConfig(), trained=trained))) == 6
+    assert "the first row (id, comments) is read as data, for training's file had no header" in capsys.readouterr().err
+
+
+def test_measuring_wants_every_label_of_the_model(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "text,loud,rude\n" + "".join(f"text {i},{i % 2},1\n" for i in range(9)))
+    with pytest.raises(UserError, match="no column 'kind', which the model has for a label"):
+        list(stream_labelled(path, Problem(MULTI, ["kind", "loud", "rude"]), RunConfig()))
+
+
+def test_rows_without_text_are_skipped_where_that_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.csv", "text,label\none,a\n,b\ntwo,a\n")
+    assert [text for part in stream_examples(path, RunConfig()) for text in part.texts] == ["one", "", "two"]
+    skipped = stream_examples(path, RunConfig(on_bad_rows="skip"))
+    assert [text for part in skipped for text in part.texts] == ["one", "two"]
+    assert "line 3: 1 row has no text" in capsys.readouterr().err

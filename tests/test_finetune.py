@@ -238,6 +238,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(messages: Path, tmp_path: P
         (["--train", "data.csv", "--text-column", "txt"], "no column 'txt'; its columns are text, label"),
         (["--train", "data.csv", "--epochs", "-1"], "--epochs -1.0"),
         (["--train", "data.csv", "--epochz", "1"], "--epochz"),
+        (["--train", "data.csv", "--seeds", "1", "2"], "several values stand between commas: --seeds A,B"),
         (["--train", "data.csv", "--device", "tpu"], "--device"),
         (["--train", "data.csv", "--model", "/no/such/model"], "/no/such/model: no such model folder"),
         (["--train", "data.csv", "--max-length", "9999"], "at most 512 tokens"),

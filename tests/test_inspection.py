@@ -131,7 +131,7 @@ def test_a_run_may_follow_a_check_in_the_same_folder_and_records_skipped_rows(
     assert check["parts"]["train"]["rows"] and "cost" not in check
     assert run_command(predict, [output, "--file", str(flawed.train), "--on-bad-rows", "skip"]) == 0
     said = capsys.readouterr()
-    assert "skipped 1 row of" in said.err and "line 67" in said.err and len(said.out.splitlines()) == 66
+    assert "skipped 2 rows of" in said.err and "line 67" in said.err and len(said.out.splitlines()) == 65
 
 
 def test_check_is_for_one_process(flawed: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,3 +148,11 @@ def test_check_finds_the_mistakes_that_a_run_would(
     assert finetune("--check", "--train", str(flawed.train), "--output", str(tmp_path / "used")) == 2
     error = capsys.readouterr().err
     assert "not empty" in error and error.count("\n") == 1
+
+
+def test_long_notes_are_told_to_their_end(flawed: RunConfig, minilm: Path) -> None:
+    found = inspected(flawed, minilm)
+    found = replace(found, notes=["a note that goes on " * 8 + "to its end", *["short"] * 14])
+    lines = screen(found)
+    assert any(line.endswith("to its end") for line in lines) and max(map(len, lines)) <= WIDTH
+    assert "        ... 3 more notes" in lines

@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import minibert
+from minibert.cli import checked_values
 from minibert.columns import Columns
 from minibert.config import RunConfig
 from minibert.data import Examples, RunData, load_data, prepare, stream_labelled
@@ -394,3 +395,33 @@ print(sorted_labels({"10", "9", "-1"}))
         environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
         said.add(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout)
     assert said == {"['true'] ['-inf', '1.5', '2.5', '3.5', 'nan']\n['-1', '9', '10']\n"}
+
+
+def test_decimal_commas_are_thought_of() -> None:
+    (hint,) = second_thoughts(["1", "1,5", "2", "3", "4", "5"])
+    assert "look like numbers" in hint
+    assert second_thoughts(["1", "5", "1,5"])[0].endswith("; if they are numbers, write them with a point")
+    assert "look like numbers" in second_thoughts(["1,5", "2,25", "3,75"])[0]
+
+
+def test_labels_that_share_their_pieces_look_like_several() -> None:
+    (hint,) = second_thoughts(["joy|anger", "joy", "fear|joy", "anger|fear"])
+    assert "--label-delimiter '|'" in hint
+    assert not second_thoughts(["Paris, France", "Lyon, France", "Rome, Italy", "Oslo, Norway"])
+
+
+def test_sparse_tables_and_bytes_as_labels() -> None:
+    scipy = pytest.importorskip("scipy.sparse")
+    texts = [f"text {i}" for i in range(8)]
+    parts, _ = examples_from_lists({"train": (texts, scipy.csr_matrix(np.eye(8, 3, dtype=int)))}, None)
+    assert parts["train"].labels[:2] == [[1, 0, 0], [0, 1, 0]]  # type: ignore[index]
+    with pytest.raises(UserError, match="bytes where a label is expected"):
+        prepared([b"a", b"b"] * 10)
+
+
+def test_class_weights_may_be_keyed_as_the_labels_are() -> None:
+    given = checked_values({"class_weights": {True: 5, 0.0: 1}}, "finetune")["class_weights"]
+    weights = class_weights(Problem(SINGLE, ["0", "1"]), given, np.array([0, 1]))
+    assert weights is not None and weights.tolist() == [1, 5]
+    with pytest.raises(UserError, match=r"class_weights is list; expected \{label: weight\}"):
+        checked_values({"class_weights": [1, 5]}, "finetune")

@@ -18,6 +18,7 @@ import pytest
 from pyarrow import parquet
 
 import minibert
+from minibert.cli import run_command
 from minibert.data import Examples
 from minibert.embed import main as embed_main
 from minibert.errors import UserError
@@ -316,6 +317,16 @@ def test_mistakes_are_one_line(untrained: Path, arguments: list[str], text: str 
     done = predict(str(untrained), *arguments, text=text, check=False)
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_no_command_writes_over_the_file_it_reads(
+    untrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, command in (("a.json", evaluate_main), ("b.csv", embed_main), ("c.csv", predict_main)):
+        path = tmp_path / name
+        path.write_text("text,label\na,0\n")
+        assert run_command(command, [str(untrained), "--file", str(path), "--output", str(path)]) == 2
+        assert "is the file to read" in capsys.readouterr().err and path.read_text() == "text,label\na,0\n"
 
 
 def test_texts_after_several_flags_are_all_answered(untrained: Path) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -242,7 +243,7 @@ def test_bad_rows_of_json_lines(tmp_path: Path) -> None:
 
 def test_a_quote_never_closed_says_how_many_lines_it_took(tmp_path: Path) -> None:
     path = write(tmp_path, 'text,label\none,x\n"two,y\nthree,x\nfour,y\n')
-    with pytest.raises(UserError, match="line 3: 1 cell where the header has 2 and 2 more lines; is a quote not clos"):
+    with pytest.raises(UserError, match="line 3: a quote is not closed, and takes in 2 more lines"):
         read_table(path)
 
 
@@ -354,3 +355,71 @@ def test_lines_with_labels_and_without(tmp_path: Path) -> None:
         assert read_table(write(tmp_path, plain, "a.txt")).columns == {"text": plain.splitlines()}
     ragged = read_table(write(tmp_path, "x\tone\ny\ttwo\tthree\n", "a.txt"), header=False)
     assert ragged.columns == {"0": ["x", "y"], "1": ["one", "two"], "2": [None, "three"]}
+
+
+def numbered(count: int, **odd: str) -> list[str]:
+    """Lines `text number i, a or b` with a tab between, some of them otherwise."""
+    return [odd.get(f"row_{i}", f"text number {i}\t{'ab'[i % 2]}") for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        numbered(60, row_20='"It begins a quotation\ta', row_40='and here it ends"\tb'),
+        numbered(60, row_20='"It begins\ta', row_40='"This one begins, too\ta'),
+        numbered(12_000, row_11_000='"Unclosed\ta', row_11_500='"Another one\tb'),
+    ],
+)
+def test_stray_quotes_merge_no_rows_of_a_tsv(tmp_path: Path, rows: list[str]) -> None:
+    path = write(tmp_path, "\n".join(["text\tlabel", *rows]) + "\n", "a.tsv")
+    try:
+        table = read_table(path)
+    except UserError as error:  # beyond the first rows, which decide on quoting
+        assert "a quote is not closed, and takes in 500 more lines" in str(error)
+    else:
+        assert table.columns["text"] == [row.split("\t")[0] for row in rows]
+
+
+def test_a_quote_that_is_not_closed_is_a_bad_row(tmp_path: Path) -> None:
+    lines = [f"{i},text number {i},{'ab'[i % 2]}" for i in range(400)]
+    lines[100], lines[300] = '100,"hello there,a', '300,"see you,b'
+    path = write(tmp_path, "\n".join(["id,text,label", *lines]) + "\n")
+    with pytest.raises(UserError, match="line 102: a quote is not closed, and takes in 200 more lines"):
+        read_table(path)
+    assert len(read_table(path, on_bad_rows="skip").lines) == 199
+    good = "".join(f'{i},"a text, with\r\nlines, ""quotes""\n\nof {i}",a\n' for i in range(40))
+    assert len(read_table(write(tmp_path, "id,text,label\n" + good)).lines) == 40
+
+
+def test_blanks_before_quotes_below_a_plain_header(tmp_path: Path) -> None:
+    path = write(tmp_path, "label, text\n" + "".join(f'{i}, "love, hate {i}"\n' for i in range(9)))
+    assert read_table(path).columns["text"][:2] == ["love, hate 0", "love, hate 1"]
+    path = write(tmp_path, 'label,text\n1,"a, "" b"\n2," ""c"""\n')
+    assert read_table(path).columns["text"] == ['a, " b', ' "c"']
+
+
+def test_a_spreadsheet_says_its_delimiter(tmp_path: Path) -> None:
+    path = write(tmp_path, "sep=;\nid;text;label\n" + "".join(f"{i};love, hate;a\n" for i in range(9)))
+    assert list(read_table(path).columns) == ["id", "text", "label"]
+
+
+def test_a_nameless_column_beside_one_called_0(tmp_path: Path) -> None:
+    assert list(read_table(write(tmp_path, ",0,1\n5,some words,a\n")).columns) == ["unnamed 0", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"text": {"0": "hello"}, "label": {"0": "a"}},
+        {"0": {"text": "hello", "label": "a"}},
+    ],
+)
+def test_json_of_a_single_row(tmp_path: Path, content: dict[str, Any]) -> None:
+    assert read_table(write(tmp_path, json.dumps(content), "a.json")).columns == {"text": ["hello"], "label": ["a"]}
+
+
+def test_parquet_of_bytes(tmp_path: Path) -> None:
+    columns = {"text": ["é".encode(), None], "label": [b"a", b"b"], "image": [b"\xff", b"\xfe"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    read = read_table(tmp_path / "a.parquet").columns
+    assert read == {"text": ["é", None], "label": ["a", "b"], "image": [b"\xff", b"\xfe"]}

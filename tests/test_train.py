@@ -148,6 +148,12 @@ def test_accumulation_equals_one_large_batch(tiny: Callable[..., Path], tmp_path
     assert largest_difference(weights(a), weights(b)) < 2e-5
 
 
+def test_batches_of_classes_without_weight_are_no_bad_steps(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    config = dataclasses.replace(BASE, batch_size=1, epochs=1)
+    training = train(job(tiny(), config, class_weights=np.array([0.0, 1.0], dtype=np.float32)), tmp_path)
+    assert training.state.skipped == 0 and training.state.step == training.total_steps > 20
+
+
 def test_equal_seeds_give_equal_bits_and_others_do_not(tiny: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny()
     runs = [train(job(folder, dataclasses.replace(BASE, seed=seed)), tmp_path) for seed in (1, 1, 2)]
