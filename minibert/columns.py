@@ -13,7 +13,7 @@ from minibert.errors import UserError
 from minibert.files import read_json
 from minibert.labels import FLAGS, is_missing, is_number
 from minibert.problem import label_text
-from minibert.tables import Table, describe_bad
+from minibert.tables import Table, again, describe_bad
 
 # What people call their columns, in the order of trust, as `_plain_name` writes them.
 TEXT_NAMES = """text sentence review review_text reviewtext question_text message sms tweet comment comment_text content
@@ -78,6 +78,8 @@ def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Co
     for name in columns.names():
         if columns.names().count(name) > 1:
             raise UserError(f"{table.path}: column {name!r} is asked for twice; text, second text and label differ")
+        if again(name) in table.columns:
+            raise UserError(f"{table.path}: column {name!r} appears twice; rename one")
     return columns
 
 

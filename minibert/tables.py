@@ -26,6 +26,8 @@ LARGEST_JSON = 2 << 30  # bytes: a JSON array, like packed Parquet, can only be 
 MOST_COLUMNS = 4096  # more is a broken or hostile file, which rows of that width would let fill the memory
 LEAST_FIT = 0.6  # share of the first rows that a delimiter must cut as it cuts the header
 NOT_AN_OBJECT = 'expected an object such as {"text": ..., "label": ...}'
+ROWS_COMPARED = 50  # with the header
+NO_DELIMITER = "\x1f"  # which no text holds
 SAMPLE = 1 << 18  # characters looked at to guess delimiter and quoting
 PLAIN_SAMPLE = 50  # lines looked at to tell `LABEL text` lines from plain texts
 LINE_LABEL = re.compile(r"([A-Za-z]\w*:[\w-]+|__label__\S+)[ \t]")  # as in TREC and in fastText
@@ -178,12 +180,18 @@ def _delimited(path: Path, text: IO[str], suffix: str, header: bool, size: int) 
     delimiter = _delimiter(sample, "\t" if suffix == ".tsv" else ",")
     csv.field_size_limit(LONGEST_LINE)
     quoting = _quoting(sample, delimiter)
+    if header and _is_one_column(sample, delimiter):
+        delimiter, quoting = NO_DELIMITER, {"quoting": csv.QUOTE_NONE}
     rows = _csv_rows(path, _rejoined(sample, _lines(path, text)), {"delimiter": delimiter, **quoting})
     first = next(rows, None)
     if first is None:
         raise UserError(f"{path}: empty; expected a header and rows")
     if header:
         bad: list[BadRow] = []
+        head = list(itertools.islice(rows, ROWS_COMPARED))
+        if _has_row_names(first.cells, head):
+            first = first._replace(cells=["", *first.cells])
+        rows = itertools.chain(head, rows)
         names = _column_names(path, first.cells)
         tables = _chunks(path, _checked(rows, first.cells, bad), partial(_named, names), size, bad)
     else:
@@ -191,6 +199,18 @@ def _delimited(path: Path, text: IO[str], suffix: str, header: bool, size: int) 
     for table in tables:
         table.delimited = True
         yield table
+
+
+def _is_one_column(sample: str, delimiter: str) -> bool:
+    """Whether lines are texts as people type them, below one name: now with delimiters, now without, none quoted."""
+    name, *lines = [line for line in sample.splitlines() if line.strip()] or [""]
+    return '"' not in sample and delimiter not in name and len({line.count(delimiter) for line in lines}) > 1
+
+
+def _has_row_names(header: list[str], rows: list[CsvRow]) -> bool:
+    """Whether each row has one cell more than the header, a number of its own in front, as R's write.table has it."""
+    longer = all(len(row.cells) == len(header) + 1 and row.cells[0].isdecimal() for row in rows)
+    return longer and len(rows) > 1 and len({row.cells[0] for row in rows}) == len(rows)
 
 
 def _rejoined(sample: str, rest: Iterator[str]) -> Iterator[str]:
@@ -300,12 +320,17 @@ def _headless(path: Path, first: CsvRow, rows: Iterator[CsvRow], size: int, extr
 def _column_names(path: Path, cells: list[str]) -> list[str]:
     _refuse_width(path, len(cells))
     given = {cell.strip() for cell in cells}
-    names = [cell.strip() or (f"unnamed {i}" if str(i) in given else str(i)) for i, cell in enumerate(cells)]
-    twice = sorted(name for name, count in Counter(names).items() if count > 1)
-    if twice:
-        advice = "rename one, or, if this line is data, give --no-header"
-        raise UserError(f"{path}, line 1: column {twice[0]!r} appears twice; {advice}")
+    names, seen = [], Counter[str]()
+    for i, cell in enumerate(cells):
+        name = cell.strip() or (f"unnamed {i}" if str(i) in given else str(i))
+        seen[name] += 1
+        names.append(name if seen[name] == 1 else again(name, seen[name]))
     return names
+
+
+def again(name: str, number: int = 2) -> str:
+    """What a further column of the same name is called."""
+    return f"{name} ({number})"
 
 
 def _refuse_width(path: Path | str, width: int) -> None:

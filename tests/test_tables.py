@@ -14,6 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from minibert import tables
+from minibert.columns import find_columns
+from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.tables import read_table, stream_table
 
@@ -102,8 +104,25 @@ def test_no_header_names_columns_by_place_and_fills_short_rows(tmp_path: Path) -
 
 def test_nameless_and_repeated_columns(tmp_path: Path) -> None:
     assert list(read_table(write(tmp_path, ",text\n0,a\n")).columns) == ["0", "text"]
+    table = read_table(write(tmp_path, "id,text,label,id,id\n1,a,x,2,3\n"))
+    assert list(table.columns) == ["id", "text", "label", "id (2)", "id (3)"]
+    assert find_columns(table, RunConfig()).text == ("text",)
     with pytest.raises(UserError, match="'text' appears twice"):
-        read_table(write(tmp_path, "text,text\na,b\n"))
+        find_columns(read_table(write(tmp_path, "text,text,label\na,b,x\n")), RunConfig())
+
+
+def test_row_names_of_r(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, 'text label\n"1" "so good" "a"\n"2" "so bad" "b"\n'.replace(" ", "\t"), "a.tsv"))
+    assert list(table.columns) == ["0", "text", "label"] and table.columns["label"] == ["a", "b"]
+    with pytest.raises(UserError, match="3 cells where the header has 2"):
+        read_table(write(tmp_path, "text,label\nwell, yes,a\noh, no,b\n"))
+
+
+def test_texts_below_one_name_may_hold_commas(tmp_path: Path) -> None:
+    path = write(tmp_path, "text\nI like it, really\nso so\na, b, c\n")
+    assert read_table(path).columns == {"text": ["I like it, really", "so so", "a, b, c"]}
+    with pytest.raises(UserError, match="2 cells where the header has 1"):  # a label without a name
+        read_table(write(tmp_path, "text\ngood,1\nbad,0\n"))
 
 
 @pytest.mark.parametrize("pack", ["gz", "zip"])
