@@ -300,6 +300,10 @@ def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, not
         flag = f"--max-train-samples {config.max_train_samples}"
         notes.append(f"{len(parts['train'])} of {rows} training rows are used ({flag})")
     _split_parts(parts, problem, config)
+    if kind == REGRESSION:
+        problem.choose_unit(problem.targets(parts["train"].labels or []))
+    if problem.unit > 1:
+        notes.append(f"labels of so wide a spread are counted in units of {problem.unit:.4g} while training")
     if "validation" not in parts:
         notes += [f"there are no validation rows: {flag_name(name)} has no effect" for name in _of_validation(config)]
     return RunData(parts, problem, columns, notes, skipped)

@@ -126,7 +126,7 @@ class FixedSteps:
         self.problem, self.config, self.hardware = problem, config, hardware
         dtype, device = DTYPES[hardware.precision], hardware.device
         self.twin = copy.deepcopy(model).to(device, dtype)
-        self.optimizer = FlatOptimizer(model, self.twin, config, total_steps, dtype)
+        self.optimizer = FlatOptimizer(model, self.twin, config, total_steps, dtype, problem.unit)
         self.class_weights = None if class_weights is None else torch.from_numpy(class_weights).to(device)
         self.denominator = torch.ones((), device=device)
         self.rng = torch.tensor([config.seed, 0], device=device)  # of the kernels' dropout

@@ -24,9 +24,17 @@ class FlatOptimizer:
     and a CUDA graph can hold `update`.
     """
 
-    def __init__(self, model: nn.Module, twin: nn.Module, config: RunConfig, total_steps: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: nn.Module,
+        twin: nn.Module,
+        config: RunConfig,
+        total_steps: int,
+        dtype: torch.dtype,
+        unit: float = 1.0,
+    ) -> None:
         self.config, self.total_steps, self.learning_rate = config, total_steps, config.learning_rate
-        groups = parameter_groups(model, config)
+        groups = parameter_groups(model, config, unit)
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
         number = [i for i, group in enumerate(groups) for _ in group["params"]]  # type: ignore[attr-defined]
         table = [(float(g["peak_lr"]), float(g["weight_decay"])) for g in groups]  # type: ignore[arg-type]

@@ -14,14 +14,20 @@ from minibert.errors import UserError
 FIRST_LOSS_SCALE = 65536.0  # of fp16, as in torch's GradScaler
 
 
-def parameter_groups(model: nn.Module, config: RunConfig) -> list[dict[str, object]]:
-    """One group for each (peak learning rate, weight decay): no decay on biases and LayerNorm."""
+def parameter_groups(model: nn.Module, config: RunConfig, unit: float = 1.0) -> list[dict[str, object]]:
+    """One group for each (peak learning rate, weight decay): no decay on biases and LayerNorm.
+
+    unit: what the labels are counted in; the last layer's steps are, too, so that it learns as if labels were divided.
+    """
     layers = len(model.encoder.layers)  # type: ignore[union-attr, arg-type]
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decay = 0.0 if parameter.ndim == 1 else config.weight_decay
-            groups.setdefault((peak_learning_rate(name, layers, config), decay), []).append(parameter)
+            rate = peak_learning_rate(name, layers, config)
+            if name.startswith("classifier.out."):
+                rate, decay = rate * unit, decay / unit
+            groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": ps, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
 
 
@@ -86,9 +92,11 @@ class Optimizer:
     A step whose gradients are not finite changes nothing and is counted in `skipped`.
     """
 
-    def __init__(self, model: nn.Module, config: RunConfig, total_steps: int, scale_loss: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, config: RunConfig, total_steps: int, scale_loss: bool = False, unit: float = 1.0
+    ) -> None:
         self.config, self.total_steps, self.learning_rate = config, total_steps, config.learning_rate
-        self.adamw = torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.999), eps=1e-8, fused=True)
+        self.adamw = torch.optim.AdamW(parameter_groups(model, config, unit), betas=(0.9, 0.999), eps=1e-8, fused=True)
         self.parameters: list[nn.Parameter] = [p for group in self.adamw.param_groups for p in group["params"]]
         device = self.parameters[0].device
         self.loss_scale = torch.full((), FIRST_LOSS_SCALE, device=device) if scale_loss else None

@@ -375,11 +375,15 @@ def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, Ber
 
 
 def start_new_head(job: Job, weights: np.ndarray | None) -> None:
-    """Let a new head begin with the answer that is best for all rows alike."""
-    answer = job.data.problem.constant_answer(job.sets["train"].targets, weights)
-    if answer is not None and job.config.start_bias and "classifier.out.bias" in job.report.new:
-        with torch.no_grad():
-            job.model.classifier.out.bias.copy_(torch.from_numpy(answer))
+    """Let a new head begin with the answer that is best for all rows alike, in the unit of the labels."""
+    problem, out = job.data.problem, job.model.classifier.out
+    answer = problem.constant_answer(job.sets["train"].targets, weights)
+    if "classifier.out.bias" not in job.report.new:
+        return
+    with torch.no_grad():
+        out.weight.mul_(problem.unit)
+        if answer is not None and job.config.start_bias:
+            out.bias.copy_(torch.from_numpy(answer))
 
 
 def length_limit(config: RunConfig, bert: BertConfig) -> int:

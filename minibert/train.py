@@ -160,7 +160,9 @@ class Training:
         self.fixed = self._fixed_steps()
         self.optimizer: Optimizer | FlatOptimizer
         if self.fixed is None:
-            self.optimizer = Optimizer(model, config, self.total_steps, scale_loss=hardware.precision == "fp16")
+            self.optimizer = Optimizer(
+                model, config, self.total_steps, scale_loss=hardware.precision == "fp16", unit=problem.unit
+            )
         else:
             self.optimizer = self.fixed.optimizer
 

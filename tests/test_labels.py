@@ -425,3 +425,25 @@ def test_class_weights_may_be_keyed_as_the_labels_are() -> None:
     assert weights is not None and weights.tolist() == [1, 5]
     with pytest.raises(UserError, match=r"class_weights is list; expected \{label: weight\}"):
         checked_values({"class_weights": [1, 5]}, "finetune")
+
+
+def test_numbers_of_a_wide_spread_are_learned_as_small_ones_are(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    texts = [f"film {i % 7} is {'good' if i % 2 else 'bad'} {i}" for i in range(48)]
+    values = np.array([3.0 * (i % 7) + i % 2 for i in range(48)])
+    model = str(tiny())
+    flags = {"model": model, "problem_type": REGRESSION, "epochs": 6, "learning_rate": 1e-2, "weight_decay": 0.1}
+    flags |= {"max_grad_norm": 0.0, "batch_size": 8, "quiet": True}  # not clipped, for the head's gradient differs
+    answers = []
+    for times in (1, 1000):
+        classifier = minibert.finetune(texts, values * times, output=str(tmp_path / str(times)), **flags)
+        answers.append(classifier.logits(texts) / times)
+    assert np.std(answers[0]) > 0.2
+    np.testing.assert_allclose(answers[1], answers[0], atol=1e-3)
+    metrics = json.loads((tmp_path / "1000" / "metrics.json").read_text())["validation"]
+    assert metrics["mae"] > 100  # in the labels' own unit
+
+
+def test_numbers_of_a_small_spread_are_counted_as_they_are() -> None:
+    assert prepared([f"{i / 10}" for i in range(40)], problem_type=REGRESSION).problem.unit == 1
+    wide = prepared([f"{i * 10}" for i in range(40)], problem_type=REGRESSION)
+    assert wide.problem.unit > 50 and "are counted in units of" in " ".join(wide.notes)
