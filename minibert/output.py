@@ -54,7 +54,7 @@ def begun(output: Path) -> bool:
     if not output.is_dir():
         return False
     names = {path.name for path in output.iterdir()}
-    return "run.json" in names or all(name == "checkpoints" or name.startswith(".") for name in names)
+    return RECORD in names or all(name == "checkpoints" or name.startswith(".") for name in names)
 
 
 def refuse_full(output: Path, config: RunConfig) -> None:

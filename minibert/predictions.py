@@ -64,6 +64,7 @@ def records(
     """The same for JSON: an object for each text, with the classes and the words as objects in it."""
     probabilities = problem.probabilities(logits)
     order = most_probable(probabilities, top_k) if top_k else None
+    foremost = problem.foremost(probabilities)
     for i, decision in enumerate(problem.decisions(probabilities)):
         record: dict[str, Any] = {"row": examples.lines[i], "text": examples.texts[i]}
         if examples.pairs is not None:
@@ -77,7 +78,7 @@ def records(
         elif problem.kind != REGRESSION:
             record["probabilities"] = dict(zip(problem.labels, row, strict=True))
         if words is not None and problem.kind == MULTI:
-            record["explained"] = problem.labels[problem.foremost(probabilities[i : i + 1])[0]]
+            record["explained"] = problem.labels[foremost[i]]
         if words is not None:
             record["words"] = [word.to_dict() for word in words[i]]
         yield record

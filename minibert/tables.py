@@ -382,7 +382,8 @@ def _is_quoted(sample: str, delimiter: str) -> bool:
     """CSV is. A tab-separated file is if every quote stands at the edge of a cell, and quotes come in pairs."""
     if delimiter != "\t":
         return True
-    if re.search(r'(?:^|\t)"[^"\t]*\t[^"]*\n[^"]*"', sample, re.MULTILINE):  # it would hold tabs and lines
+    cells = re.findall(r'(?:^|\t)"([^"]*)"', sample, re.MULTILINE)
+    if any("\n" in cell.partition("\t")[2] for cell in cells):  # no cell would hold tabs and lines
         return False
     bare = re.search(r'[^\t\r\n"]"[^\t\r\n"]', sample)
     starts, ends = (len(re.findall(edge, sample, re.MULTILINE)) for edge in (r'(?:^|\t)"', r'"(?:\t|\r?$)'))

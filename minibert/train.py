@@ -486,6 +486,8 @@ class Training:
     def padding_fractions(self) -> tuple[float, float]:
         """Shares of padding in the first epoch's batches: inside attention, and in all else, which packs its tokens."""
         tokens, padded = self.data["train"].tokens, self.hardware.attention == "sdpa"
+        if self.fixed is None and not padded:
+            return 0.0, 0.0
         inside = elsewhere = 0
         for rows in (rows for step in self._steps_of_epoch(0) for rows in step.batches):
             lengths = np.sort(tokens.lengths[rows if tokens.windows is None else places_of(tokens.windows, rows)])

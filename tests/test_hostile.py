@@ -243,6 +243,14 @@ def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             read_table(tmp_path / name)
 
 
+def test_a_stray_quote_before_many_lines_takes_no_time(tmp_path: Path) -> None:
+    """What tells quoting from the first characters looks at each of them once."""
+    path = tmp_path / "a.tsv"
+    path.write_text('text\tlabel\n"begins\t0\n' + "\n" * (1 << 18))
+    with fuzz.time_limit(20), pytest.raises(UserError, match="line 2: a quote is not closed"):
+        read_table(path)
+
+
 def test_tables_too_wide_to_hold(tmp_path: Path) -> None:
     (tmp_path / "wide.csv").write_text(",".join(map(str, range(300_000))) + "\n")
     rows = [json.dumps({f"{i}-{j}": 1 for j in range(10)}) for i in range(10_000)]
