@@ -1,4 +1,4 @@
-"""Measurements on one GPU: `python3 benchmarks/gpu --output DIR`, from any folder, nothing installed.
+"""Measurements on one GPU: `python3 benchmarks/gpu --output DIR`, from any folder; minibert need not be installed.
 
 On the day, from the repository's root, in this order (minutes are expected, not measured):
 

@@ -86,6 +86,7 @@ def as_graph(call: Callable[[], None]) -> Callable[[], None]:
     if not torch.cuda.is_available():
         return call
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which makes the inputs
     with torch.cuda.stream(stream):
         call()  # compiles, and lets the libraries take their workspaces
     torch.cuda.synchronize()
