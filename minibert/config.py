@@ -257,6 +257,9 @@ class RunConfig:
     resume: bool = flag(
         False, "continue the run in --output, with its flags", "resume_from_checkpoint", group="stopping"
     )
+    keep_checkpoint: bool = flag(
+        False, "keep the checkpoint of a finished run (twice the model's size)", group="stopping"
+    )
 
     # watching
     report_to: str = flag("none", "tracker", group="watching", choices=("none", "tensorboard", "wandb", "mlflow"))

@@ -20,6 +20,7 @@ from minibert.trackers import TENSORBOARD, check_tracker
 OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json
 check.json splits.json train_log.jsonl predictions-validation.csv predictions-test.csv report.html README.md model.onnx
 model-int8.onnx tracker.json""".split()
+METRICS = "metrics.json"  # written once training and evaluation are done
 RECORD = "run.json"  # written as a run begins, removed last
 CHECK = "check.json"  # what --check leaves; a run may follow in the same folder
 
@@ -42,6 +43,8 @@ def refuse_at_once(config: RunConfig) -> None:
     folders = [seed_folder(output, int(seed)) for seed in config.seeds] or [output]
     if config.resume and not any((folder / CHECKPOINTS / STATE_FILE).is_file() or begun(folder) for folder in folders):
         raise UserError(f"{output}: no checkpoint to resume; leave --resume out to start anew")
+    if config.resume and not config.seeds and finished(output):
+        raise UserError(f"{output}: this run is finished, nothing is left to resume; give --overwrite to train anew")
     if config.model is not None and not config.resume and output.resolve() == Path(config.model).resolve():
         raise UserError(f"--output {output}: is the model to start from; give another folder")
     if output.exists() and not output.is_dir():
@@ -55,6 +58,11 @@ def begun(output: Path) -> bool:
         return False
     names = {path.name for path in output.iterdir()}
     return RECORD in names or all(name == "checkpoints" or name.startswith(".") for name in names)
+
+
+def finished(output: Path) -> bool:
+    """Whether a run came to its end here: its results are written, and its checkpoint is gone."""
+    return (output / METRICS).is_file() and not (output / CHECKPOINTS / STATE_FILE).is_file()
 
 
 def refuse_full(output: Path, config: RunConfig) -> None:

@@ -56,6 +56,10 @@ def parser() -> Parser:
     result.add_argument("--format", choices=FORMATS[:2], help="of what goes to stdout (default csv)")
     result.add_argument("--top-k", type=int, metavar="K", help="only the K most probable classes")
     result.add_argument("--explain", action="store_true", help="mark the words that moved the result (a pass a word)")
+    text = (
+        "put an apostrophe before CSV cells that a spreadsheet would run as a formula (those that begin with = + - @)"
+    )
+    result.add_argument("--spreadsheet-safe", action="store_true", help=text)
     result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     text = "give probabilities as trained, without the temperature fitted on validation (labels stay the same)"
     result.add_argument("--no-temperature", dest="temperature", action="store_false", help=text)
@@ -67,6 +71,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser().parse_args(list(argv))
     kind = output_format(arguments)
     check_pairs(arguments)
+    if arguments.spreadsheet_safe and kind != "csv":
+        raise UserError(f"--spreadsheet-safe: is about CSV files; {kind} holds texts as they are, leave it out")
     arguments.top_k = arguments.top_k or 0
     if arguments.file in (None, STANDARD_INPUT):
         check_no_file(arguments)
@@ -172,7 +178,7 @@ def write_predictions(classifier: Classifier, arguments: argparse.Namespace, kin
     chunks = predicted_chunks(classifier, arguments)
     if not arguments.output:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-        write_text(classifier, chunks, arguments.top_k, kind, sys.stdout)
+        write_text(classifier, chunks, arguments, kind, sys.stdout)
         return
     path = Path(arguments.output)
     with atomic(path) as temporary:
@@ -180,7 +186,7 @@ def write_predictions(classifier: Classifier, arguments: argparse.Namespace, kin
             count = write_parquet(classifier, chunks, arguments.top_k, temporary)
         else:  # half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes \udxxx
             with open(temporary, "w", encoding="utf-8", newline="", errors="backslashreplace") as file:
-                count = write_text(classifier, chunks, arguments.top_k, kind, file)
+                count = write_text(classifier, chunks, arguments, kind, file)
     print(f"{count} predictions written to {path}")
 
 
@@ -243,14 +249,16 @@ def stream_lines(read: Callable[[], bytes], encoding: str) -> Iterator[Examples]
         yield Examples(source, [rest], lines=[count + 1])
 
 
-def write_text(classifier: Classifier, chunks: Iterator[Chunk], top_k: int, kind: str, file: IO[str]) -> int:
+def write_text(
+    classifier: Classifier, chunks: Iterator[Chunk], arguments: argparse.Namespace, kind: str, file: IO[str]
+) -> int:
     from minibert.predictions import columns, records, write_csv
 
-    count, first = 0, True
+    count, first, top_k = 0, True, arguments.top_k
     for examples, logits, words in chunks:
         if kind == "csv":
             table = columns(examples, classifier.problem, logits, top_k=top_k, words=words)
-            write_csv(file, table, header=first)
+            write_csv(file, table, header=first, spreadsheet_safe=arguments.spreadsheet_safe)
         else:
             for record in records(examples, classifier.problem, logits, top_k=top_k, words=words):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -99,24 +99,24 @@ def write_file(path: Path, examples: Examples, problem: Problem, logits: np.ndar
             write_csv(file, table, header=start == 0)
 
 
-def write_csv(file: IO[str], table: dict[str, list[Any]], header: bool = True) -> None:
-    """The table as CSV, safe to open in a spreadsheet."""
+def write_csv(file: IO[str], table: dict[str, list[Any]], header: bool = True, spreadsheet_safe: bool = False) -> None:
+    """The table as CSV, texts as they are; `spreadsheet_safe` guards cells that would run as formulas."""
     plain = csv.writer(file, lineterminator="\n")
     quoted = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
     if header:
         plain.writerow(table)
-    cells = [[_cell(name, value) for value in values] for name, values in table.items()]
+    cells = [[_cell(name, value, spreadsheet_safe) for value in values] for name, values in table.items()]
     for row in zip(*cells, strict=True):  # csv leaves a lone carriage return bare before Python 3.13
         writer = quoted if any("\r" in cell for cell in row if isinstance(cell, str)) else plain
         writer.writerow(row)
 
 
-def _cell(name: str, value: Any) -> Any:
+def _cell(name: str, value: Any, spreadsheet_safe: bool) -> Any:
     if isinstance(value, list):
         value = "|".join(value)
     if isinstance(value, str):
-        is_label = name not in ("text", "text_pair")
-        return value if is_label and NUMBER.fullmatch(value) else safe_cell(value)  # -1 is a number, no formula
+        is_number = name not in ("text", "text_pair") and NUMBER.fullmatch(value)  # a label like -1 is no formula
+        return safe_cell(value) if spreadsheet_safe and not is_number else value
     return f"{value:.10g}" if isinstance(value, float) and name != "label" else value  # curves can be drawn from it
 
 

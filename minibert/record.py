@@ -118,5 +118,16 @@ def must_be_alike(fingerprint: dict[str, Any], bert: BertConfig, sets: dict[str,
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """The flags that a resumed run must share with the one that was begun; of files their content counts."""
-    free = ("resume", "overwrite", "quiet", "output", "report_to", "run_name", "check", "save_steps", *PATHS)
+    free = (
+        "resume",
+        "overwrite",
+        "quiet",
+        "output",
+        "report_to",
+        "run_name",
+        "check",
+        "save_steps",
+        "keep_checkpoint",
+        *PATHS,
+    )
     return {key: value for key, value in config.to_dict().items() if key not in free}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,14 @@ def save_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
         folder.mkdir(exist_ok=True)
     metadata = {"state": json.dumps(dataclasses.asdict(training.state)), "fingerprint": json.dumps(fingerprint)}
     write_tensors(folder / STATE_FILE, _tensors(training), metadata)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Take away the checkpoint of a finished run, of which nothing can be resumed; the last act of a run."""
+    with suppress(OSError):  # one that cannot be removed takes space, no more
+        (folder / CHECKPOINTS / STATE_FILE).unlink(missing_ok=True)
+        (folder / CHECKPOINTS).rmdir()
+        (folder / CHECKPOINTS).parent.rmdir()
 
 
 def code_digest() -> str:
@@ -66,6 +75,16 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a handle, not a dict
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path}: not a checkpoint of minibert ({one_line(error)})") from None
+    check_same_run(saved, fingerprint)
+    if state.step > training.total_steps:
+        raise UserError(f"{path}: not a checkpoint of this run (step {state.step} of {training.total_steps})")
+    _check_tensors(path, training, tensors)
+    _restore(training, tensors)
+    training.state = state
+
+
+def check_same_run(saved: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    """UserError that names what is not as it was in the run that was begun."""
     changed = sorted(key for key in fingerprint | saved if fingerprint.get(key) != saved.get(key))
     if changed:
         named = [key for key in changed if key in fingerprint][:4] or changed[:1]
@@ -76,11 +95,6 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
         own = "With --resume and --output alone it goes on with its own flags"
         advice = own if of_flags else "Undo that, or start anew without --resume"
         raise UserError(f"--resume: this is not the run that was begun; changed: {what}. {advice}")
-    if state.step > training.total_steps:
-        raise UserError(f"{path}: not a checkpoint of this run (step {state.step} of {training.total_steps})")
-    _check_tensors(path, training, tensors)
-    _restore(training, tensors)
-    training.state = state
 
 
 def _short(value: object) -> str:

@@ -38,7 +38,7 @@ from minibert.labels import respelled
 from minibert.lists import examples_from_lists
 from minibert.model import BertForSequenceClassification
 from minibert.optim import freeze
-from minibert.output import CHECK, clear, open_output, output_folder, refuse_at_once
+from minibert.output import CHECK, METRICS, clear, open_output, output_folder, refuse_at_once
 from minibert.probe import Cost, measure, sample_rows
 from minibert.problem import REGRESSION, Problem, class_weights
 from minibert.record import (
@@ -51,7 +51,15 @@ from minibert.record import (
     splits_record,
 )
 from minibert.report import Finished, verdict, write_report
-from minibert.resume import CHECKPOINTS, STATE_FILE, load_checkpoint, save_checkpoint, share_checkpoint, weights_digest
+from minibert.resume import (
+    CHECKPOINTS,
+    STATE_FILE,
+    load_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+    share_checkpoint,
+    weights_digest,
+)
 from minibert.seeds import SUMMARY_FILE, copy_run, run_seeds
 from minibert.tokens import Tokenizer
 from minibert.trackers import Tracker, open_tracker
@@ -157,6 +165,8 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
         judged = finish(job, training, classifier, output, record, metrics, logits, moments)
         tracker.finish(metrics, output)
         summarise(say, output, metrics, job.model.mlp_size, data.columns.pair is not None, judged)
+        if not config.keep_checkpoint:
+            remove_checkpoint(output)
     return classifier
 
 
@@ -274,7 +284,7 @@ def finish(
     metrics["speed"] = speed(training, time.perf_counter() - moments[0])
     metrics["reload_max_difference"] = reload_difference(output, classifier, job.data.parts["train"])
     metrics["speed"]["seconds_by_part"] = seconds_by_part(training, [*moments, time.perf_counter()])
-    write_json(output / "metrics.json", metrics)
+    write_json(output / METRICS, metrics)
     finished = Finished(job.config, job.data, job.sets, logits, metrics, record)
     write_report(output, finished)
     write_card(output, finished)

@@ -5,7 +5,6 @@ A seed's run is a full run folder, `seed-N`. `seeds.json` is written after each,
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import statistics
@@ -23,7 +22,7 @@ from minibert.data import RunData
 from minibert.errors import UserError
 from minibert.files import atomic, read_json, write_json
 from minibert.problem import MULTI, REGRESSION, Problem
-from minibert.resume import CHECKPOINTS, STATE_FILE
+from minibert.resume import CHECKPOINTS, STATE_FILE, check_same_run, remove_checkpoint
 from minibert.train import LOWER_IS_BETTER
 
 SUMMARY_FILE = "seeds.json"
@@ -53,8 +52,8 @@ def run_seeds(
     assert config.output is not None
     output, seeds = Path(config.output), [int(seed) for seed in config.seeds]
     common = {key: value for key, value in fingerprint.items() if key not in ("seed", "seeds")}
-    digest = hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()
-    finished = _finished(output, digest) if config.resume else {}
+    common = json.loads(json.dumps(common))  # as the summary holds it
+    finished = _finished(output, common) if config.resume else set()
     runs: list[dict[str, Any]] = []
     for number, seed in enumerate(seeds, start=1):
         folder = seed_folder(output, seed)
@@ -68,9 +67,11 @@ def run_seeds(
             finally:
                 if number == 1 and not config.resume and not isinstance(sys.exception(), UserError):
                     remove_runs(output, keep=folder)  # not before: a mistake leaves an earlier run alone
-        runs.append({"seed": seed, "folder": folder.name, "digest": digest, **_results(folder)})
-        summary = summarise_seeds(runs, data, config.metric)
+        runs.append({"seed": seed, "folder": folder.name, **_results(folder)})
+        summary = summarise_seeds(runs, data, config.metric) | {"settings": common}
         write_json(output / SUMMARY_FILE, summary)
+        if not config.keep_checkpoint:
+            remove_checkpoint(folder)  # only now: without it, a run that is not in the summary would be lost
     show(say, summary)
     return seed_folder(output, summary["best_seed"])
 
@@ -79,19 +80,21 @@ def _of_seed(config: RunConfig, seed: int, folder: Path) -> RunConfig:
     name = f"{config.run_name or folder.parent.name}-{folder.name}"
     killed = (folder / CHECKPOINTS / STATE_FILE).is_file() or not (folder / "metrics.json").exists()
     resume = config.resume and killed and folder.is_dir()
-    return replace(config, seeds=(), seed=seed, output=str(folder), resume=resume, run_name=name)
+    return replace(config, seeds=(), seed=seed, output=str(folder), resume=resume, run_name=name, keep_checkpoint=True)
 
 
-def _finished(output: Path, digest: str) -> dict[int, dict[str, Any]]:
-    """The seeds of an earlier seeds.json that were trained with the same flags on the same data."""
+def _finished(output: Path, settings: dict[str, Any]) -> set[int]:
+    """The seeds that an earlier seeds.json names; UserError where it is of other flags or data."""
     path = output / SUMMARY_FILE
     if not path.is_file():
-        return {}
+        return set()
     try:
-        runs = {int(run["seed"]): run for run in read_json(path)["runs"] if run["digest"] == digest}
+        summary = read_json(path)
+        saved, seeds = dict(summary["settings"]), {int(run["seed"]) for run in summary["runs"]}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not a summary of seeds; remove it and give --resume again") from None
-    return {seed: run for seed, run in runs.items() if (seed_folder(output, seed) / "metrics.json").is_file()}
+    check_same_run(saved, settings)
+    return {seed for seed in seeds if (seed_folder(output, seed) / "metrics.json").is_file()}
 
 
 def _results(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,13 @@ from minibert.files import one_line
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".label")
 SPREADSHEETS = (".xlsx", ".xls", ".ods")
+SAMPLE = 1 << 20  # bytes from which an encoding is guessed
+FEWEST_NON_ASCII = 8  # bytes beyond ASCII that a guess needs; with fewer, cp1252
+UTF_16 = ("utf_16_le", "utf_16_be")
+LEGACY_ENCODINGS = (
+    *("cp1252", "cp1250", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255", "cp1256"),
+    *("gb18030", "big5", "cp932", "euc_jp", "cp949", *UTF_16),
+)
 LONGEST_LINE = 64 << 20  # characters: a longer one is a broken or hostile file, not a text
 EXPANSION, EXPANSION_FREE = 200, 256 << 20  # decompressed over compressed bytes, once that much has come out
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, struct.error)
@@ -130,15 +137,34 @@ def known_encoding(encoding: str) -> str:
 
 
 def _detected(path: Path) -> str:
-    """UTF-16 by its mark; UTF-8 if all bytes are; else cp1252, or latin-1, in which any bytes read."""
+    """UTF-16 by its mark or its zero bytes; UTF-8 if all bytes are; else what the characters look like."""
     with open_bytes(path) as file:
-        start = file.read(2)
-    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        sample = file.read(SAMPLE)
+    if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
+    if b"\0" in sample:
+        return next(iter(_likely(sample, UTF_16)), "utf-8")
     if _decodes(path, "utf-8"):
         return "utf-8"
     _refuse_damaged_utf8(path)
-    return "cp1252" if _decodes(path, "cp1252") else "latin-1"
+    candidates = _likely(sample, LEGACY_ENCODINGS) if _non_ascii(sample) >= FEWEST_NON_ASCII else []
+    return next((encoding for encoding in [*candidates, "cp1252"] if _decodes(path, encoding)), "latin-1")
+
+
+def _likely(sample: bytes, encodings: tuple[str, ...]) -> list[str]:
+    """Those of the encodings in which the sample reads as text, the likeliest first; of equals cp1252."""
+    from charset_normalizer import from_bytes
+
+    whole_lines = sample[: sample.rfind(b"\n") + 1] if len(sample) == SAMPLE and encodings != UTF_16 else sample
+    matches = list(from_bytes(whole_lines, cp_isolation=list(encodings)))
+    names = [name for match in matches for name in match.could_be_from_charset]
+    ties = [match for match in matches if (match.chaos, match.coherence) == (matches[0].chaos, matches[0].coherence)]
+    western = any("cp1252" in match.could_be_from_charset for match in ties)
+    return sorted(names, key=lambda name: name != "cp1252") if western else names
+
+
+def _non_ascii(sample: bytes) -> int:
+    return len(sample) - len(sample.translate(None, bytes(range(128, 256))))
 
 
 def _decodes(path: Path, encoding: str) -> bool:

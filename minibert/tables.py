@@ -176,7 +176,7 @@ def _delimited(path: Path, text: IO[str], suffix: str, header: bool, size: int) 
     """CSV and TSV with whatever delimiter and quoting the first rows show."""
     sample = text.read(SAMPLE)
     if "\0" in sample:
-        raise UserError(f"{path}: holds NUL characters; is this a text file? (UTF-16 without a mark needs --encoding)")
+        raise UserError(f"{path}: holds NUL characters; is this a text file? (other encodings need --encoding)")
     delimiter = _delimiter(sample, "\t" if suffix == ".tsv" else ",")
     csv.field_size_limit(LONGEST_LINE)
     quoting = _quoting(sample, delimiter)

@@ -242,7 +242,7 @@ def read_data(folder: Path) -> None:
     logits = np.zeros((len(examples), len(data.problem.labels)), np.float32)
     data.problem.metrics(logits, targets)
     table = io.StringIO(newline="")
-    predictions.write_csv(table, predictions.columns(examples, data.problem, logits, targets))
+    predictions.write_csv(table, predictions.columns(examples, data.problem, logits, targets), spreadsheet_safe=True)
     table.getvalue().encode("utf-8", "backslashreplace")
 
 

@@ -69,8 +69,8 @@ def test_the_folder_holds_what_the_contract_names(trained: Path) -> None:
         "run.json",
         "predictions-validation.csv",
         "predictions-test.csv",
-        "checkpoints",
     }
+    assert "checkpoints" not in names  # of a finished run nothing can be resumed
     assert not [name for name in names if "tmp" in name]
     config = json.loads((trained / "config.json").read_text())
     assert config["id2label"] == {"0": "ham", "1": "spam"} and config["label2id"] == {"ham": 0, "spam": 1}
@@ -224,7 +224,9 @@ def test_an_interrupted_run_resumes_to_the_same_bits(messages: Path, tmp_path: P
     assert "resumed at step 7 of 40" in resumed.stdout
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert weights[0] == weights[1]
-    changed = run("minibert.finetune", *stopped, "--resume", "--lr", "1e-3", check=False)
+    interrupted(7, [*common, "--output", str(tmp_path / "changed")])
+    other = [*common, "--output", str(tmp_path / "changed"), "--resume", "--lr", "1e-3"]
+    changed = run("minibert.finetune", *other, check=False)
     assert changed.returncode == 2 and "learning_rate" in changed.stderr
 
 
@@ -306,6 +308,7 @@ def test_resume_and_output_alone_go_on_with_the_flags_of_the_run(
 
     folder = tmp_path / "films"
     flags = ["--train", str(films), "--model", str(film_model), "--epochs", "2", "--batch-size", "16", "--lr", "1e-3"]
+    flags.append("--keep-checkpoint")
     main([*flags, "--output", str(folder)])
     said = capsys.readouterr().out
     assert said.count("validation macro_f1") == 2 and "epoch 1   step 9 of 18 · loss" in said

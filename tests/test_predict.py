@@ -148,8 +148,7 @@ def test_every_output_format_holds_the_same(planted: Path, tmp_path: Path) -> No
     expected = minibert.load(planted).predict(readable)
     with open(tmp_path / "out.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["text"] for row in rows] == ["'=zebra", *readable[1:]]
-    assert [plain_cell(row["text"]) for row in rows] == readable
+    assert [row["text"] for row in rows] == readable
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [record["text"] for record in records] == readable
     table = parquet.read_table(tmp_path / "out.parquet").to_pydict()
@@ -159,7 +158,7 @@ def test_every_output_format_holds_the_same(planted: Path, tmp_path: Path) -> No
         assert float(rows[i]["probability"]) == pytest.approx(prediction.score, abs=1e-5)
         assert table["probability_animal"][i] == pytest.approx(prediction.probabilities["animal"], abs=1e-5)
         assert records[i]["probabilities"] == pytest.approx(prediction.probabilities, abs=1e-5)
-        assert rows[i]["words"] == safe_cell(table["words"][i])
+        assert rows[i]["words"] == table["words"][i]
 
 
 def test_formulas_are_harmless_and_come_back() -> None:
@@ -170,22 +169,35 @@ def test_formulas_are_harmless_and_come_back() -> None:
     examples = Examples("list", FORMULAS, None, ["-1"] * len(FORMULAS), list(range(len(FORMULAS))))
     logits = np.eye(2, dtype=np.float32)[np.arange(len(FORMULAS)) % 2]
     file = io.StringIO(newline="")
-    write_csv(file, columns(examples, problem, logits, np.zeros(len(FORMULAS), np.int64)))
+    table = columns(examples, problem, logits, np.zeros(len(FORMULAS), np.int64))
+    write_csv(file, table, spreadsheet_safe=True)
     rows = rows_of(file.getvalue())
     assert [plain_cell(row["text"]) for row in rows] == FORMULAS
     assert [row["predicted"] for row in rows[:2]] == ["-1", "'=x"]  # a number is no formula
     assert {row["label"] for row in rows} == {"-1"} and all(float(row["loss"]) > 0 for row in rows)
 
 
-def test_a_run_protects_its_prediction_files(tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_predict_guards_cells_only_when_asked(planted: Path, tmp_path: Path) -> None:
+    """The flag does what it says by the real command, and is refused where it would do nothing."""
+    file = tmp_path / "texts.csv"
+    file.write_text('text\n"@user thanks!"\n- great film\nplain\n')
+    plain = rows_of(predict(str(planted), "--file", str(file)).stdout)
+    guarded = rows_of(predict(str(planted), "--file", str(file), "--spreadsheet-safe").stdout)
+    assert [row["text"] for row in plain] == ["@user thanks!", "- great film", "plain"]
+    assert [row["text"] for row in guarded] == ["'@user thanks!", "'- great film", "plain"]
+    refused = predict(str(planted), "--file", str(file), "--format", "jsonl", "--spreadsheet-safe", check=False)
+    assert refused.returncode == 2 and "--spreadsheet-safe: is about CSV files" in refused.stderr
+
+
+def test_a_run_holds_texts_as_they_are(tiny: Callable[..., Path], tmp_path: Path) -> None:
     texts = [f"=spam({i})" if i % 2 else f"you and the film {i}" for i in range(40)]
     minibert.finetune(
         texts, ["a", "b"] * 20, model=str(tiny()), max_steps=1, output=str(tmp_path / "x"), test_split=0.2, quiet=True
     )
     for part in ("validation", "test"):
         rows = rows_of((tmp_path / "x" / f"predictions-{part}.csv").read_text())
-        assert any(row["text"].startswith("'=spam") for row in rows)
-        assert {plain_cell(row["text"]) for row in rows} <= set(texts)
+        assert any(row["text"].startswith("=spam") for row in rows)
+        assert {row["text"] for row in rows} <= set(texts)
 
 
 def test_columns_of_other_problems() -> None:

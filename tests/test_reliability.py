@@ -181,7 +181,7 @@ def test_two_runs_on_one_folder(
     arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
-    assert run_command(main, arguments(output)) == 0
+    assert run_command(main, arguments(output, "--keep-checkpoint")) == 0
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     descriptor = os.open(output, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -244,15 +244,18 @@ def test_resume_from_another_folder(
     monkeypatch.chdir(tmp_path)
     whole = arguments(Path("run"))
     whole[whole.index("--train") + 1] = rows.name
-    assert run_command(main, whole) == 0
+    assert run_command(main, [*whole, "--keep-checkpoint"]) == 0
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
-    assert run_command(main, ["--resume", "--output", "../run"]) == 0
+    assert (
+        run_command(main, ["--resume", "--output", "../run"]) == 0
+    )  # with the flags of the run, which keep the checkpoint
     moved = tmp_path / "below" / "moved.csv"
     moved.write_bytes(rows.read_bytes())
-    assert run_command(main, [*arguments(Path("../run")), "--train", str(moved), "--resume"]) == 0
+    again = [*arguments(Path("../run")), "--train", str(moved), "--resume", "--keep-checkpoint"]
+    assert run_command(main, again) == 0
     moved.write_bytes(rows.read_bytes().replace(b"film", b"book", 1))
-    assert run_command(main, [*arguments(Path("../run")), "--train", str(moved), "--resume"]) == 2
+    assert run_command(main, again) == 2
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,8 +177,7 @@ def test_most_confidently_wrong_rows_are_so(runs: dict[str, Path]) -> None:
         with open(runs["single"] / f"predictions-{part}.csv", encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 if row["label"] != row["predicted"]:
-                    predicted = row["predicted"].removeprefix("'")  # which keeps a spreadsheet from reading a formula
-                    wrong.append((float(row[f"probability_{predicted}"]), row["text"]))
+                    wrong.append((float(row[f"probability_{row['predicted']}"]), row["text"]))
     assert wrong
     page = (runs["single"] / "report.html").read_text().split("Most confidently wrong")[1]
     first = re.findall(r'<td class="text"[^>]*><bdi>(.*?)</bdi>', page, re.DOTALL)[0]

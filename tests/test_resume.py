@@ -154,6 +154,18 @@ def test_a_kill_after_training_is_finished_by_resume(tiny: Callable[..., Path], 
     assert finetune(arguments, moments - 3)[0] == -signal.SIGKILL
     assert finetune([*arguments, "--resume"])[::2] == (0, "")
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
+    code, _, error = finetune([*arguments, "--resume"])
+    assert code == 2 and "this run is finished, nothing is left to resume" in error
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+
+
+def test_a_finished_run_keeps_its_checkpoint_when_asked(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
+    for flags, kept in (("--batch-size 16", False), ("--batch-size 16 --keep-checkpoint", True)):
+        output = tmp_path / f"kept-{kept}"
+        assert finetune(base(tiny(), rows, output, flags))[::2] == (0, "")
+        assert (output / "checkpoints" / "last" / "state.safetensors").is_file() == kept
+        assert (output / "checkpoints").exists() == kept
+    assert finetune([*base(tiny(), rows, output, flags), "--resume"])[::2] == (0, "")  # evaluates again
 
 
 def test_what_changed_is_refused_by_name(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> None:

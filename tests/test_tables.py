@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minibert import tables
+from minibert import sources, tables
 from minibert.columns import find_columns
 from minibert.config import RunConfig
 from minibert.errors import UserError
@@ -71,6 +71,40 @@ def test_encodings_are_found(tmp_path: Path, encoding: str) -> None:
     table = read_table(write(tmp_path, "text,label\ncafé naïve,é\n".encode(encoding)))
     assert table.columns == {"text": ["café naïve"], "label": ["é"]}
     assert table.encoding == encoding.removesuffix("-sig")
+
+
+OTHER_SCRIPTS = {
+    "cp1251": "Это очень хороший фильм|хорошо|Ужасная еда и плохое обслуживание|плохо",
+    "koi8_r": "Это очень хороший фильм|хорошо|Ужасная еда и плохое обслуживание|плохо",
+    "cp1250": "Zażółć gęślą jaźń; to świetny film|świetny|Příliš žluťoučký kůň úpěl ďábelské ódy|špatný",
+    "cp1252": "un très bon film “déjà vu”|élevé|schöner Film über Straßen|schön",
+    "cp1253": "μια πολύ καλή ταινία|καλή|το φαγητό ήταν κακό|κακή",
+    "gb18030": "这部电影非常好看|好|服务太差了不会再来|坏",
+    "cp932": "この映画はとても面白かったです|良い|サービスがひどかった|悪い",
+    "big5": "這部電影非常好看|好|服務太差了不會再來|壞",
+    "cp949": "정말 좋은 영화입니다|좋음|서비스가 너무 나빴어요|나쁨",
+    "utf_16_le": "a good film|good|a bad film|bad",
+    "utf_16_be": "un très bon film|élevé|schöner Film über Straßen|schön",
+}
+
+
+@pytest.mark.parametrize("encoding", OTHER_SCRIPTS)
+def test_encodings_of_other_scripts_are_told_apart(tmp_path: Path, encoding: str) -> None:
+    first, one, second, two = OTHER_SCRIPTS[encoding].split("|")
+    texts = [f"{first if number % 2 else second} {number}" for number in range(40)]
+    labels = [one if number % 2 else two for number in range(40)]
+    content = "text,label\n" + "".join(f"{text},{label}\n" for text, label in zip(texts, labels, strict=True))
+    table = read_table(write(tmp_path, content.encode(encoding)))
+    assert table.encoding == encoding
+    assert table.columns == {"text": texts, "label": labels}
+
+
+def test_a_sample_that_ends_inside_a_character(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the start of a large file is looked at; all of it must read in the encoding that is chosen."""
+    content = "text,label\n" + "".join(f"这部电影非常好看{number},好\n" for number in range(20))
+    for size in range(200, 208):
+        monkeypatch.setattr(sources, "SAMPLE", size)
+        assert read_table(write(tmp_path, content.encode("gb18030"))).encoding == "gb18030"
 
 
 def test_encoding_flag_wins_and_must_exist(tmp_path: Path) -> None:
