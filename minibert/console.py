@@ -64,6 +64,9 @@ class Progress:
         if name not in line:
             return
         value = "-" if line[name] is None else f"{line[name]:.4f}"
+        if line["step"] == 0:
+            self.say(f"linear probe alone: {name.replace('_', ' ', 1)} {value}")
+            return
         best = " (best so far)" if self.training.state.best_step == line["step"] else ""
         taken, total = time.monotonic() - self.started, self.training.total_steps
         left = taken / max(line["step"] - self.first, 1) * (total - line["step"])
