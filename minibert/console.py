@@ -83,6 +83,12 @@ def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, pa
         if part in metrics:
             numbers = [f"{name} {shown(metrics[part][name])}" for name in MAIN_METRICS if name in metrics[part]]
             say(f"{part:<11}" + " · ".join(numbers))
+    if "linear_probe" in metrics:
+        probe = metrics["linear_probe"]["validation"]
+        numbers = [f"{name} {shown(probe[name])}" for name in MAIN_METRICS if name in probe]
+        say(f"{'probe':<11}" + " · ".join(numbers) + " (the linear probe alone, on validation)")
+    for line in metrics["train"]["advice"]:
+        say(line)
     if "at_threshold_0.5" in metrics.get("validation", {}):
         say("           thresholds: the best F1 of each label on validation, kept in config.json for predict")
     part = "test" if "test" in metrics else "validation"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from minibert import __version__, distributed, predictions, token_cache
+from minibert.advice import advice
 from minibert.averaging_layer import add_averaging_layer, saved_averages
 from minibert.calibration import calibration_metrics, fit_temperature
 from minibert.card import write_card
@@ -58,7 +59,7 @@ from minibert.resume import CHECKPOINTS, STATE_FILE, load_checkpoint, save_check
 from minibert.seeds import SUMMARY_FILE, copy_run, run_seeds
 from minibert.tokens import Tokenizer
 from minibert.trackers import Tracker, open_tracker
-from minibert.train import Interrupted, Training
+from minibert.train import LOWER_IS_BETTER, Interrupted, Training
 from minibert.vocabulary import CompactVocabulary, worth_compacting
 
 DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
@@ -288,6 +289,9 @@ def finish(
     state = training.state
     best_step = state.step if state.best_value is None else state.best_step  # 0: the head as it was fitted
     metrics["train"] = {"best_step": best_step, "steps": state.step, **last_losses(output)}
+    metrics["train"]["advice"] = advice(
+        evaluations_of(output), training.metric, training.metric in LOWER_IS_BETTER, training.epoch
+    )
     if probe := probe_scores(output):
         metrics["linear_probe"] = {"validation": probe}
     metrics["speed"] = speed(training, time.perf_counter() - moments[0])
@@ -516,19 +520,26 @@ def reload_difference(output: Path, classifier: Classifier, examples: Examples) 
 
 def probe_scores(output: Path) -> dict[str, Any]:
     """The validation metrics before the first step, where the head began as a linear probe."""
-    with open(output / "train_log.jsonl", encoding="utf-8") as log:
-        first = json.loads(log.readline() or "{}")
+    first = next(iter(log_lines(output)), {})
     if first.get("step") != 0:
         return {}
     return {name.removeprefix("validation_"): v for name, v in first.items() if name.startswith("validation_")}
 
 
-def last_losses(output: Path) -> dict[str, Any]:
-    """The last training loss in the log."""
+def log_lines(output: Path) -> list[dict[str, Any]]:
     with writing(output / "train_log.jsonl"):
         text = (output / "train_log.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def evaluations_of(output: Path) -> list[dict[str, Any]]:
+    """The lines of the log with validation metrics."""
+    return [line for line in log_lines(output) if any(name.startswith("validation_") for name in line)]
+
+
+def last_losses(output: Path) -> dict[str, Any]:
+    """The last training loss in the log."""
+    losses = [line["loss"] for line in log_lines(output) if "loss" in line]
     return {"loss": losses[-1] if losses else None}
 
 
