@@ -288,11 +288,12 @@ def save_model(folder: Path, model: BertForSequenceClassification, labels: list[
         "model_type": "bert",
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
+        "num_hidden_layers": model.config.num_hidden_layers,
         "problem_type": ours.pop("problem_type", "single_label_classification"),
         "hidden_dropout_prob": model.config.hidden_dropout_prob,
         "attention_probs_dropout_prob": model.config.attention_probs_dropout_prob,
         "classifier_dropout": model.config.classifier_dropout,
-        "minibert": {"version": __version__, "mlp_size": model.mlp_size, **ours},
+        "minibert": {"version": __version__, "mlp_size": model.mlp_size, "averaging_layer": model.averages, **ours},
     }
     for name in ("num_labels", "dtype", "torch_dtype"):  # the base's weights may have been in half precision
         config.pop(name, None)

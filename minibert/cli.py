@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from minibert import __version__
-from minibert.config import RunConfig, flag_name
+from minibert.config import RunConfig, auto_or_number, flag_name
 from minibert.errors import UserError
 from minibert.files import one_line, refuse_special
 
@@ -101,6 +101,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (--[\w-]+)[^:]*: ", r"\1: ", message)
         message = re.sub(r"invalid float value: (.*)", r"\1 is no number", message)
+        message = re.sub(r"invalid auto_or_number value: (.*)", r"\1 is neither auto nor a number", message)
         message = re.sub(r"invalid int value: (.*)", r"\1 is no whole number", message)
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             message += self._meant(unknown[1].split("=")[0])
@@ -221,7 +222,7 @@ def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -
         group.add_argument(*names, dest=field.name, action=Several, metavar=PLACEHOLDERS[field.name], help=text)
     else:
         choices = field.metadata["choices"] or None
-        placeholder = PLACEHOLDERS.get(field.name, {int: "N", float: "X"}.get(kind, "VALUE"))
+        placeholder = PLACEHOLDERS.get(field.name, {int: "N", float: "X", auto_or_number: "X"}.get(kind, "VALUE"))
         placeholder = "{" + ",".join(choices) + "}" if choices else placeholder
         group.add_argument(*names, dest=field.name, type=kind, choices=choices, metavar=placeholder, help=text)
 
@@ -276,13 +277,17 @@ def checked_values(values: dict[str, Any], where: str) -> dict[str, Any]:
     return result
 
 
+def kind_name(kind: Any) -> str:
+    return "auto or a number" if kind is auto_or_number else str(kind.__name__)
+
+
 def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
     kind = field.metadata["kind"]
     if kind is tuple:
         items = value if isinstance(value, list | tuple) else [part for part in str(value).split(",") if part]
         return tuple(str(item) for item in items)
     if isinstance(value, bool) is not (kind is bool) or (kind is int and isinstance(value, float)):
-        raise UserError(f"{where}: {field.name} = {value!r} is not {kind.__name__}")
+        raise UserError(f"{where}: {field.name} = {value!r} is not {kind_name(kind)}")
     if kind is str and not isinstance(value, str | os.PathLike | int | float | dict):
         expected = "{label: weight}" if field.name == "class_weights" else "a name, a path or a number"
         raise UserError(f"{where}: {field.name} is {type(value).__name__}; expected {expected}")
@@ -295,7 +300,7 @@ def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
             return json.dumps({label_text(label): weight for label, weight in value.items()}, default=float)
         return kind(value)
     except (TypeError, ValueError, OverflowError, RecursionError):
-        raise UserError(f"{where}: {field.name} = {value!r} is not {kind.__name__}") from None
+        raise UserError(f"{where}: {field.name} = {value!r} is not {kind_name(kind)}") from None
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from minibert.files import read_json
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "silu", "swish", "tanh")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 MOST_LAYERS, MOST_LABELS = 512, 1 << 16  # more is a broken or hostile config.json
-LEARNING_RATE, HEAD_ALONE_LEARNING_RATE = 5e-5, 1e-3  # the other: of a fresh head when nothing else moves
 PATHS = ("model", "tokenizer", "train", "validation", "test", "class_weights")  # flags that may name files
 TRUNCATIONS = ("head", "tail", "head_tail", "window")
 
@@ -108,6 +107,11 @@ def refuse_other_architectures(source: Mapping[str, Any]) -> None:
             raise UserError(f"{flag} is set: minibert trains BERT encoders only")
 
 
+def auto_or_number(value: Any) -> float | None:
+    """None stands for auto until the model and the rows are known."""
+    return None if value == "auto" else float(value)
+
+
 def flag(default: Any, help: str, *aliases: str, group: str, choices: tuple[str, ...] = (), kind: Any = None) -> Any:
     """A field of `RunConfig` and, from the same line, a command-line flag with its help and its other names."""
     metadata = {"help": help, "aliases": aliases, "group": group, "choices": choices, "kind": kind or type(default)}
@@ -189,13 +193,19 @@ class RunConfig:
     )
 
     # recipe
-    epochs: float = flag(3.0, "passes over the training rows", "num_train_epochs", group="recipe")
+    epochs: float = flag(
+        None,
+        "passes over the training rows, or auto: by their number",
+        "num_train_epochs",
+        group="recipe",
+        kind=auto_or_number,
+    )
     max_steps: int | None = flag(None, "train for so many steps, whatever --epochs", group="recipe", kind=int)
     batch_size: int = flag(32, "examples a batch", "per_device_train_batch_size", group="recipe")
     batch_tokens: int | None = flag(None, "tokens a batch, instead of examples", group="recipe", kind=int)
     gradient_accumulation_steps: int = flag(1, "batches a step", group="recipe")
     learning_rate: float = flag(
-        None, "peak learning rate (default 5e-5; 1e-3 with --freeze all)", "lr", group="recipe", kind=float
+        None, "peak learning rate, or auto: by the model's width", "lr", group="recipe", kind=auto_or_number
     )
     head_learning_rate: float | None = flag(None, "of the head (default: the same)", group="recipe", kind=float)
     weight_decay: float = flag(0.01, "AdamW's decay; none on biases and LayerNorm", group="recipe")
@@ -212,8 +222,11 @@ class RunConfig:
     freeze: str = flag("none", "none, embeddings, N (embeddings and the first N layers) or all", group="recipe")
     class_weights: str = flag("none", "none, balanced, or JSON {label: weight}, itself or its file", group="recipe")
     label_smoothing: float = flag(0.0, "label smoothing", "label_smoothing_factor", group="recipe")
-    start_bias: bool = flag(
-        True, "start a new head of several labels, or of a number, at the best constant answer", group="recipe"
+    head_init: str = flag(
+        "probe",
+        "how a new head starts: as the best linear one on the encoder's features, or at random",
+        group="recipe",
+        choices=("probe", "random"),
     )
     temperature: bool = flag(True, "fit a temperature on validation, for honest probabilities", group="recipe")
     seed: int = flag(42, "seed of head, batches and dropout", group="recipe")
@@ -280,9 +293,6 @@ class RunConfig:
         self._check_choices()
         self._check_ranges()
         self.mlp_size()
-        if self.learning_rate is None:
-            usual = self.head_learning_rate or HEAD_ALONE_LEARNING_RATE if self.freeze == "all" else LEARNING_RATE
-            object.__setattr__(self, "learning_rate", usual)
         if self.freeze not in ("none", "embeddings", "all") and not self.freeze.isdecimal():
             raise UserError(f"--freeze {self.freeze}: give none, embeddings, a number of layers, or all")
         if self.validation_split + self.test_split >= 1:

@@ -64,6 +64,9 @@ class Progress:
         if name not in line:
             return
         value = "-" if line[name] is None else f"{line[name]:.4f}"
+        if line["step"] == 0:
+            self.say(f"linear probe alone: {name.replace('_', ' ', 1)} {value}")
+            return
         best = " (best so far)" if self.training.state.best_step == line["step"] else ""
         taken, total = time.monotonic() - self.started, self.training.total_steps
         left = taken / max(line["step"] - self.first, 1) * (total - line["step"])
@@ -80,6 +83,12 @@ def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, pa
         if part in metrics:
             numbers = [f"{name} {shown(metrics[part][name])}" for name in MAIN_METRICS if name in metrics[part]]
             say(f"{part:<11}" + " · ".join(numbers))
+    if "linear_probe" in metrics:
+        probe = metrics["linear_probe"]["validation"]
+        numbers = [f"{name} {shown(probe[name])}" for name in MAIN_METRICS if name in probe]
+        say(f"{'probe':<11}" + " · ".join(numbers) + " (the linear probe alone, on validation)")
+    for line in metrics["train"]["advice"]:
+        say(line)
     if "at_threshold_0.5" in metrics.get("validation", {}):
         say("           thresholds: the best F1 of each label on validation, kept in config.json for predict")
     part = "test" if "test" in metrics else "validation"

@@ -33,7 +33,7 @@ class FlatOptimizer:
         dtype: torch.dtype,
         unit: float = 1.0,
     ) -> None:
-        self.config, self.total_steps, self.learning_rate = config, total_steps, config.learning_rate
+        self.config, self.total_steps, self.learning_rate = config, total_steps, shown_learning_rate(config)
         groups = parameter_groups(model, config, unit)
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
         number = [i for i, group in enumerate(groups) for _ in group["params"]]  # type: ignore[attr-defined]

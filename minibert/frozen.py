@@ -42,7 +42,12 @@ class FrozenActivations:
 
 
 def compute(
-    model: BertForSequenceClassification, tokens: Tokens, start_layer: int, hardware: Hardware, quiet: bool
+    model: BertForSequenceClassification,
+    tokens: Tokens,
+    start_layer: int,
+    hardware: Hardware,
+    quiet: bool,
+    what: str = "frozen layers",
 ) -> FrozenActivations | None:
     """Run the frozen layers over all texts, or return None where the result fits neither memory nor disk.
 
@@ -55,9 +60,7 @@ def compute(
     if not distributed.all_agree(values is not None) or values is None:
         return None
     batches = plan_evaluation(tokens.lengths, batch_tokens=hardware.evaluation_tokens // 2)  # the peak of such a run
-    progress = tqdm(
-        total=len(tokens), desc="frozen layers", unit=" texts", disable=True if quiet else None, leave=False
-    )
+    progress = tqdm(total=len(tokens), desc=what, unit=" texts", disable=True if quiet else None, leave=False)
     with progress, torch.inference_mode(), hardware.computing(), hardware.autocast():
 
         def computed(rows: np.ndarray) -> np.ndarray:

@@ -254,6 +254,7 @@ class BertForSequenceClassification(nn.Module):
         super().__init__()
         self.config, self.num_labels, self.mlp_size = config, num_labels, mlp_size
         self.cls_only = True
+        self.averages = False  # the last layer began as one that averages (averaging_layer.py)
         self.encoder = Encoder(config)
         self.pooler = Pooler(config)
         self.classifier = Classifier(config, num_labels, mlp_size)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.recipe import HEAD_ALONE_LEARNING_RATE, USUAL_LEARNING_RATE
 
 FIRST_LOSS_SCALE = 65536.0  # of fp16, as in torch's GradScaler
 
@@ -33,12 +34,16 @@ def parameter_groups(model: nn.Module, config: RunConfig, unit: float = 1.0) -> 
 
 def peak_learning_rate(name: str, layers: int, config: RunConfig) -> float:
     """Of a parameter, by its depth: the head's own, or the encoder's times layer_lr_decay for each layer below."""
+    usual = HEAD_ALONE_LEARNING_RATE if config.freeze == "all" else USUAL_LEARNING_RATE
+    if config.freeze == "all" and config.learning_rate is None:
+        usual = config.head_learning_rate or usual
+    rate = config.learning_rate or usual
     if name.startswith("classifier.") or (name.startswith("pooler.") and config.freeze == "all"):
-        return config.head_learning_rate or config.learning_rate
+        return config.head_learning_rate or rate
     if name.startswith("pooler."):
-        return config.learning_rate
+        return rate
     depth = 0 if ".embeddings." in name else int(name.split(".")[2]) + 1  # encoder.layers.N....
-    return config.learning_rate * config.layer_lr_decay ** (layers - depth)
+    return rate * config.layer_lr_decay ** (layers - depth)
 
 
 def freeze(model: nn.Module, choice: str, new: Collection[str]) -> int:
@@ -65,7 +70,7 @@ def freeze(model: nn.Module, choice: str, new: Collection[str]) -> int:
 
 def shown_learning_rate(config: RunConfig) -> float:
     """The peak that the log follows: the encoder's or, where that is frozen, the head's."""
-    return peak_learning_rate("classifier.weight", 0, config) if config.freeze == "all" else config.learning_rate
+    return peak_learning_rate("classifier.weight" if config.freeze == "all" else "pooler.weight", 0, config)
 
 
 def learning_rate_factor(step: int, total: int, config: RunConfig) -> float:
@@ -95,7 +100,7 @@ class Optimizer:
     def __init__(
         self, model: nn.Module, config: RunConfig, total_steps: int, scale_loss: bool = False, unit: float = 1.0
     ) -> None:
-        self.config, self.total_steps, self.learning_rate = config, total_steps, config.learning_rate
+        self.config, self.total_steps, self.learning_rate = config, total_steps, shown_learning_rate(config)
         self.adamw = torch.optim.AdamW(parameter_groups(model, config, unit), betas=(0.9, 0.999), eps=1e-8, fused=True)
         self.parameters: list[nn.Parameter] = [p for group in self.adamw.param_groups for p in group["params"]]
         device = self.parameters[0].device

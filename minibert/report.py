@@ -158,13 +158,17 @@ def verdict(run: Finished, quoted: Callable[[str], str]) -> str:
     train, targets, metrics = run.sets["train"].targets, run.sets[run.part].targets, run.metrics[run.part]
     rows = f"{len(targets):,} {run.part} rows"
     if run.problem.kind == REGRESSION:
-        guess = float(np.abs(targets - train.mean(dtype=np.float64)).mean())
-        return f"Off by {short(metrics['mae'])} on average on {rows}; the training mean is off by {short(guess)}."
+        constants = {"mean": train.mean(dtype=np.float64), "median": np.median(train)}
+        errors = {name: float(np.abs(targets - constant).mean()) for name, constant in constants.items()}
+        best = min(errors, key=errors.__getitem__)
+        return (
+            f"Off by {short(metrics['mae'])} on average on {rows}; the training {best} is off by {short(errors[best])}."
+        )
     if run.problem.kind == MULTI:
         share, none = metrics["subset_accuracy"], float((targets.sum(1) == 0).mean())
         known = f"{none:.1%} have none" if none else "all have some"
         return f"All labels right in {share:.1%} of {rows} ({known}); micro F1 {fixed(metrics['micro_f1'])}."
-    common = int(np.bincount(train).argmax())
+    common = int(np.bincount(targets).argmax())  # the best constant answer on the very rows that are judged
     low, high = wilson(metrics["accuracy"], len(targets))
     return (
         f"{metrics['accuracy']:.1%} of {rows} right (95% interval {low:.1%} to {high:.1%}); "

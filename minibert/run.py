@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 from minibert import __version__, distributed, predictions, token_cache
+from minibert.advice import advice
+from minibert.averaging_layer import add_averaging_layer, saved_averages
 from minibert.calibration import calibration_metrics, fit_temperature
 from minibert.card import write_card
 from minibert.checkpoint import LoadReport, load_model, model_folder, saved_mlp_size, saved_num_labels
@@ -33,6 +35,7 @@ from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
 from minibert.errors import UserError
 from minibert.files import locked, read_json, write_json, write_text, writing
 from minibert.frozen import compute
+from minibert.head_start import HeadStart
 from minibert.inspection import Inspection, fit, inspect, screen
 from minibert.labels import respelled
 from minibert.lists import examples_from_lists
@@ -41,6 +44,7 @@ from minibert.optim import freeze
 from minibert.output import CHECK, METRICS, clear, open_output, output_folder, refuse_at_once
 from minibert.probe import Cost, measure, sample_rows
 from minibert.problem import REGRESSION, Problem, class_weights
+from minibert.recipe import choose_recipe
 from minibert.record import (
     fingerprint_of,
     first_command,
@@ -63,7 +67,7 @@ from minibert.resume import (
 from minibert.seeds import SUMMARY_FILE, copy_run, run_seeds
 from minibert.tokens import Tokenizer
 from minibert.trackers import Tracker, open_tracker
-from minibert.train import Interrupted, Training
+from minibert.train import LOWER_IS_BETTER, Interrupted, Training
 from minibert.vocabulary import CompactVocabulary, worth_compacting
 
 DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
@@ -82,7 +86,7 @@ def run_from_files(given: dict[str, Any], command: list[str]) -> Classifier | No
     elif config.train is None:
         if config.validation or config.test:
             raise UserError("--train is missing: give the training file beside the others")
-        config = RunConfig(**demonstration(config) | given)
+        config = RunConfig(**demonstration() | given)
     with distributed.processes(config):
         refuse_at_once(config)
         if config.check:
@@ -106,10 +110,9 @@ def begun_with(output: Path, config: RunConfig) -> dict[str, Any]:
     return settings | {name: str(path) for name, path in paths.items() if os.path.exists(path)}
 
 
-def demonstration(config: RunConfig) -> dict[str, Any]:
-    """The bundled data, and a recipe for so few rows."""
-    recipe = {"train": str(DEMO_DATA), "test_split": 0.15, "epochs": 8.0}
-    return recipe if config.freeze == "all" else recipe | {"learning_rate": 1e-4}
+def demonstration() -> dict[str, Any]:
+    """The bundled data, a part of it to test on."""
+    return {"train": str(DEMO_DATA), "test_split": 0.15}
 
 
 def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iterable[Any]]]) -> Classifier:
@@ -134,22 +137,25 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     say = silence if config.quiet else aloud
     job = get_ready(config, data)
     describe(say, job.config, job.report, job.hardware, job.frozen, config.model is not None)
-    for line in screen(job.inspection):
+    for line in [*screen(job.inspection), *recipe_lines(job)]:
         say(line)
 
     weights = class_weights(data.problem, config.class_weights, job.sets["train"].targets)
-    start_new_head(job, weights)
     fingerprint = fingerprint_of(job.config, data, job.tokenizer, job.hardware, weights_digest(job.model), weights)
     if distributed.world() > 1:
         say(f"spread  over {distributed.world()} processes, each batch split by tokens")
         distributed.refuse_unlike(must_be_alike(fingerprint, job.model.config, job.sets))
-        distributed.same_weights(job.model)
     compact = prepare_sets(job)
+    start_head(job, weights, resumed=has_checkpoint(config))
+    if distributed.world() > 1:
+        distributed.same_weights(job.model)
     training = Training(job.model, data.problem, job.sets, job.config, job.hardware, weights, say)
+    training.head_is_fitted = job.head_is_new and job.config.head_init == "probe"
     job.hardware = training.hardware  # eager, where the engine that `auto` chose does not work
     moments.append(time.perf_counter())
     output = open_output(config, held)  # the last thing before training: an earlier run there is safe from mistakes
     record = run_record(job.config, data, first_command(output, command) if config.resume else command)
+    record["automatic"] = list(job.automatic)
     begin(job, training, output, record, fingerprint, say)
     moments = [moment - training.state.seconds for moment in moments]  # a resumed run has trained before
     tracker = begin_tracking(job.config, output, record, training.state.step)
@@ -183,6 +189,11 @@ class Job:
     frozen: int  # layers that stay as they are; -1: not even the embeddings
     sets: dict[str, Dataset]
     inspection: Inspection
+    automatic: tuple[str, ...] = ()  # settings that were left to `choose_recipe`
+
+    @property
+    def head_is_new(self) -> bool:
+        return "classifier.out.bias" in self.report.new
 
     def classifier(self) -> Classifier:
         length, truncation = self.config.max_length or 0, self.config.truncation
@@ -200,6 +211,8 @@ def get_ready(config: RunConfig, data: RunData) -> Job:
         refuse_pairs(model.config)
     head = f"mlp:{model.mlp_size}" if model.mlp_size else "linear"
     config = replace(config, head=head, max_length=length_limit(config, model.config))
+    automatic = tuple(name for name in ("learning_rate", "epochs") if getattr(config, name) is None)
+    config = with_recipe(config, model.config.hidden_size, len(data.parts["train"]))
     hardware = choose(config)
     frozen = freeze(model, config.freeze, report.new)
     sets = encode_parts(tokenizer, data, config)
@@ -208,7 +221,7 @@ def get_ready(config: RunConfig, data: RunData) -> Job:
     hardware = fit_attention(hardware, config, head_size, config.max_length or 0, longest)
     tokens = {part: dataset.tokens for part, dataset in sets.items()}
     inspection = inspect(data, tokens, config.max_length or 0, config.truncation)
-    return Job(config, data, hardware, tokenizer, model, report, frozen, sets, inspection)
+    return Job(config, data, hardware, tokenizer, model, report, frozen, sets, inspection, automatic)
 
 
 def begin(
@@ -221,19 +234,23 @@ def begin(
 ) -> None:
     """Put a resumed run where its checkpoint stood, and write down what this run is."""
     first = distributed.is_first()  # it alone reads and writes the folder
-    checkpoints = output / CHECKPOINTS
-    checkpointed = distributed.from_first(first and (checkpoints / STATE_FILE).is_file())
-    if job.config.resume and not checkpointed:
+    if job.config.resume and not has_checkpoint(job.config):
         say("no checkpoint yet: from the beginning")
     elif job.config.resume:
         if first:
-            load_checkpoint(checkpoints, training, fingerprint)
+            load_checkpoint(output / CHECKPOINTS, training, fingerprint)
         share_checkpoint(training)
         say(f"resumed at step {training.state.step} of {training.total_steps}")
     if first:
         write_json(output / "run.json", record)
         write_json(output / CHECK, job.inspection.to_dict())
         write_text(output / "splits.json", json.dumps(splits_record(job.config, job.data)) + "\n")
+
+
+def has_checkpoint(config: RunConfig) -> bool:
+    """Whether the run goes on from a checkpoint, by the first process's folder."""
+    state = Path(config.output or "") / CHECKPOINTS / STATE_FILE
+    return bool(distributed.from_first(config.resume and distributed.is_first() and state.is_file()))
 
 
 def begin_tracking(config: RunConfig, output: Path, record: dict[str, Any], step: int) -> Tracker:
@@ -280,7 +297,13 @@ def finish(
         path, examples = output / f"predictions-{part}.csv", job.data.parts[part]
         predictions.write_file(path, examples, job.data.problem, values, job.sets[part].targets)
     state = training.state
-    metrics["train"] = {"best_step": state.best_step or state.step, "steps": state.step, **last_losses(output)}
+    best_step = state.step if state.best_value is None else state.best_step  # 0: the head as it was fitted
+    metrics["train"] = {"best_step": best_step, "steps": state.step, **last_losses(output)}
+    metrics["train"]["advice"] = advice(
+        evaluations_of(output), training.metric, training.metric in LOWER_IS_BETTER, training.epoch
+    )
+    if probe := probe_scores(output):
+        metrics["linear_probe"] = {"validation": probe}
     metrics["speed"] = speed(training, time.perf_counter() - moments[0])
     metrics["reload_max_difference"] = reload_difference(output, classifier, job.data.parts["train"])
     metrics["speed"]["seconds_by_part"] = seconds_by_part(training, [*moments, time.perf_counter()])
@@ -381,19 +404,48 @@ def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, Ber
         head_dropout=config.head_dropout,
     )
     model.cls_only = config.cls_only
+    model.averages = saved_averages(bert)
+    if "classifier.out.bias" in report.new and config.head_init == "probe" and not model.averages:
+        add_averaging_layer(model, config.seed)
     return tokenizer, model, report
 
 
-def start_new_head(job: Job, weights: np.ndarray | None) -> None:
-    """Let a new head begin with the answer that is best for all rows alike, in the unit of the labels."""
-    problem, out = job.data.problem, job.model.classifier.out
-    answer = problem.constant_answer(job.sets["train"].targets, weights)
-    if "classifier.out.bias" not in job.report.new:
+def start_head(job: Job, weights: np.ndarray | None, resumed: bool) -> None:
+    """Let a new head begin as a linear probe, or at random; of a resumed run the checkpoint has the trained one."""
+    problem, model = job.data.problem, job.model
+    if not job.head_is_new:
         return
-    with torch.no_grad():
-        out.weight.mul_(problem.unit)
-        if answer is not None and job.config.start_bias:
-            out.bias.copy_(torch.from_numpy(answer))
+    if job.config.head_init == "random":
+        with torch.no_grad():
+            model.classifier.out.weight.mul_(problem.unit)  # in the unit of the labels
+        return
+    if resumed and job.config.freeze != "all":
+        return
+    start = HeadStart(model, job.sets["train"], problem, job.hardware, job.config.quiet)
+    start.standardise()
+    if not resumed:  # a frozen pooler is in no checkpoint
+        start.fit(weights)
+
+
+def with_recipe(config: RunConfig, hidden_size: int, rows: int) -> RunConfig:
+    """The same with the learning rate and the epochs decided."""
+    rate, epochs = choose_recipe(hidden_size, rows, config.freeze == "all")
+    return replace(config, learning_rate=config.learning_rate or rate, epochs=config.epochs or epochs)
+
+
+def recipe_lines(job: Job) -> list[str]:
+    """What was chosen, by what, and how the head begins."""
+    config, width, rows = job.config, job.model.config.hidden_size, len(job.sets["train"])
+    reasons = {"learning_rate": f"for a width of {width}", "epochs": f"for {rows:,} rows"}
+    said = [
+        f"{name.replace('_', ' ')} {getattr(config, name):g}" + (f" ({reasons[name]})" * (name in job.automatic))
+        for name in reasons
+    ]
+    lines = [f"recipe  {', '.join(said)}"]
+    if job.head_is_new and config.head_init == "probe":
+        layer = "a further layer averages the tokens; " * job.model.averages
+        lines.append(f"head    {layer}starts as a linear probe of the training rows")
+    return lines
 
 
 def length_limit(config: RunConfig, bert: BertConfig) -> int:
@@ -476,12 +528,28 @@ def reload_difference(output: Path, classifier: Classifier, examples: Examples) 
     return float(np.abs(again.logits(texts, pairs) - expected).max())
 
 
-def last_losses(output: Path) -> dict[str, Any]:
-    """The last training loss in the log."""
+def probe_scores(output: Path) -> dict[str, Any]:
+    """The validation metrics before the first step, where the head began as a linear probe."""
+    first = next(iter(log_lines(output)), {})
+    if first.get("step") != 0:
+        return {}
+    return {name.removeprefix("validation_"): v for name, v in first.items() if name.startswith("validation_")}
+
+
+def log_lines(output: Path) -> list[dict[str, Any]]:
     with writing(output / "train_log.jsonl"):
         text = (output / "train_log.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def evaluations_of(output: Path) -> list[dict[str, Any]]:
+    """The lines of the log with validation metrics."""
+    return [line for line in log_lines(output) if any(name.startswith("validation_") for name in line)]
+
+
+def last_losses(output: Path) -> dict[str, Any]:
+    """The last training loss in the log."""
+    losses = [line["loss"] for line in log_lines(output) if "loss" in line]
     return {"loss": losses[-1] if losses else None}
 
 

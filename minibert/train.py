@@ -31,6 +31,7 @@ from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import DropoutMasks, chunk_bounds
 from minibert.optim import Optimizer
 from minibert.problem import Problem
+from minibert.recipe import EPOCHS
 from minibert.tokens import places_of
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def planned_batches(lengths: np.ndarray, config: RunConfig, epoch: int = 0) -> l
 
 
 def total_steps(steps_per_epoch: int, config: RunConfig) -> int:
-    return config.max_steps or math.ceil(steps_per_epoch * config.epochs)
+    return config.max_steps or math.ceil(steps_per_epoch * (config.epochs or EPOCHS))
 
 
 class Training:
@@ -153,6 +154,7 @@ class Training:
         self.shown: dict[str, str] = {}  # beside the progress bar
         self.unchecked: list[tuple[Step, Tensor]] = []  # steps that may have been bad, not yet read from the device
         self.watch: Callable[[dict[str, Any]], None] | None = None  # is given each line of the log
+        self.head_is_fitted = False  # before the first step: it then counts among the evaluations
         self.metric = self._checked_metric()
         self.steps_per_epoch = len(self._steps_of_epoch(0))
         self.total_steps = total_steps(self.steps_per_epoch, config)
@@ -194,6 +196,8 @@ class Training:
         foretold_at = self.state.step + STEPS_TIMED
         self._probe()
         with _signals_noted() as signals, log_file as log, self._progress() as progress:
+            if self.head_is_fitted and self.state.step == 0 and "validation" in self.data:
+                self._evaluate_and_keep_best(log, progress)
             for step in self._remaining_steps():
                 loss, norm = self._step(step)
                 self.recent_losses.append(loss)

@@ -40,7 +40,7 @@ def finished(
         data.parts[part] = Examples(f"{part}.csv", [some[i % len(some)] for i in range(rows)], lines=[*range(rows)])
         if part != "train":
             add_predictions(run, part, logits_of(kind, rng, targets, len(labels)))
-    run.metrics["train"] = {"best_step": 40, "steps": 60, "loss": 0.3}
+    run.metrics["train"] = {"best_step": 40, "steps": 60, "loss": 0.3, "advice": []}
     speed = dict.fromkeys("examples_per_second tokens_per_second train_seconds total_seconds".split(), 123.4)
     words = dict.fromkeys(("device", "precision", "attention", "engine"), "cpu")
     parts = {"preparing": 1.0, "training steps": 5.0, "evaluation while training": 0.5, "evaluating and saving": 2.0}

@@ -118,7 +118,6 @@ def test_the_head_alone_learns_faster_unless_a_rate_is_given(model: BertForSeque
     freeze(model, "all", ["pooler.dense.weight", "pooler.dense.bias"])
     assert rates() == {1e-3} and rates(learning_rate=3e-4) == {3e-4}
     assert rates(head_learning_rate=0.1) == rates(learning_rate=1, head_learning_rate=0.1) == {0.1}
-    assert RunConfig().learning_rate == 5e-5
 
 
 def test_the_log_has_the_rate_of_the_head_where_it_alone_trains(model: BertForSequenceClassification) -> None:

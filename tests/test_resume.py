@@ -180,7 +180,7 @@ def test_what_changed_is_refused_by_name(tiny: Callable[..., Path], rows: Path, 
         assert code == 2 and checkpoint.read_bytes() == before
         return error
 
-    assert "learning_rate (was 5e-05, is 0.001)" in refused("--learning-rate", "1e-3")
+    assert "learning_rate (was 0.0005, is 0.001)" in refused("--learning-rate", "1e-3")
     assert "seed (was 42, is 7)" in refused("--seed", "7")
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-1] + b"\x11")
