@@ -15,7 +15,10 @@ files of TREC (6 classes) and SST-2, accuracy in percent; of 20 rows a class the
 | 1e-4, 3 | | | 93.4 |
 | 2e-4, 3 | | | 90.9 |
 | 4e-4, 3 | | | 92.4 |
-| 5e-5, 3, head at random (transformers' usual recipe) | 26.9 | 58.3 | 91.4 |
+| 5e-5, 3, head at random (transformers' usual recipe) | 26.9 (one seed) | 58.3 (one seed) | 91.4 |
+
+With 2,000 rows, 3 epochs and one seed, 1e-4 against 2e-4: TREC's 50 classes 85.7 and 85.1, SST-2 84.6 and 84.0, STS-B
+(Spearman) 83.5 and 83.0. Without the averaging layer, at 1e-4: TREC's 50 classes 82.7, SST-2 83.7.
 
 For wider models the rates are those of the literature (Devlin et al. 2019 try 2e-5 to 5e-5 with BERT-base).
 """
