@@ -28,6 +28,7 @@ import transformers
 
 from minibert.errors import UserError
 from minibert.run import demo_weights
+from minibert_kernels import backend
 
 torch.manual_seed(0)
 
@@ -129,3 +130,9 @@ def film_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += [prefix + digit for prefix in ("", "##") for digit in "0123456789"]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def references_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernels' references stand in: Triton's interpreter takes a second where a GPU takes microseconds."""
+    monkeypatch.setattr(backend, "INTERPRET", False)
