@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +35,9 @@ def test_embeddings_equal_transformers(tiny: Callable[..., Path], pooling: str, 
         encoder = replace(encoder, truncation="window", window_stride=5)
     model = transformers.BertModel.from_pretrained(folder).eval()
     tokens = encoder.encode(TEXTS)
-    rows = [tokens.ids[a:b].tolist() for a, b in zip(tokens.offsets, tokens.offsets[1:], strict=False)]
+    rows = [tokens.ids[a:b].tolist() for a, b in itertools.pairwise(tokens.offsets)]
     each = [theirs(model, row, pooling) for row in rows]
     bounds = range(len(TEXTS) + 1) if tokens.windows is None else tokens.windows.tolist()
     assert len(each) > 10 if windows else len(each) == 4
-    expected = np.stack([np.mean(each[a:b], axis=0) for a, b in zip(bounds, bounds[1:], strict=False)])
+    expected = np.stack([np.mean(each[a:b], axis=0) for a, b in itertools.pairwise(bounds)])
     assert np.abs(encoder.embed(TEXTS, pooling=pooling) - expected).max() < 1e-5

@@ -16,23 +16,26 @@ from trainings import EAGER, FIXED, training
 
 import minibert
 from minibert.device import Hardware
-from minibert.problem import MULTI, SINGLE
+from minibert.problem import MULTI, REGRESSION, SINGLE
 
 pytestmark = pytest.mark.usefixtures("references_of_kernels")
 WEIGHTS = np.array([0.2, 1.0, 5.0], dtype=np.float32)
+LOSSES = [(kind, *options) for kind in (SINGLE, MULTI) for options in ((WEIGHTS, 0.0), (None, 0.2), (WEIGHTS, 0.2))]
+LOSSES += [(REGRESSION, None, 0.0)]
 
 
 def torchs_loss(kind: str, logits: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
     """What torch's own functions make of a whole batch."""
     if kind == SINGLE:
         return F.cross_entropy(logits, targets, weights, label_smoothing=smoothing)
+    if kind == REGRESSION:
+        return F.mse_loss(logits[:, 0], targets)
     softened = targets * (1 - smoothing) + smoothing / 2
     return F.binary_cross_entropy_with_logits(logits, softened, pos_weight=weights)
 
 
-@pytest.mark.parametrize("kind", [SINGLE, MULTI])
 @pytest.mark.parametrize("hardware", [EAGER, FIXED], ids=["eager", "fixed"])
-@pytest.mark.parametrize(("weights", "smoothing"), [(WEIGHTS, 0.0), (None, 0.2), (WEIGHTS, 0.2)])
+@pytest.mark.parametrize(("kind", "weights", "smoothing"), LOSSES)
 def test_a_step_has_the_loss_and_gradient_of_torch(
     tiny: Callable[..., Path], kind: str, hardware: Hardware, weights: np.ndarray | None, smoothing: float
 ) -> None:
