@@ -1,6 +1,6 @@
 """Do the tests notice? Changes of one line, each of which must turn a named test red.
 
-    python tests/mutants.py                        all of them: about ten minutes on two cores
+    python tests/mutants.py                        all of them
     python tests/mutants.py --only batching        those with the word in their file, name or test
     python tests/mutants.py --results mutants.json      keep the results; caught ones are not run again
 
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
@@ -22,6 +23,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}  # as conftest.py says
+
+import pytest
+import torch._dynamo  # noqa: F401 - this and what follows for the forks
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ("minibert", "kernels", "tests", "benchmarks", "pyproject.toml", "README.md", "CONTRIBUTING.md")
@@ -70,18 +77,30 @@ def copy_of_project() -> Iterator[Path]:
         yield folder
 
 
-def run_tests(folder: Path, tests: list[str]) -> int:
+def run_tests(folder: Path, tests: list[str], seconds: float | None = None) -> int:
     """pytest's exit code for some tests of the copy: 0 passed, 1 failed, anything else is no answer."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
-    # Without compiled files: a change within the same second, of the same length, would go unseen.
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{folder / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
+    process = multiprocessing.get_context("fork").Process(target=in_child, args=(folder, tests))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        os.killpg(process.pid or 0, signal.SIGKILL)  # with what it has started
+        process.join()
         return 1
-    if done.returncode not in (0, 1):
-        print(done.stdout[-2000:], done.stderr[-2000:])
-    return done.returncode
+    return process.exitcode or 0
+
+
+def in_child(folder: Path, tests: list[str]) -> None:
+    """A fork has torch and transformers loaded, and nothing of the project: most of a test's time is their import."""
+    os.setsid()
+    os.chdir(folder)
+    # Without compiled files: a change within the same second, of the same length, would go unseen.
+    os.environ |= {"PYTHONPATH": f"{folder}:{folder / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    sys.path[:] = [place for place in sys.path if Path(place).resolve() != ROOT / "tests"]
+    with open(folder.parent / "output", "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.exit(int(pytest.main(["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--assert=plain", *tests])))
 
 
 def verdict(mutant: Mutant, folder: Path) -> str:
@@ -92,7 +111,7 @@ def verdict(mutant: Mutant, folder: Path) -> str:
     source = path.read_text(encoding="utf-8")
     path.write_text(source.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
-        code = run_tests(folder, [mutant.test])
+        code = run_tests(folder, [mutant.test], SECONDS)
     finally:
         path.write_text(source, encoding="utf-8")
     return {0: "SURVIVED", 1: "caught"}.get(code, f"TEST DID NOT RUN ({code})")
@@ -109,6 +128,7 @@ def main() -> int:
     with copy_of_project() as folder:
         tests = sorted({m.test for m in left})
         if tests and run_tests(folder, tests):
+            print((folder.parent / "output").read_text()[-5000:])
             print("the named tests do not all pass without a change; mend that first")
             return 1
         for mutant in left:
