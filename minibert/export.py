@@ -170,6 +170,8 @@ def _logits_of_both(
     logits: list[list[np.ndarray]] = [[], []]
     targets: list[np.ndarray] = []
     for examples in _comparison_texts(classifier, arguments):
+        if not len(examples):  # all there is of a file without rows
+            continue
         tokens = classifier.encode(examples.texts, examples.pairs)
         for session, of_session in zip(sessions, logits, strict=True):
             of_session.append(session_logits(session, tokens))

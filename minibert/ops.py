@@ -274,7 +274,7 @@ def flash_attention(
     """torch's own varlen flash attention, with dropout, which `torch.nn.attention.varlen` leaves out.
 
     query [Tq, N, D], key and value [Tk, N, D] in fp16 or bf16 on a GPU -> [Tq, N, D]. A private operator: its first
-    ten arguments have stood still from torch 2.11 to 2.13, and a test pins them.
+    ten arguments have are the same in torch 2.11 and 2.14, and a test pins them.
     """
     flash = torch.ops.aten._flash_attention_forward
     return flash(query, key, value, cu_query, cu_key, max_query, max_key, p, False, False)[0]

@@ -149,7 +149,8 @@ def _tensors(training: Training) -> dict[str, Tensor]:
     for name, parameter in training.trained_parameters():
         tensors[f"model.{name}"] = parameter.detach()
         for key, value in training.optimizer.moments(parameter).items():  # exp_avg, exp_avg_sq, step
-            tensors[f"{key}.{name}"] = value
+            # Fixed shapes count the steps of all parameters in one tensor, and a file takes no memory twice.
+            tensors[f"{key}.{name}"] = value.clone() if key == "step" else value
     if training.optimizer.loss_scale is not None:
         tensors["loss_scale"] = training.optimizer.loss_scale
         tensors["growth_tracker"] = training.optimizer.growth_tracker

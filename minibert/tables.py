@@ -138,9 +138,9 @@ def describe_bad(bad: list[BadRow], named: int = 5) -> str:
     return "; ".join(texts) + (f"; and {more} more rows" if more else "")
 
 
-def _lines(path: Path, text: IO[str]) -> Iterator[str]:
-    """Lines with their endings; no line may fill the memory."""
-    for number in range(1, 1 << 62):
+def _lines(path: Path, text: IO[str], first: int = 1) -> Iterator[str]:
+    """Lines with their endings, from the line number `first` on; no line may fill the memory."""
+    for number in range(first, 1 << 62):
         line = text.readline(LONGEST_LINE)
         if not line:
             return
@@ -182,7 +182,8 @@ def _delimited(path: Path, text: IO[str], suffix: str, header: bool, size: int) 
     quoting = _quoting(sample, delimiter)
     if header and _is_one_column(sample, delimiter):
         delimiter, quoting = NO_DELIMITER, {"quoting": csv.QUOTE_NONE}
-    rows = _csv_rows(path, _rejoined(sample, _lines(path, text)), {"delimiter": delimiter, **quoting})
+    rest = _lines(path, text, first=sample.count("\n") + 1)
+    rows = _csv_rows(path, _rejoined(sample, rest), {"delimiter": delimiter, **quoting})
     first = next(rows, None)
     if first is None:
         raise UserError(f"{path}: empty; expected a header and rows")

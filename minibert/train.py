@@ -249,9 +249,11 @@ class Training:
 
     def _step(self, step: Step) -> tuple[Tensor, Tensor]:
         started = time.perf_counter()
-        if self.hardware.device.type == "cuda":
-            # The generator behind dropout there: a function of seed and step, as on the CPU.
-            torch.cuda.manual_seed((self._dropout_seed() * 1_000_003 + self.state.step) % (1 << 63))
+        on_gpu = self.hardware.device.type == "cuda"
+        if on_gpu or self.fixed is not None:
+            # Of torch's generator, which draws dropout here: a function of seed and step, as our own masks are.
+            seed = (self._dropout_seed() * 1_000_003 + self.state.step) % (1 << 63)
+            (torch.cuda.manual_seed if on_gpu else torch.manual_seed)(seed)
         result = None
         while result is None:
             result = self._attempt(step)

@@ -56,7 +56,7 @@ class Page:
         self.ask("Emulation.setEmulatedMedia", features=scheme)
         self.events.clear()
         self.ask("Page.navigate", url=path.as_uri())
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while self.evaluate("document.readyState") != "complete" or self.evaluate("location.href") == "about:blank":
             assert time.monotonic() < deadline, "the page does not load"
 

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import csv
 import os
+import random
 import re
+import shutil
 import sys
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the tests run in two processes, and start more
 if not re.search(r"-m\W*gpu", " ".join(sys.argv)) and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests compute on the CPU, also where a GPU is
 
-import random
-from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
+if "MINIBERT_TESTS_HOME" not in os.environ:  # else made by the process that started this one
+    os.environ["MINIBERT_TESTS_HOME"] = tempfile.mkdtemp(prefix="minibert-tests-")
+    os.environ["MINIBERT_TESTS_OWNER"] = str(os.getpid())
+os.environ["HOME"] = os.environ["MINIBERT_TESTS_HOME"]  # neither the tests nor what they start write anyone's caches
+os.environ["XDG_CACHE_HOME"] = os.path.join(os.environ["HOME"], ".cache")
+os.environ["HF_HOME"] = os.path.join(os.environ["XDG_CACHE_HOME"], "huggingface")
 
 import pytest
 import torch
@@ -28,8 +39,14 @@ import transformers
 
 from minibert.errors import UserError
 from minibert.run import demo_weights
+from minibert_kernels import backend
 
 torch.manual_seed(0)
+
+
+def pytest_unconfigure() -> None:
+    if os.environ.get("MINIBERT_TESTS_OWNER") == str(os.getpid()):
+        shutil.rmtree(os.environ["MINIBERT_TESTS_HOME"], ignore_errors=True)
 
 
 def missing(what: str) -> None:
@@ -37,6 +54,13 @@ def missing(what: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(f"{what} is missing")
     pytest.skip(f"{what} is missing")
+
+
+def needed(package: str) -> Any:
+    """A package that is not in the test extra."""
+    if find_spec(package) is None:
+        missing(f"the package {package}")
+    return import_module(package)
 
 
 def skip_without_interpreter() -> None:
@@ -129,3 +153,9 @@ def film_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words += [prefix + digit for prefix in ("", "##") for digit in "0123456789"]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def references_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernels' references stand in: Triton's interpreter takes a second where a GPU takes microseconds."""
+    monkeypatch.setattr(backend, "INTERPRET", False)

@@ -18,7 +18,7 @@ def interrupted(step: int, flags: list[str], **options: Any) -> str:
     """Run this file in a process of its own; what it printed."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), **options.pop("env", {})}
     command = [sys.executable, __file__, str(step), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, **options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, **options)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
     return done.stdout
 

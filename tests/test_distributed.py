@@ -38,8 +38,11 @@ JOBS = {  # every way to train
     "frozen": ["--train", "classes.csv", "--epochs", "2", "--freeze", "all", "--label-smoothing", "0.1"],
     "multi": ["--train", "several.csv", "--label-delimiter", "|", "--epochs", "2", "--test-split", "0.2"],
     # from the mean, the answers of the first steps are so alike that their correlation magnifies rounding
+    "windows": ["--train", "classes.csv", "--max-steps", "5", "--truncation", "window", "--max-length", "16"],
+    "pairs": ["--train", "pairs.csv", "--max-steps", "5", "--truncation", "head_tail", "--max-length", "24"],
+    "windows of pairs": [*"--train pairs.csv --max-steps 5 --truncation window --max-length 24".split()],
     "regression": [
-        *"--train numbers.csv --epochs 9 --eval-steps 3 --early-stopping-patience 2 --no-start-bias".split()
+        *"--train numbers.csv --epochs 9 --eval-steps 3 --early-stopping-patience 2 --head-init random".split()
     ],
 }
 SCRIPT = """
@@ -64,9 +67,9 @@ sys.exit(run_command(finetune.main, ["--train", "none.csv"]))
 """
 
 
-def write_csv(path: Path, rows: list[tuple[str, str]]) -> None:
+def write_csv(path: Path, rows: list[tuple[str, ...]], header: tuple[str, ...] = ("text", "label")) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("text", "label"), *rows])
+        csv.writer(file).writerows([header, *rows])
 
 
 @pytest.fixture
@@ -78,6 +81,8 @@ def folder(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.Monkey
     labels = ["xyz"[i % 7 % 3] for i in range(120)]
     write_csv(tmp_path / "classes.csv", [(f"{label} {text}", label) for label, text in zip(labels, texts, strict=True)])
     write_csv(tmp_path / "several.csv", [(t, "|".join(w for w in ("good", "bad", "film") if w in t)) for t in texts])
+    pairs = list(zip(texts, texts[1:] + texts[:1], labels, strict=True))
+    write_csv(tmp_path / "pairs.csv", pairs, ("sentence1", "sentence2", "label"))
     write_csv(tmp_path / "numbers.csv", [(text, str(len(text) / 7 + 0.25)) for text in texts])
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -94,7 +99,8 @@ def alone(*arguments: str) -> None:
 
 def torchrun(*arguments: str, processes: int = 2) -> subprocess.Popen[str]:
     """Start torchrun on this machine; each of its workers has one thread."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), *arguments]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += [*([] if "--master-port" in arguments else ["--standalone"]), *arguments]  # a port that it chooses
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -113,14 +119,17 @@ def ended(process: subprocess.Popen[str]) -> Iterator[None]:
 
 def result(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     with ended(process):
-        out, err = process.communicate(timeout=500)
+        out, err = process.communicate(timeout=600)
         return process.returncode, out, err
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+@contextlib.contextmanager
+def reserved_port() -> Iterator[str]:
+    """A port that nobody else is given: bound here, and torchrun may bind it too, as this one never listens."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield str(held.getsockname()[1])
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[int]:
@@ -136,7 +145,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 def wait_for_step(output: Path, step: int, process: subprocess.Popen[str]) -> None:
-    log, deadline = output / "train_log.jsonl", time.monotonic() + 400
+    log, deadline = output / "train_log.jsonl", time.monotonic() + 600
     while not (log.exists() and f'"step": {step},' in log.read_text()):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
@@ -198,11 +207,12 @@ def test_processes_and_machines_give_what_one_process_gives(folder: Path) -> Non
     assert code != 0 and err.count("error: none.csv: no such file") == err.count("error: ") == 1, err
     assert out.count("saved to plain-four") == 1 and out.count("over 4 processes") == len(JOBS) + 1
 
-    port, machines = free_port(), []
-    for number, suffix in enumerate(("two", "unseen")):
-        meeting = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", port]
-        machines.append(torchrun(*meeting, *all_jobs(folder, suffix), processes=1))
-    with ended(machines[0]), ended(machines[1]):
+    with reserved_port() as port, contextlib.ExitStack() as stack:
+        machines = []
+        for number, suffix in enumerate(("two", "unseen")):
+            meeting = ["--nnodes", "2", "--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", port]
+            machines.append(torchrun(*meeting, *all_jobs(folder, suffix), processes=1))
+            stack.enter_context(ended(machines[-1]))
         (_, out, err), (_, other_out, other_err) = map(result, machines)
     assert out.count("saved to plain-two") == 1 and other_out == ""
     assert err.count("error: none.csv") == err.count("error: ") == other_err.count("error: ") == 1, err + other_err

@@ -27,7 +27,7 @@ TEXTS = ["win a free prize now", "see you at the film", "x", "", "the good and t
 
 def run_export(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "minibert.export", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if check:
         assert done.returncode == 0, done.stderr
     return done

@@ -24,7 +24,7 @@ from minibert.errors import UserError
 
 def run(*arguments: str, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd)
     if check:
         assert done.returncode == 0, done.stderr
     return done

@@ -62,7 +62,7 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(fuzz, "SECONDS", 1)
     fails(lambda folder: 1 // 0, "by zero")
-    fails(lambda folder: [None for _ in iter(int, 1)], "more than 1 s")
+    fails(lambda folder: [None for _ in iter(int, 1)], "more than 1 s of CPU time")
     fails(lambda folder: (folder.parent / "out").write_text("x"), "open for writing")
     fails(lambda folder: (folder / ".." / "out").write_text("x"), "open for writing")
     fails(lambda folder: (folder.parent / "out").unlink(), "os.remove")
@@ -190,30 +190,28 @@ def test_shards_behind_links(model: Path, tmp_path: Path) -> None:
 def test_pipes_and_devices_are_not_waited_for(model: Path, name: str) -> None:
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
-    with fuzz.time_limit(10):
-        refused(model, "regular file|no such|lacks|no tokenizer|no model")
+    refused(model, "regular file|no such|lacks|no tokenizer|no model")
     (model / name).unlink()
     (model / name).symlink_to("/dev/zero")
-    with fuzz.time_limit(10):
-        refused(model, "regular file|no such|lacks|no tokenizer|no model")
+    refused(model, "regular file|no such|lacks|no tokenizer|no model")
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "rows.csv.gz", "rows.zip", "rows.txt"])
 def test_data_from_a_pipe_that_never_delivers(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
-    with fuzz.time_limit(10), pytest.raises(UserError, match="not a regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         read_table(tmp_path / name)
 
 
 def test_settings_from_a_pipe_that_never_delivers(tmp_path: Path, checkpointed: Path) -> None:
     os.mkfifo(tmp_path / "run.toml")
-    with fuzz.time_limit(10), pytest.raises(UserError, match="not a regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         parse_run_config(["--config", str(tmp_path / "run.toml")])
-    with fuzz.time_limit(10), pytest.raises(UserError, match="not a regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         class_weights(Problem(SINGLE, ["a", "b"]), str(tmp_path / "run.toml"), np.zeros(2))
     (checkpointed / "state.safetensors").unlink()
     os.mkfifo(checkpointed / "state.safetensors")
-    with fuzz.time_limit(10), pytest.raises(UserError, match="not a regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         fuzz.read_checkpoint(checkpointed)
 
 
@@ -239,7 +237,7 @@ def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("a.csv", "a.jsonl", "a.txt"):
         with open(tmp_path / name, "wb") as file:
             file.truncate(10 << 30)
-        with fuzz.time_limit(60), fuzz.memory_limit(2 << 30), pytest.raises(UserError, match=r"NUL|longer than"):
+        with fuzz.cpu_limit(60), fuzz.memory_limit(2 << 30), pytest.raises(UserError, match=r"NUL|longer than"):
             read_table(tmp_path / name)
 
 
@@ -247,7 +245,7 @@ def test_a_stray_quote_before_many_lines_takes_no_time(tmp_path: Path) -> None:
     """What tells quoting from the first characters looks at each of them once."""
     path = tmp_path / "a.tsv"
     path.write_text('text\tlabel\n"begins\t0\n' + "\n" * (1 << 18))
-    with fuzz.time_limit(20), pytest.raises(UserError, match="line 2: a quote is not closed"):
+    with fuzz.cpu_limit(20), pytest.raises(UserError, match="line 2: a quote is not closed"):
         read_table(path)
 
 
@@ -257,7 +255,7 @@ def test_tables_too_wide_to_hold(tmp_path: Path) -> None:
     (tmp_path / "wide.jsonl").write_text("\n".join(rows))
     (tmp_path / "ragged.csv").write_text("a,b\n" * 5000 + "a" + ",b" * 300_000 + "\n")
     for name, header in (("wide.csv", True), ("wide.jsonl", True), ("ragged.csv", False)):
-        with fuzz.time_limit(20), pytest.raises(UserError, match=r"reads at most 4096|300001 cells where most"):
+        with fuzz.cpu_limit(20), pytest.raises(UserError, match=r"reads at most 4096|300001 cells where most"):
             read_table(tmp_path / name, header=header)
 
 
@@ -286,7 +284,7 @@ def test_an_encrypted_zip(tmp_path: Path) -> None:
 )
 def test_absurd_config_files(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.toml").write_text(text)
-    with fuzz.time_limit(10), pytest.raises(UserError):
+    with fuzz.cpu_limit(10), pytest.raises(UserError):
         parse_run_config(["--config", str(tmp_path / "run.toml")])
 
 
@@ -320,7 +318,7 @@ def test_a_checkpoint_beyond_the_end_of_its_run(checkpointed: Path) -> None:
     tensors, metadata = contents(checkpointed)
     state = json.loads(metadata["state"]) | {"step": 10**18}
     save_file(tensors, checkpointed / "state.safetensors", metadata | {"state": json.dumps(state)})
-    with fuzz.time_limit(10), pytest.raises(UserError, match=r"step 1000000000000000000 of 2"):
+    with fuzz.cpu_limit(10), pytest.raises(UserError, match=r"step 1000000000000000000 of 2"):
         fuzz.read_checkpoint(checkpointed)
 
 

@@ -183,3 +183,17 @@ def test_training_mode_applies_dropout_and_follows_torch_seed(tiny: Callable[...
     torch.manual_seed(5)
     again = model(**batch).pooler_output
     assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_the_head_drops_elements_of_its_own_input(tiny: Callable[..., Path]) -> None:
+    """With dropout before the classifier alone, logits differ from those without by what a mask takes away."""
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.5}
+    model = BertForSequenceClassification.from_pretrained(tiny("BertForSequenceClassification", num_labels=3, **none))
+    x, _ = pack_padded(model.config, **ragged_batch(211))
+    with torch.no_grad():
+        masks = DropoutMasks(3, 7)
+        pooled = model.pooler(model.encoder.first_tokens(x, masks))
+        mask, scale = masks.of_layer(3).draw(pooled.shape, 0.5, pooled)
+        expected = model.classifier.out(pooled * mask * scale)
+        assert largest_difference(model.logits(x, masks), expected) < 1e-5
+        assert largest_difference(model.logits(x), expected) > 1e-2

@@ -156,3 +156,15 @@ def test_a_new_pooler_trains_even_with_all_frozen(model: BertForSequenceClassifi
 def test_freezing_more_layers_than_there_are_is_an_error(model: BertForSequenceClassification) -> None:
     with pytest.raises(UserError, match="the model has 3 layers"):
         freeze(model, "4", [])
+
+
+@pytest.mark.parametrize("scale_loss", [False, True], ids=["fp32", "loss scaling"])
+def test_a_loss_that_is_not_finite_changes_nothing(model: BertForSequenceClassification, scale_loss: bool) -> None:
+    """Even where its gradients are; and no loss scale is at fault."""
+    optimizer = Optimizer(model, RunConfig(warmup_ratio=0.0), 10, scale_loss=scale_loss)
+    before = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step(0, torch.tensor(torch.nan))
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert int(optimizer.skipped) == 1 and bool(optimizer.bad)

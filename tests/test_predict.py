@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-import os
 import subprocess
 import sys
 import tracemalloc
@@ -51,7 +51,7 @@ FORMULAS = [
 def predict(*arguments: str, text: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "minibert.predict", *arguments]
     options = {"input": text} if text is not None else {"stdin": subprocess.DEVNULL}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, **options)  # type: ignore[call-overload]
     if check:
         assert done.returncode == 0, done.stderr
     return done
@@ -239,22 +239,24 @@ def test_saved_thresholds_and_temperature_are_applied(tiny: Callable[..., Path])
 
 def test_standard_input_is_answered_while_it_comes(planted: Path) -> None:
     command = [sys.executable, "-m", "minibert.predict", str(planted)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ})
-    assert process.stdin and process.stdout
-    answers = []
-    for text in ("our zebra", "", "coffee for friends"):
-        process.stdin.write(text + "\n")
-        process.stdin.flush()
-        if not answers:
-            assert process.stdout.readline().startswith("row,text,predicted,probability,")
-        answers.append(process.stdout.readline().split(","))  # would wait for ever if output waited for more input
-    assert [answer[:3] for answer in answers] == [
-        ["1", "our zebra", "animal"],
-        ["2", "", answers[1][2]],
-        ["3", "coffee for friends", "office"],
-    ]
-    rest, _ = process.communicate("no newline at the end")
-    assert process.returncode == 0 and rest.startswith("4,no newline at the end,")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process, contextlib.ExitStack() as stack:  # type: ignore[call-overload]
+        stack.callback(process.kill)  # if an answer is wrong
+        assert process.stdin and process.stdout
+        answers = []
+        for text in ("our zebra", "", "coffee for friends"):
+            process.stdin.write(text + "\n")
+            process.stdin.flush()
+            if not answers:
+                assert process.stdout.readline().startswith("row,text,predicted,probability,")
+            answers.append(process.stdout.readline().split(","))  # would wait for ever if output waited for more input
+        assert [answer[:3] for answer in answers] == [
+            ["1", "our zebra", "animal"],
+            ["2", "", answers[1][2]],
+            ["3", "coffee for friends", "office"],
+        ]
+        rest, _ = process.communicate("no newline at the end")
+        assert process.returncode == 0 and rest.startswith("4,no newline at the end,")
 
 
 def test_a_million_lines_pass_through_little_memory() -> None:

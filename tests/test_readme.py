@@ -53,10 +53,13 @@ def results(name: str) -> Any:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def check_row(*cells: str) -> None:
-    """The README has a row of a table with just these cells."""
-    row = f"| {' | '.join(cells)} |".replace("|  |", "| |")
-    assert row in README.replace("**", ""), row
+def check_row(label: str, *figures: str) -> None:
+    """The README has a row of a table with these figures, of whom the label names; its words are free."""
+    owner = "minibert" if "minibert" in label else label.split()[0].strip("`,'")
+    tables = [line.strip("| ").split("|") for line in README.replace("**", "").splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in cells if cell.strip()] for cells in tables]
+    wanted = [figure for figure in figures if figure]
+    assert any(owner in row[0] and row[-len(wanted) :] == wanted for row in rows if row), (owner, wanted)
 
 
 def plus_minus(numbers: dict[str, float], digits: int) -> str:
@@ -134,13 +137,13 @@ def test_figures_of_memory_by_rows() -> None:
 
 
 TASKS = {
-    "sms_spam": ("SMS spam", "F1 of spam"),
-    "sst2": ("SST-2, 4,000 sentences", "accuracy"),
-    "mrpc": ("MRPC", "F1"),
-    "stsb": ("STS-B", "Spearman"),
-    "trec6": ("TREC-6", "accuracy"),
-    "trec50": ("TREC-50, 6 epochs", "accuracy"),
-    "goemotions": ("GoEmotions, 8,000 rows", "macro-F1, threshold 0.3"),
+    "sms_spam": "SMS",
+    "sst2": "SST-2",
+    "mrpc": "MRPC",
+    "stsb": "STS-B",
+    "trec6": "TREC-6",
+    "trec50": "TREC-50",
+    "goemotions": "GoEmotions",
 }
 
 
@@ -151,7 +154,7 @@ def test_figures_of_reference_scores() -> None:
         scores = [
             f"{plus_minus(found[name], 1)} ({found[name]['seeds']} seeds)" for name in ("minibert", "transformers")
         ]
-        check_row(*TASKS[task], *scores)
+        check_row(TASKS[task], *scores)
 
 
 def test_promises_name_tests() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import multiprocessing
@@ -9,7 +10,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,25 @@ def work(arguments: list[str], fatal: int, counter: Any, message: Any) -> None:
     os._exit(run_command(command, arguments))
 
 
-def finetune(arguments: list[str], fatal: int = 0) -> tuple[int, int, str]:
-    """Exit code, moments passed, and the error if there was one."""
+@contextlib.contextmanager
+def started(arguments: list[str], fatal: int = 0) -> Iterator[tuple[Any, Any, Any]]:
+    """The process, its count of moments and its error; whatever happens in the test, it does not stay behind."""
     counter, message = SERVER.Value("i", 0), SERVER.SimpleQueue()
     process = SERVER.Process(target=work, args=(arguments, fatal, counter, message))
     process.start()
-    process.join(120)
-    assert process.exitcode is not None
-    return process.exitcode, counter.value, "" if message.empty() else message.get()
+    try:
+        yield process, counter, message
+    finally:
+        process.kill()
+        process.join()
+
+
+def finetune(arguments: list[str], fatal: int = 0) -> tuple[int, int, str]:
+    """Exit code, moments passed, and the error if there was one."""
+    with started(arguments, fatal) as (process, counter, message):
+        process.join(600)
+        assert process.exitcode is not None
+        return process.exitcode, counter.value, "" if message.empty() else message.get()
 
 
 @pytest.fixture
@@ -210,15 +222,12 @@ def test_sigterm_and_ctrl_c_leave_a_checkpoint(
 ) -> None:
     model, output = tiny(), tmp_path / "run"
     arguments = base(model, rows, output, "--batch-size 2 --max-steps 100000 --epochs 10000 --eval-steps 100000")
-    counter, message = SERVER.Value("i", 0), SERVER.SimpleQueue()
-    process = SERVER.Process(target=work, args=(arguments, 0, counter, message))
-    process.start()
-    while process.is_alive() and counter.value < 40:
-        process.join(0.05)
-    assert process.pid is not None
-    os.kill(process.pid, number)
-    process.join(120)
-    assert process.exitcode == 130
+    with started(arguments) as (process, counter, _):
+        while process.is_alive() and counter.value < 40:
+            process.join(0.05)
+        os.kill(process.pid, number)
+        process.join(600)
+        assert process.exitcode == 130
     assert (output / "checkpoints" / "last" / "state.safetensors").is_file()
 
 

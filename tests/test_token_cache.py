@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +91,10 @@ def test_old_files_make_room(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: 
         token_cache.encode(tokenizer, TEXTS, None, length, "head")
     files = list((tmp_path / "minibert").iterdir())
     assert 1 <= len(files) < 10 and sum(file.stat().st_size for file in files) <= 1500
+
+
+def test_the_tests_write_into_nobodys_cache() -> None:
+    """Nor does what they start, which gets the same variables."""
+    cache = token_cache.folder()
+    assert cache is not None and cache.is_relative_to(os.environ["MINIBERT_TESTS_HOME"])
+    assert Path.home() == Path(os.environ["MINIBERT_TESTS_HOME"]) != Path(pwd.getpwuid(os.getuid()).pw_dir)

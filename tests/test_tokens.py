@@ -166,3 +166,20 @@ def test_missing_or_broken_tokenizers_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be read"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_head_tail_of_a_pair_keeps_both_ends_of_each(minilm: Path) -> None:
+    """Each text has the share that --truncation head leaves it, and keeps a quarter of that from its head."""
+    tokenizer = Tokenizer.from_folder(minilm)
+    first, second = (" ".join(words) for words in (["alpha", *"abcdefgh" * 9, "omega"], ["one", *"nopqrst" * 5, "two"]))
+    whole = [row(tokenizer.encode([text], None, 512), 0)[1:-1] for text in (first, second)]
+    head = tokenizer.encode([first], [second], 43, "head")
+    both = tokenizer.encode([first], [second], 43, "head_tail")
+    assert both.type_ids is not None and head.type_ids is not None
+    assert both.type_ids.tolist() == head.type_ids.tolist() and both.cut.tolist() == head.cut.tolist()
+    kept = [piece.tolist() for piece in np.split(both.ids, np.flatnonzero(np.diff(both.type_ids)) + 1)]
+    for ids, text in zip((kept[0][1:-1], kept[1][:-1]), whole, strict=True):
+        front = round(len(ids) * 128 / 510)
+        assert ids == text[:front] + text[len(text) - len(ids) + front :] and 0 < front < len(ids) < len(text)
+    short = tokenizer.encode(["a b"], ["c"], 43, "head_tail")
+    assert short.ids.tolist() == tokenizer.encode(["a b"], ["c"], 43).ids.tolist()

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import needed
 from interrupted import interrupted
 
 import minibert.run
@@ -37,7 +38,7 @@ def finetune(*arguments: Any, env: dict[str, str] | None = None) -> Path:
     root = str(Path(__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": root, **(env or {})}
     done = subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=300, env=environment, cwd=output.parent
+        command(*arguments), capture_output=True, text=True, timeout=600, env=environment, cwd=output.parent
     )
     assert done.returncode == 0 and "Traceback" not in done.stderr and "given up" not in done.stderr, done.stderr
     return output
@@ -56,7 +57,7 @@ def expected_curves(output: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard(films: Path, film_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    needed("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     output = finetune(films, film_model, tmp_path / "run", "tensorboard", "--run-name", "films one")
@@ -73,7 +74,7 @@ def test_tensorboard(films: Path, film_model: Path, tmp_path: Path) -> None:
 
 
 def test_tensorboard_shows_a_resumed_run_as_one(films: Path, film_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    needed("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     output = tmp_path / "run"
@@ -91,7 +92,7 @@ def interrupt(films: Path, film_model: Path, output: Path, tracker: str, env: di
 
 
 def test_mlflow(films: Path, film_model: Path, tmp_path: Path) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = needed("mlflow")
     uri = f"sqlite:///{tmp_path / 'store.db'}"
     env = {"MLFLOW_TRACKING_URI": uri, "MLFLOW_EXPERIMENT_NAME": "films"}
     output = tmp_path / "run"
@@ -135,7 +136,7 @@ def wandb_records(path: Path) -> Iterator[Any]:
 
 
 def test_wandb(films: Path, film_model: Path, tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
+    needed("wandb")
     places = {f"WANDB_{name}_DIR": str(tmp_path / name) for name in ("DATA", "CACHE", "CONFIG", "ARTIFACT")}
     output = finetune(
         films, film_model, tmp_path / "run", "wandb", "--run-name", "films one", env={"WANDB_MODE": "offline", **places}
