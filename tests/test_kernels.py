@@ -473,7 +473,7 @@ def a_small_network(x: Tensor, wide: Tensor, wide_bias: Tensor, back: Tensor, *v
     return layer_norm.dropout_add_layer_norm(product, x, weight, bias, 1e-5, linear_bias=linear_bias, p=0.1, rng=rng)
 
 
-NETWORK = [(30, 24), (30,), (24, 30), (24,), (24,), (24,), (30,)]
+NETWORK = [(70, 24), (70,), (24, 70), (24,), (24,), (24,), (70,)]
 
 
 @pytest.mark.parametrize("tokens", [2, 40, large(20_001)])
