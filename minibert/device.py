@@ -97,6 +97,8 @@ def _attention(config: RunConfig, device: torch.device, precision: str) -> str:
         )
     if config.attention == "triton" and (device.type != "cuda" or find_spec("triton") is None):
         raise UserError("--attention triton: needs an NVIDIA GPU and Triton (pip install triton); use sdpa")
+    if config.attention == "triton" and precision not in ("bf16", "fp16"):
+        raise UserError(f"--attention triton: made for --precision bf16 or fp16, not {precision}; use sdpa")
     return config.attention
 
 

@@ -26,6 +26,7 @@ from minibert.config import RunConfig
 from minibert.device import Hardware
 from minibert.errors import UserError
 from minibert.flat import FlatOptimizer
+from minibert.loss import BatchLoss
 from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import DropoutMasks, Packing
 from minibert.problem import Problem
@@ -126,11 +127,11 @@ class FixedSteps:
         self.problem, self.config, self.hardware = problem, config, hardware
         dtype, device = DTYPES[hardware.precision], hardware.device
         self.twin = copy.deepcopy(model).to(device, dtype)
-        self.optimizer = FlatOptimizer(model, self.twin, config, total_steps, dtype, problem.unit)
+        self.optimizer = FlatOptimizer(model, self.twin, config, total_steps, dtype, problem.unit, hardware.kernels)
         self.class_weights = None if class_weights is None else torch.from_numpy(class_weights).to(device)
         self.denominator = torch.ones((), device=device)
         self.rng = torch.tensor([config.seed, 0], device=device)  # of the kernels' dropout
-        self.places: dict[tuple[Bucket, bool], Place] = {}
+        self.places: dict[tuple[Bucket, bool, bool], Place] = {}  # by the bucket, and whether a step's first and last
         self.setup_seconds = 0.0  # that went to captures
         # One stream for all captures: memory that a graph frees serves the next one only on the same stream.
         self.stream = torch.cuda.Stream(device) if hardware.engine == "graph" else None
@@ -147,6 +148,7 @@ class FixedSteps:
         for number, (x, targets) in enumerate(batches):
             self.rng[0].fill_(self.config.seed ^ DropoutMasks.bits_of_batch(number))
             last = number == len(batches) - 1
+            self.optimizer.gradients.first = number == 0
             place = self._place(x, targets, last)
             if place.graph is not None:
                 place.graph.replay()
@@ -200,6 +202,7 @@ class FixedSteps:
             place = self._new_place(Place(*fill_up(x, targets, bucket, attention)), attention)
             with without_dropout(self.twin):
                 self._loss(place.x, place.targets, place.keep, kernels).backward()
+            self.optimizer.gradients.add_partials()
             gradients.append(self.optimizer.grad.clone().float())
             self.optimizer.drop_gradients()
         ours, plain = gradients
@@ -228,12 +231,13 @@ class FixedSteps:
         """The batch in its bucket's place; a bucket's first batch makes the place and captures its graph."""
         bucket = Bucket.of(x.packing.lengths)
         batch = Place(*fill_up(x, targets, bucket, self.hardware.attention))
-        place = self.places.get((bucket, last))
+        key = (bucket, self.optimizer.gradients.first, last)
+        place = self.places.get(key)
         if place is not None:
             place.take(batch)
             return place
         started = time.perf_counter()
-        place = self.places[bucket, last] = self._new_place(batch, self.hardware.attention)
+        place = self.places[key] = self._new_place(batch, self.hardware.attention)
         if self.hardware.engine == "graph":
             self._capture(place, last)
         self.setup_seconds += time.perf_counter() - started
@@ -246,13 +250,13 @@ class FixedSteps:
     def _loss(self, x: PackedInput, targets: Tensor, keep: Tensor, kernels: bool | None = None) -> Tensor:
         kernels = self.hardware.kernels if kernels is None else kernels
         masks = DropoutMasks(self.config.seed, 0, self.rng, plain=not kernels)
-        logits = self.twin.logits(x, masks)
-        smoothing = self.config.label_smoothing
-        return self.problem.loss_sum(logits, targets, self.class_weights, smoothing, keep) / self.denominator
+        loss = BatchLoss(self.problem, self.class_weights, self.config.label_smoothing, self.denominator)
+        return loss(self.twin, x, targets, keep, masks)
 
     def _gradients(self, place: Place) -> None:
         loss = self.forward(place.x, place.targets, place.keep)
         (loss if self.optimizer.loss_scale is None else loss * self.optimizer.loss_scale).backward()
+        self.optimizer.gradients.add_partials()
         place.loss = loss.detach()
 
     def _work(self, place: Place, last: bool) -> None:

@@ -14,6 +14,7 @@ from minibert.optim import (
     update_loss_scale_,
 )
 from minibert_kernels.adamw import FOUND_INF, NORM, FlatLayout, adamw_, prepare_update_
+from minibert_kernels.gradients import Gradients
 
 
 class FlatOptimizer:
@@ -32,19 +33,23 @@ class FlatOptimizer:
         total_steps: int,
         dtype: torch.dtype,
         unit: float = 1.0,
+        kernels: bool = False,
     ) -> None:
+        """kernels: whether backward passes are those of minibert_kernels, by which matrices need no clearing."""
         self.config, self.total_steps, self.learning_rate = config, total_steps, shown_learning_rate(config)
         groups = parameter_groups(model, config, unit)
         self.parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
         number = [i for i, group in enumerate(groups) for _ in group["params"]]  # type: ignore[attr-defined]
         table = [(float(g["peak_lr"]), float(g["weight_decay"])) for g in groups]  # type: ignore[arg-type]
         device = self.parameters[0].device
-        layout = self.layout = FlatLayout.of([p.shape for p in self.parameters], number, table, device)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        written_over = [kernels and p.dim() == 2 and ".embeddings." not in names[p] for p in self.parameters]
+        shapes = [p.shape for p in self.parameters]
+        layout = self.layout = FlatLayout.of(shapes, number, table, device, written_over)
         self.weights, self.exp_avg, self.exp_avg_sq = layout.buffer(), layout.buffer(), layout.buffer()
         self.grad = layout.buffer(dtype)
         self.shadow = None if dtype == torch.float32 else layout.buffer(dtype)
         twins = {name: parameter for name, parameter in twin.named_parameters()}
-        names = {parameter: name for name, parameter in model.named_parameters()}
         views = [layout.views(buffer) for buffer in (self.weights, self.grad)]
         shadows = layout.views(self.weights if self.shadow is None else self.shadow)
         for parameter, weight, grad, shadow in zip(self.parameters, *views, shadows, strict=True):
@@ -52,7 +57,7 @@ class FlatOptimizer:
             parameter.data = weight
             copy = twins[names[parameter]]
             copy.data, copy.grad = shadow, grad
-            copy.main_grad = grad  # type: ignore[attr-defined]  # where kernels add by themselves, without autograd
+        self.gradients = Gradients(self.grad, [twins[names[p]] for p in self.parameters], views[1])
         moments = zip(layout.views(self.exp_avg), layout.views(self.exp_avg_sq), strict=True)
         self.moment_views = dict(zip(map(id, self.parameters), moments, strict=True))
         self.factor = torch.zeros((), device=device)  # of the peak learning rates, by the schedule
@@ -70,7 +75,7 @@ class FlatOptimizer:
         self.factor.fill_(factor)
 
     def update(self) -> Tensor:
-        """One step from the gradients, which it clears; returns their norm."""
+        """One step from the gradients, which it clears (or the next step writes over); returns their norm."""
         limit = self.config.max_grad_norm
         control = prepare_update_(self.grad, self.steps, max_norm=limit, loss_scale=self.loss_scale)
         buffers = (self.weights, self.exp_avg, self.exp_avg_sq, self.grad, self.shadow)
@@ -90,6 +95,7 @@ class FlatOptimizer:
     def drop_gradients(self) -> None:
         """Forget what was computed of a step that will be tried again."""
         self.grad.zero_()
+        self.gradients.forget()
 
     def start_anew(self) -> None:
         """As before the first step."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from minibert import ops
 from minibert.config import BertConfig
 from minibert.ops import DropoutMasks, Packing
+
+if TYPE_CHECKING:
+    from minibert_kernels.gradients import SharedGradient
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -127,23 +131,30 @@ class Layer(nn.Module):
 
     def forward(self, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:
         """[T, H] -> [T, H]"""
-        context = ops.attention(ops.linear(hidden, self.qkv, masks), packing, self.heads, self.attention_dropout, masks)
-        return self._after_attention(context, hidden, masks)
+        shared = ops.shared_gradient(masks)
+        qkv = ops.linear(hidden, self.qkv, masks, shared=shared)  # [T, 3H]
+        context = ops.attention(qkv, packing, self.heads, self.attention_dropout, masks)
+        return self._after_attention(context, hidden, masks, shared)
 
     def forward_first_tokens(self, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:
         """[T, H] -> [B, H]: the [CLS] rows of `forward`. All tokens give keys and values; only [CLS] asks."""
         size = hidden.shape[1]
         first = hidden.index_select(0, packing.first_rows)  # [B, H]
-        query = ops.linear(first, self.qkv, masks, slice(size))
+        shared = ops.shared_gradient(masks)
+        query = ops.linear(first, self.qkv, masks, slice(size), shared)
         key_value = ops.linear(hidden, self.qkv, masks, slice(size, None))  # [T, 2H]
         context = ops.first_token_attention(query, key_value, packing, self.heads, self.attention_dropout, masks)
-        return self._after_attention(context, first, masks)
+        return self._after_attention(context, first, masks, shared)
 
-    def _after_attention(self, context: Tensor, residual: Tensor, masks: DropoutMasks | None) -> Tensor:
+    def _after_attention(
+        self, context: Tensor, residual: Tensor, masks: DropoutMasks | None, shared: SharedGradient | None
+    ) -> Tensor:
+        """shared: of `residual`, which the projections of attention read."""
         p, norms = self.dropout, (self.attention_norm, self.output_norm)
-        attended = ops.linear_dropout_add_norm(context, self.attention_output, residual, norms[0], p, masks)
-        expanded = ops.linear_activation(attended, self.intermediate, self.activation, masks)  # [T, intermediate]
-        return ops.linear_dropout_add_norm(expanded, self.output, attended, norms[1], p, masks)
+        attended = ops.linear_dropout_add_norm(context, self.attention_output, residual, norms[0], p, masks, shared)
+        shared = ops.shared_gradient(masks)
+        expanded = ops.linear_activation(attended, self.intermediate, self.activation, masks, shared)
+        return ops.linear_dropout_add_norm(expanded, self.output, attended, norms[1], p, masks, shared)
 
 
 class Encoder(nn.Module):
@@ -189,8 +200,8 @@ class Pooler(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, first_tokens: Tensor) -> Tensor:
-        return torch.tanh(self.dense(first_tokens))  # [B, H]
+    def forward(self, first_tokens: Tensor, masks: DropoutMasks | None = None) -> Tensor:
+        return torch.tanh(ops.linear(first_tokens, self.dense, masks))  # [B, H]
 
 
 class Classifier(nn.Module):
@@ -205,8 +216,8 @@ class Classifier(nn.Module):
     def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
         hidden = ops.dropout(pooled, self.dropout, masks)
         if self.dense is not None:
-            hidden = ops.dropout(F.relu(self.dense(hidden)), self.dropout, masks)
-        return self.out(hidden)  # [B, L]
+            hidden = ops.dropout(F.relu(ops.linear(hidden, self.dense, masks)), self.dropout, masks)
+        return ops.linear(hidden, self.out, masks)  # [B, L]
 
 
 @dataclass
@@ -268,7 +279,7 @@ class BertForSequenceClassification(nn.Module):
 
     def logits(self, x: PackedInput, masks: DropoutMasks | None = None) -> Tensor:
         """Packed input -> [B, L]; of windows, the mean for each text."""
-        pooled = self.pooler(self.encoder.first_tokens(x, masks, self.cls_only))
+        pooled = self.pooler(self.encoder.first_tokens(x, masks, self.cls_only), masks)
         logits = self.classifier(pooled, None if masks is None else masks.of_layer(len(self.encoder.layers)))
         if x.window_shares is None:
             return logits

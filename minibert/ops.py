@@ -11,11 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from minibert_kernels.gradients import SharedGradient
 
 # Texts whose attention is computed at once on the CPU: so many that a score matrix of all heads stays in the cache,
 # and of so like length that little is padded. benchmarks/bench_step.py times it beside torch.
@@ -209,17 +213,38 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, masks: DropoutMasks | Non
     return torch.addcmul(residual, x, mask, value=scale)
 
 
-def linear(x: Tensor, layer: nn.Linear, masks: DropoutMasks | None, rows: slice | None = None) -> Tensor:
+def shared_gradient(masks: DropoutMasks | None) -> SharedGradient | None:
+    """For the kernels, of a tensor that a linear layer reads and that is the residual behind it, too."""
+    if masks is None or not masks.kernels:
+        return None
+    from minibert_kernels.gradients import SharedGradient
+
+    return SharedGradient()
+
+
+def linear(
+    x: Tensor,
+    layer: nn.Linear,
+    masks: DropoutMasks | None,
+    rows: slice | None = None,
+    shared: SharedGradient | None = None,
+) -> Tensor:
     """layer(x), or some of its outputs; for the kernels in a form that adds weight gradients up in place."""
     if masks is not None and masks.kernels:
         from minibert_kernels.linear import linear as in_place
 
-        return in_place(x, layer.weight, layer.bias, rows)
+        return in_place(x, layer.weight, layer.bias, rows, shared)
     return layer(x) if rows is None else F.linear(x, layer.weight[rows], layer.bias[rows])
 
 
 def linear_dropout_add_norm(
-    x: Tensor, layer: nn.Linear, residual: Tensor, norm: nn.LayerNorm, p: float, masks: DropoutMasks | None
+    x: Tensor,
+    layer: nn.Linear,
+    residual: Tensor,
+    norm: nn.LayerNorm,
+    p: float,
+    masks: DropoutMasks | None,
+    shared: SharedGradient | None = None,
 ) -> Tensor:
     """LayerNorm(dropout(layer(x)) + residual): what stands behind attention and behind the feed-forward network.
 
@@ -231,21 +256,34 @@ def linear_dropout_add_norm(
 
         product, site = in_place(x, layer.weight), masks.next_site()
         return dropout_add_layer_norm(
-            product, residual, norm.weight, norm.bias, norm.eps, linear_bias=layer.bias, p=p, rng=masks.rng, site=site
+            product,
+            residual,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            linear_bias=layer.bias,
+            p=p,
+            rng=masks.rng,
+            site=site,
+            shared=shared,
         )
     return norm(dropout_add(layer(x), residual, p, masks))
 
 
 def linear_activation(
-    x: Tensor, layer: nn.Linear, activation: Callable[[Tensor], Tensor], masks: DropoutMasks | None
+    x: Tensor,
+    layer: nn.Linear,
+    activation: Callable[[Tensor], Tensor],
+    masks: DropoutMasks | None,
+    shared: SharedGradient | None = None,
 ) -> Tensor:
     """activation(layer(x)); the kernel adds the bias to erf-GELU's own pass, and its gradient to the backward's."""
     if masks is not None and masks.kernels and activation is F.gelu:
         from minibert_kernels.gelu import bias_gelu
         from minibert_kernels.linear import linear as in_place
 
-        return bias_gelu(in_place(x, layer.weight), layer.bias)
-    return activation(layer(x))
+        return bias_gelu(in_place(x, layer.weight, shared=shared), layer.bias)
+    return activation(linear(x, layer, masks, shared=shared))
 
 
 def attention(qkv: Tensor, packing: Packing, heads: int, p: float, masks: DropoutMasks | None) -> Tensor:

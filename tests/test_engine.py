@@ -22,6 +22,7 @@ from minibert.dataset import Dataset
 from minibert.device import Hardware, choose, fit_attention
 from minibert.engine import Bucket, FixedSteps, fill_up
 from minibert.errors import UserError
+from minibert.flat import FlatOptimizer
 from minibert.model import BertForSequenceClassification
 from minibert.ops import DropoutMasks
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
@@ -127,6 +128,27 @@ def test_the_kernels_way_trains_the_same(tiny: Callable[..., Path]) -> None:
     assert_same_training(curve(folder, SINGLE, kernels), curve(folder, SINGLE, plain))
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_no_step_reads_what_the_step_before_left_of_the_gradients_of_matrices(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, accumulation: int
+) -> None:
+    folder, update = tiny("BertModel"), FlatOptimizer.update
+
+    def spoiled(optimizer: FlatOptimizer) -> torch.Tensor:
+        norm = update(optimizer)
+        matrices = [v for v in optimizer.layout.views(optimizer.grad) if v.any()]
+        assert len(matrices) == 3 * 4 + 2  # the layers', the pooler's and the classifier's
+        for matrix in matrices:
+            matrix.fill_(torch.nan)
+        return norm
+
+    flags = {"gradient_accumulation_steps": accumulation}
+    expected = curve(folder, SINGLE, Hardware(CPU, "fp32", "sdpa", "eager"), **flags)
+    monkeypatch.setattr(FlatOptimizer, "update", spoiled)
+    kernels = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
+    assert_same_training(curve(folder, SINGLE, kernels, **flags), expected)
+
+
 def test_the_kernels_dropout_is_drawn_anew_each_step_and_again_from_the_seed(tiny: Callable[..., Path]) -> None:
     folder = tiny("BertModel")
     kernels = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
@@ -224,6 +246,14 @@ def test_the_signature_of_torchs_flash_attention_stands_still() -> None:
 def test_what_cannot_run_here_says_why(flags: dict[str, str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         choose(RunConfig(device="cpu", **flags))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_our_attention_is_refused_where_its_products_spill(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=f"made for --precision bf16 or fp16, not {precision}; use sdpa"):
+        choose(RunConfig(attention="triton", engine="eager", precision=precision))
+    assert choose(RunConfig(engine="eager", precision=precision)).attention == "sdpa"
 
 
 def test_a_kernel_that_does_not_fit_the_model_is_refused_or_replaced() -> None:

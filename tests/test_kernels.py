@@ -23,7 +23,20 @@ from torch.nn import functional as F
 if os.environ.get("CI") != "true":  # which installs it
     pytest.importorskip("triton")
 
-from minibert_kernels import adamw, attention, backend, embedding, first_token, gelu, layer_norm, linear, philox
+from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert_kernels import (
+    adamw,
+    attention,
+    backend,
+    embedding,
+    first_token,
+    gelu,
+    gradients,
+    head,
+    layer_norm,
+    linear,
+    philox,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -434,6 +447,114 @@ def test_gradients_are_added_to_the_optimizers_buffer(device: str, name: str) ->
         torch.testing.assert_close(in_place, by_autograd, rtol=1e-5, atol=1e-5)
 
 
+def test_a_residual_and_a_linear_layer_share_a_gradient(device: str, dtype: torch.dtype) -> None:
+    """As in a layer of BERT: x goes through a linear layer and is the residual behind it."""
+    options = {"eps": 1e-5, "p": 0.2, "rng": rng_on(device), "site": 4}
+
+    def ours(x: Tensor, linear_weight: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        shared = gradients.SharedGradient()
+        product = linear.linear(x, linear_weight, shared=shared)
+        return layer_norm.dropout_add_layer_norm(product, x, weight, bias, **options, shared=shared)
+
+    def plain(x: Tensor, linear_weight: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        product = F.linear(x, linear_weight)
+        return layer_norm.dropout_add_layer_norm_reference(product, x, weight, bias, **options)
+
+    shapes = {"x": (13, 24), "linear_weight": (24, 24), "weight": (24,), "bias": (24,)}
+    compare(ours, plain, {name: random(shape, dtype, device, i) for i, (name, shape) in enumerate(shapes.items())})
+
+
+def a_small_network(x: Tensor, wide: Tensor, wide_bias: Tensor, back: Tensor, *vectors: Tensor) -> Tensor:
+    """Kernels of every sort of vector: of a linear layer in two parts, of GELU, of a norm with its linear bias."""
+    weight, bias, linear_bias, gelu_bias = vectors
+    parts = [linear.linear(x, wide, wide_bias, rows) for rows in (slice(7), slice(7, None))]
+    product = linear.linear(gelu.bias_gelu(torch.cat(parts, 1), gelu_bias), back)
+    rng = rng_on(str(x.device))
+    return layer_norm.dropout_add_layer_norm(product, x, weight, bias, 1e-5, linear_bias=linear_bias, p=0.1, rng=rng)
+
+
+NETWORK = [(70, 24), (70,), (24, 70), (24,), (24,), (24,), (70,)]
+
+
+@pytest.mark.parametrize("tokens", [2, 40, large(20_001)])
+def test_gradients_go_to_one_buffer_as_autograd_would_add_them(device: str, tokens: int) -> None:
+    """Two batches of a step and one of the next, whose matrices write over what is left there."""
+    plain = [random(shape, torch.float32, device, i).requires_grad_() for i, shape in enumerate(NETWORK)]
+    marked = [parameter.detach().clone().requires_grad_() for parameter in plain]
+    layout = adamw.FlatLayout.of([p.shape for p in plain], [0] * len(NETWORK), [(1.0, 0.0)], device)
+    flat = layout.buffer()
+    views = layout.views(flat)
+    store = gradients.Gradients(flat, marked, views)
+    for view in views:
+        view.fill_(float("nan"))  # of a step before
+    for number, first in enumerate((True, False, True)):
+        store.first = first
+        if first:  # the optimizer's part
+            for parameter, view in zip(plain, views, strict=True):
+                parameter.grad = None
+                view.copy_(view if view.dim() == 2 else torch.zeros_like(view))
+        x = random((tokens + number, 24), torch.float32, device, number)
+        for parameters in (plain, marked):
+            a_small_network(x.clone().requires_grad_(), *parameters).square().sum().backward()
+        assert any(slot.written for slot in store.slots)
+        store.add_partials()
+        for parameter, view in zip(plain, views, strict=True):
+            torch.testing.assert_close(view, parameter.grad, rtol=1e-5, atol=2e-5)
+
+
+# -- head and loss ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "kind, rows, size, labels, p, smoothing, weighted, filled",
+    [
+        (SINGLE, 5, 40, 2, 0.0, 0.0, False, False),
+        (SINGLE, 4, 100, 77, 0.1, 0.1, True, True),
+        (SINGLE, 2, 384, 128, 0.3, 0.0, True, False),
+        (MULTI, 5, 40, 3, 0.1, 0.0, False, True),
+        (MULTI, 3, 24, 6, 0.0, 0.2, True, False),
+        (REGRESSION, 5, 40, 1, 0.1, 0.0, False, True),
+        large(SINGLE, 300, 768, 77, 0.1, 0.1, True, True),
+        large(MULTI, 34, 1024, 28, 0.1, 0.1, True, True),
+    ],
+)
+def test_head_loss(
+    device: str,
+    dtype: torch.dtype,
+    kind: str,
+    rows: int,
+    size: int,
+    labels: int,
+    p: float,
+    smoothing: float,
+    weighted: bool,
+    filled: bool,
+) -> None:
+    """Loss and gradients as `Problem.loss_sum` has them."""
+    shapes = {"x": (rows, size), "pooler_bias": (size,), "weight": (labels, size), "bias": (labels,)}
+    tensors = {name: random(shape, dtype, device, i) for i, (name, shape) in enumerate(shapes.items())}
+    tensors["x"][0] *= 1e-3  # where tanh is next to nothing
+    options = {"kind": kind, "smoothing": smoothing, "p": p, "rng": rng_on(device), "site": 3, "unit": 2.5}
+    options["denominator"] = torch.tensor(3.0, device=device)
+    options["class_weights"] = random((labels,), torch.float32, device, 5).abs() if weighted else None
+    options["keep"] = (torch.arange(rows, device=device) != 1).float() if filled else None
+    options["targets"] = {
+        SINGLE: torch.arange(rows, device=device) * 5 % labels,
+        MULTI: (random((rows, labels), torch.float32, device, 6) > 0).float(),
+        REGRESSION: random((rows,), torch.float32, device, 7, 3.0),
+    }[kind]
+    for output in (0, 1):
+        compare(
+            lambda output=output, **t: head.head_loss(**t, **options)[output],
+            lambda output=output, **t: head.head_loss_reference(**t, **options)[output],
+            tensors,
+        )
+    loss, logits = head.head_loss(**tensors, **options)
+    problem = Problem(kind, [str(i) for i in range(labels)], unit=2.5)
+    total = problem.loss_sum(logits, options["targets"], options["class_weights"], smoothing, options["keep"])
+    torch.testing.assert_close(loss, total / 3)
+
+
 # -- CUDA graphs ------------------------------------------------------------------------------------------------------
 
 
@@ -467,15 +588,15 @@ def test_a_graph_draws_new_masks_when_the_step_counts_up() -> None:
 
 
 def test_kernels_compile_for_hopper_without_spilling() -> None:
-    """With the ptxas of Triton's wheel: BERT base's sizes, and attention of every kind."""
+    """With the ptxas of Triton's wheel: what no step of test_launches.py has, such as attention of every kind."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(ROOT / "kernels")
     command = [sys.executable, "-m", "minibert_kernels.compile", "--arch", "90"]
-    command += ["--only", "adamw|partials| 768| 3072|attention"]
+    command += ["--only", "fp32 grad|add_partials [13]|head .* 128|attention .*(64 x|128 x 32|long)"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     rows = [line.rsplit(maxsplit=4) for line in done.stdout.splitlines()[1:]]
-    assert len(rows) == 35
+    assert len(rows) == 17
     stacks = {name: int(stack) for name, _, _, stack, _ in rows}
     assert not {name: stack for name, stack in stacks.items() if stack > 0}
 

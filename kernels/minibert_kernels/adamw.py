@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minibert_kernels.backend import cdiv, jit, reduction_programs, tl, use_triton
+from minibert_kernels.backend import cdiv, jit, on_gpu, reduction_programs, tl, use_triton
 
 BLOCK = 1024  # elements of a block, which all belong to one group
 NORM_BLOCK = 4096  # elements of which a program takes the sum of squares at once
@@ -33,7 +33,7 @@ class FlatLayout:
     offsets: list[int]  # in elements, multiples of BLOCK
     total: int
     block_groups: Tensor  # [blocks] int32, the group of each block
-    group_table: Tensor  # [groups, 2] fp32: factor of the learning rate, weight decay
+    group_table: Tensor  # [groups, 3] fp32: factor of the learning rate, weight decay, 1 if gradients are to be cleared
 
     @classmethod
     def of(
@@ -42,12 +42,19 @@ class FlatLayout:
         groups: Sequence[int],
         group_table: Sequence[tuple[float, float]],
         device: torch.device | str = "cpu",
+        written_over: Sequence[bool] | None = None,
     ) -> FlatLayout:
-        """One after another in the given order; parameter i is of group `groups[i]`."""
+        """One after another in the given order; parameter i is of group `groups[i]`.
+
+        group_table: factor of the learning rate and weight decay of each group. `written_over` names the parameters
+        whose gradients the next step does not add to, and which nobody has to clear.
+        """
+        over = [False] * len(shapes) if written_over is None else written_over
+        numbers = [2 * group + kept for group, kept in zip(groups, over, strict=True)]
         blocks = [cdiv(math.prod(shape), BLOCK) for shape in shapes]
         offsets = [BLOCK * sum(blocks[:i]) for i in range(len(blocks))]
-        of_block = torch.repeat_interleave(torch.tensor(groups, dtype=torch.int32), torch.tensor(blocks))
-        table = torch.tensor(group_table, dtype=torch.float32).view(-1, 2)
+        of_block = torch.repeat_interleave(torch.tensor(numbers, dtype=torch.int32), torch.tensor(blocks))
+        table = torch.tensor([(*group, clear) for group in group_table for clear in (1.0, 0.0)], dtype=torch.float32)
         return cls(list(shapes), offsets, BLOCK * sum(blocks), of_block.to(device), table.to(device))
 
     def buffer(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -127,10 +134,10 @@ def adamw_kernel(
     """One program a block."""
     block = tl.program_id(0)
     places = block.to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    group = group_table_ptr + 3 * tl.load(block_groups_ptr + block)
     if tl.load(control_ptr + 2) == 0.0:  # a skipped step touches nothing
-        group = tl.load(block_groups_ptr + block)
-        lr = tl.load(lr_ptr).to(tl.float32) * tl.load(group_table_ptr + 2 * group)
-        decay = tl.load(group_table_ptr + 2 * group + 1)
+        lr = tl.load(lr_ptr).to(tl.float32) * tl.load(group)
+        decay = tl.load(group + 1)
         step_size = tl.div_rn(lr, tl.load(control_ptr + 3))
         correction2_sqrt = tl.sqrt_rn(tl.load(control_ptr + 4))
         param = tl.load(param_ptr + places)
@@ -148,9 +155,10 @@ def adamw_kernel(
         tl.store(exp_avg_sq_ptr + places, exp_avg_sq)
         if shadow_ptr is not None:
             tl.store(shadow_ptr + places, param.to(shadow_ptr.dtype.element_ty))
-    if ZERO_GRAD:
-        tl.debug_barrier()  # other threads of the program may load what this one clears
-        tl.store(grad_ptr + places, tl.zeros([BLOCK_SIZE], grad_ptr.dtype.element_ty))
+    if ZERO_GRAD:  # noqa: SIM102 (known when compiled, unlike the group)
+        if tl.load(group + 2) > 0.0:
+            tl.debug_barrier()  # other threads of the program may load what this one clears
+            tl.store(grad_ptr + places, tl.zeros([BLOCK_SIZE], grad_ptr.dtype.element_ty))
 
 
 def prepare_update_(
@@ -168,7 +176,7 @@ def prepare_update_(
     """
     if not use_triton(grad):
         return prepare_update_reference_(grad, step, betas=betas, max_norm=max_norm, loss_scale=loss_scale)
-    block = NORM_BLOCK if grad.is_cuda else 1 << 14
+    block = NORM_BLOCK if on_gpu(grad) else 1 << 14
     programs = min(reduction_programs(grad, cdiv(grad.numel(), block)), MOST_PARTIALS)
     partials = torch.empty(programs, dtype=torch.float32, device=grad.device)
     control = torch.empty(5, dtype=torch.float32, device=grad.device)
@@ -197,7 +205,7 @@ def adamw_(
     """Update the flat buffers in place, and write the parameters to `shadow` in its dtype.
 
     lr: a device scalar, multiplied by each group's factor. `zero_grad` clears the gradients behind the update, also
-    those of a skipped step.
+    those of a skipped step, except where the layout says that they are written over.
     """
     if not use_triton(param):
         buffers = (param, exp_avg, exp_avg_sq, grad, shadow)
@@ -246,7 +254,7 @@ def adamw_reference_(
     zero_grad: bool = False,
 ) -> None:
     """`adamw_` in plain torch, likewise without asking the device."""
-    per_block = layout.group_table[layout.block_groups.long()]  # [blocks, 2]
+    per_block = layout.group_table[layout.block_groups.long()]  # [blocks, 3]
     lr_of = (lr * per_block[:, 0]).repeat_interleave(BLOCK)
     decay = per_block[:, 1].repeat_interleave(BLOCK)
     scaled = grad.to(param.dtype) / control[DIVISOR]
@@ -260,4 +268,5 @@ def adamw_reference_(
     if shadow is not None:
         shadow.copy_(torch.where(skip, shadow, param.to(shadow.dtype)))
     if zero_grad:
-        grad.zero_()
+        cleared = per_block[:, 2].repeat_interleave(BLOCK) > 0
+        grad.masked_fill_(cleared, 0)

@@ -32,9 +32,14 @@ def jit(do_not_specialize: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]
     return lambda function: triton.jit(function, do_not_specialize=list(do_not_specialize))
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a kernel on this tensor is laid out for a GPU; `meta` stands for one whose launches are only recorded."""
+    return tensor.is_cuda or tensor.is_meta
+
+
 def use_triton(tensor: Tensor) -> bool:
     """Whether operations on this tensor run as Triton kernels."""
-    return triton is not None and (tensor.is_cuda or INTERPRET)
+    return triton is not None and (on_gpu(tensor) or INTERPRET)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -51,25 +56,37 @@ def reduction_programs(tensor: Tensor, tiles: int) -> int:
     Two for each multiprocessor fill the device and leave few sums. With many tiles it is up to eight: while one waits
     for memory, the others compute.
     """
-    if not tensor.is_cuda:
+    if not on_gpu(tensor):
         return min(tiles, 3)
-    processors = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    processors = multiprocessors(tensor)
     return min(tiles, max(2 * processors, min(8 * processors, tiles // 16)))
 
 
+def column_programs(tensor: Tensor, tiles: int, column_blocks: int) -> int:
+    """Likewise where a program's tile is a part of the columns only: fewer for each, with more rows."""
+    return min(tiles, cdiv(4 * reduction_programs(tensor, tiles), column_blocks))
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the GPU that a tensor lies on; for `meta` those of an H100."""
+    if tensor.is_meta:
+        return 132
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 @jit()
-def _add_up(partials_ptr, out_ptr, num_partials, stride, SIZE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """out += sum of num_partials rows, for one block of columns."""
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+def add_up(partials_ptr, out_ptr, num_partials, stride, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """out += sum of num_partials rows, for one block of columns of which `width` are real."""
+    cols = tl.arange(0, COLS)
     total = tl.zeros([ROWS, COLS], tl.float32)
     for start in range(0, num_partials, ROWS):
         rows = start + tl.arange(0, ROWS)
-        mask = (rows < num_partials)[:, None] & (cols < SIZE)[None, :]
+        mask = (rows < num_partials)[:, None] & (cols < width)[None, :]
         total += tl.load(partials_ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
-    before = tl.load(out_ptr + cols, mask=cols < SIZE, other=0.0).to(tl.float32)
+    before = tl.load(out_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
     total = before + tl.sum(total, axis=0)
     tl.debug_barrier()  # no thread may store what another has yet to load
-    tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < SIZE)
+    tl.store(out_ptr + cols, total.to(out_ptr.dtype.element_ty), mask=cols < width)
 
 
 PARTIALS = (128, 32)  # rows and columns of a program on a GPU: many rows at once, few waits
@@ -77,45 +94,33 @@ PARTIALS = (128, 32)  # rows and columns of a program on a GPU: many rows at onc
 
 @jit(do_not_specialize=("num_partials",))
 def add_partials_kernel(
-    partials_ptr,  # [num_partials, V, SIZE] fp32
+    partials_ptr,  # [V, num_partials, SIZE] fp32
     first_ptr,  # [SIZE], and so on for V vectors of at most three
     second_ptr,
     third_ptr,
     num_partials,
     SIZE: tl.constexpr,
-    V: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Program (i, v): column block i of vector v."""
     vector = tl.program_id(1)
+    column = tl.program_id(0) * COLS
+    partials_ptr += vector.to(tl.int64) * num_partials * SIZE + column
     if vector == 0:
-        _add_up(partials_ptr, first_ptr, num_partials, V * SIZE, SIZE, ROWS, COLS)
+        add_up(partials_ptr, first_ptr + column, num_partials, SIZE, SIZE - column, ROWS, COLS)
     if second_ptr is not None:  # noqa: SIM102 (known when compiled, unlike the vector)
         if vector == 1:
-            _add_up(partials_ptr + SIZE, second_ptr, num_partials, V * SIZE, SIZE, ROWS, COLS)
+            add_up(partials_ptr, second_ptr + column, num_partials, SIZE, SIZE - column, ROWS, COLS)
     if third_ptr is not None:  # noqa: SIM102
         if vector == 2:
-            _add_up(partials_ptr + 2 * SIZE, third_ptr, num_partials, V * SIZE, SIZE, ROWS, COLS)
+            add_up(partials_ptr, third_ptr + column, num_partials, SIZE, SIZE - column, ROWS, COLS)
 
 
 def add_partials(partials: Tensor, first: Tensor, second: Tensor | None = None, third: Tensor | None = None) -> None:
-    """Add the sum of [programs, V, SIZE] to V vectors, always in the same order, so equal bits from run to run."""
-    programs, vectors, size = partials.shape
-    rows, cols = PARTIALS if partials.is_cuda else (4, next_power_of_2(size))
+    """Add the sum of [V, programs, SIZE] to V vectors, always in the same order, so equal bits from run to run."""
+    vectors, programs, size = partials.shape
+    rows, cols = PARTIALS if on_gpu(partials) else (4, next_power_of_2(size))
     add_partials_kernel[(cdiv(size, cols), vectors)](
-        *(partials, first, second, third, programs, size, vectors, rows, cols), num_warps=8
+        *(partials, first, second, third, programs, size, rows, cols), num_warps=8
     )
-
-
-def grad_buffer(parameter: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Where a backward pass adds a parameter's gradient up, and what it then returns of it.
-
-    An optimizer that keeps all gradients in one buffer marks each parameter with its part as `main_grad`: a kernel adds
-    there by itself, and autograd has nothing left to add. Without one, it is a new tensor that autograd is given.
-    """
-    buffer = getattr(parameter, "main_grad", None)
-    if buffer is not None:
-        return buffer, None
-    fresh = torch.zeros_like(parameter)
-    return fresh, fresh

@@ -20,18 +20,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minibert_kernels import adamw, attention, backend, embedding, first_token, gelu, layer_norm
+from minibert_kernels import (
+    adamw,
+    attention,
+    backend,
+    embedding,
+    first_token,
+    gelu,
+    gradients,
+    head,
+    layer_norm,
+    linear,
+)
 from minibert_kernels.philox import drop_threshold
 
 ARCHITECTURES = (80, 90)
 TYPES = {  # of kernel arguments by name; every other pointer is to the data type
     **dict.fromkeys(["mean_ptr", "rstd_ptr", "partials_ptr", "lse_ptr", "softmax_ptr", "delta_ptr", "lr_ptr"], "*fp32"),
     **dict.fromkeys(["param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "group_table_ptr", "control_ptr"], "*fp32"),
-    **dict.fromkeys(["loss_scale_ptr"], "*fp32"),
+    **dict.fromkeys(
+        ["loss_scale_ptr", "weight_partials_ptr", "bias_partials_ptr", "linear_bias_partials_ptr"], "*fp32"
+    ),
+    **dict.fromkeys(["pooler_bias_partials_ptr", "class_weights_ptr", "keep_ptr", "denominator_ptr"], "*fp32"),
+    **dict.fromkeys(["logits_ptr", "losses_ptr", "grad_logits_ptr", "grad_loss_ptr"], "*fp32"),
+    **dict.fromkeys(["targets_ptr", "table_ptr"], "*i64"),
     **dict.fromkeys(["rng_ptr", "step_ptr", "input_ids_ptr", "position_ids_ptr", "token_type_ids_ptr"], "*i64"),
     **dict.fromkeys(["ids_ptr", "order_ptr", "ends_ptr"], "*i64"),
     **dict.fromkeys(["cu_seqlens_ptr", "block_groups_ptr"], "*i32"),
-    **dict.fromkeys(["site", "num_rows", "num_tokens", "num_partials", "total"], "i32"),
+    **dict.fromkeys(["site", "num_rows", "num_tokens", "num_partials", "total", "stride", "first_block"], "i32"),
     "scale": "fp32",
 }
 
@@ -60,8 +76,7 @@ class Usage:
 def configurations() -> list[Configuration]:
     """What training BERT base and large and MiniLM in bf16 with dropout 0.1 launches, and attention of each kind."""
     dropped = drop_threshold(0.1)
-    block = adamw.BLOCK
-    adam = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "BLOCK_SIZE": block, "ZERO_GRAD": True}
+    adam = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "BLOCK_SIZE": adamw.BLOCK, "ZERO_GRAD": True}
     logs = {"log2_beta1": math.log2(0.9), "log2_beta2": math.log2(0.999), "MAX_NORM": 1.0, "loss_scale_ptr": None}
     found = [
         Configuration("adamw", adamw.adamw_kernel, adam),
@@ -71,8 +86,10 @@ def configurations() -> list[Configuration]:
     ]
     sums, none = dict(zip(("ROWS", "COLS"), backend.PARTIALS, strict=True)), {"second_ptr": None, "third_ptr": None}
     found += [
-        Configuration("add_partials 3", backend.add_partials_kernel, {"SIZE": 768, "V": 3, **sums}, 8),
-        Configuration("add_partials 1", backend.add_partials_kernel, {"SIZE": 3072, "V": 1, **none, **sums}, 8),
+        Configuration("add_partials 3", backend.add_partials_kernel, {"SIZE": 768, **sums}, 8),
+        Configuration("add_partials 1", backend.add_partials_kernel, {"SIZE": 3072, **none, **sums}, 8),
+        Configuration("add_partials all", gradients.add_all_partials_kernel, sums, 8),
+        Configuration("column sums 2304", linear.column_sums_kernel, {"SIZE": 2304, **blocks(linear.TILE)}),
     ]
     tile: dict[str, Any]
     for size in (384, 768, 1024):
@@ -94,18 +111,26 @@ def configurations() -> list[Configuration]:
             Configuration(f"gelu forward {size}", gelu.forward_kernel, tile),
             Configuration(f"gelu backward {size}", gelu.backward_kernel, tile),
         ]
+    for labels in (2, head.MOST_LABELS):
+        block = dict(zip(("BLOCK_LABELS", "BLOCK_COLS"), head.column_block(768, labels), strict=True))
+        tile = {"SIZE": 768, "LABELS": labels, "DROPPED": dropped, **block}
+        loss = {"KIND": 0, "SMOOTHING": 0.1, "UNIT": 1.0}
+        found += [
+            Configuration(f"head forward {labels}", head.forward_kernel, {**tile, **loss}, head.WARPS),
+            Configuration(f"head backward {labels}", head.backward_kernel, {**tile, "more_ptr": None}, head.WARPS),
+        ]
     for head_size in (32, 64):
-        head: dict[str, Any] = {"HEADS": 12, "HEAD_SIZE": head_size, "DROPPED": dropped, "UPCAST": False}
+        heads: dict[str, Any] = {"HEADS": 12, "HEAD_SIZE": head_size, "DROPPED": dropped, "UPCAST": False}
         for longest in (32, 64, 128):
             name = f"{longest} x {head_size}"
             rows, columns, warps = attention.short_blocks(longest)
-            tile = {"BLOCK_Q": rows, "BLOCK_K": columns, "lse_ptr": None, **head}
+            tile = {"BLOCK_Q": rows, "BLOCK_K": columns, "lse_ptr": None, **heads}
             kernel = attention.forward_kernel
             found.append(Configuration(f"attention forward {name}", kernel, tile, warps, attention.STAGES))
             rows, columns, warps = attention.short_backward_blocks(longest, head_size)
-            tile, kernel = {"BLOCK_Q": rows, "BLOCK": columns, **head}, attention.short_backward_kernel
+            tile, kernel = {"BLOCK_Q": rows, "BLOCK": columns, **heads}, attention.short_backward_kernel
             found.append(Configuration(f"attention backward {name}", kernel, tile, warps, attention.STAGES))
-        tile = {"BLOCK_K": first_token.BLOCK, **{k: v for k, v in head.items() if k != "UPCAST"}}
+        tile = {"BLOCK_K": first_token.BLOCK, **{k: v for k, v in heads.items() if k != "UPCAST"}}
         found += [
             Configuration(
                 f"attention first token forward {head_size}", first_token.forward_kernel, tile, first_token.WARPS
@@ -115,7 +140,7 @@ def configurations() -> list[Configuration]:
             ),
         ]
         rows, columns, warps = attention.LONG_BLOCKS
-        tile = {"BLOCK_Q": rows, "BLOCK_K": columns, **head}
+        tile = {"BLOCK_Q": rows, "BLOCK_K": columns, **heads}
         found += [
             Configuration(f"attention long forward {head_size}", attention.forward_kernel, tile, warps),
             Configuration(f"attention long dq {head_size}", attention.query_backward_kernel, tile, warps),
@@ -132,24 +157,35 @@ def blocks(tile: tuple[int, int]) -> dict[str, int]:
 
 def compile_kernel(configuration: Configuration, arch: int, dtype: str = "bf16") -> Usage:
     """Compile for sm_<arch>, with the alignment that torch's tensors have."""
-    from triton import compile as triton_compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     names = list(inspect.signature(configuration.kernel.fn).parameters)
     constants = configuration.constants
     types = {**TYPES, **configuration.types}
     signature = {n: "constexpr" if n in constants else types.get(n, f"*{dtype}") for n in names}
     pointers = [i for i, n in enumerate(names) if signature[n].startswith("*")]
     attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
-    source = ASTSource(
-        configuration.kernel, signature, {(names.index(n),): v for n, v in constants.items()}, attributes
-    )
-    target = GPUTarget("cuda", arch, 32)
+    values = {(names.index(n),): v for n, v in constants.items()}
     options = {"num_warps": configuration.warps, "num_stages": configuration.stages}
-    compiled = triton_compile(source, target=target, options=options)
+    return compile_source(configuration.name, configuration.kernel, signature, values, attributes, options, arch)
+
+
+def compile_source(
+    name: str,
+    kernel: Any,
+    signature: dict[str, str],  # type of each argument, `constexpr` for what `constants` holds
+    constants: dict[tuple[int], Any],  # by the argument's position
+    attributes: dict[tuple[int], list[list[Any]]],  # likewise
+    options: dict[str, int],
+    arch: int,
+) -> Usage:
+    """Compile one specialisation of a kernel for sm_<arch>."""
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton_compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = resource_usage(compiled.asm["cubin"])
-    return Usage(configuration.name, arch, registers, stack, compiled.metadata.shared)
+    return Usage(name, arch, registers, stack, compiled.metadata.shared)
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:

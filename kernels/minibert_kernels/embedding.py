@@ -12,16 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minibert_kernels.backend import (
-    add_partials,
-    cdiv,
-    grad_buffer,
-    jit,
-    next_power_of_2,
-    reduction_programs,
-    tl,
-    use_triton,
-)
+from minibert_kernels.backend import cdiv, jit, next_power_of_2, on_gpu, reduction_programs, tl, use_triton
+from minibert_kernels.gradients import PartialSums, grad_buffer
 from minibert_kernels.layer_norm import row_blocks
 from minibert_kernels.philox import drop_threshold, dropout_reference, keep_mask_kernel
 
@@ -121,7 +113,8 @@ def backward_kernel(
     rstd_ptr,
     rng_ptr,
     grad_sum_ptr,  # [T, H]
-    partials_ptr,  # [programs, 2, H] fp32: of weight and bias
+    weight_partials_ptr,  # [programs, H] fp32
+    bias_partials_ptr,
     site,
     num_rows,
     SIZE: tl.constexpr,
@@ -165,9 +158,9 @@ def backward_kernel(
         along = tl.sum(grad * normed, axis=1) / SIZE
         grad = (grad - tl.sum(grad, axis=1)[:, None] / SIZE - normed * along[:, None]) * rstd[:, None]
         tl.store(grad_sum_ptr + places, grad.to(grad_sum_ptr.dtype.element_ty), mask=mask)
-    partials_ptr += tl.program_id(0) * 2 * SIZE + cols
-    tl.store(partials_ptr, tl.sum(grad_weight, axis=0), mask=in_row)
-    tl.store(partials_ptr + SIZE, tl.sum(grad_bias, axis=0), mask=in_row)
+    own = tl.program_id(0) * SIZE + cols
+    tl.store(weight_partials_ptr + own, tl.sum(grad_weight, axis=0), mask=in_row)
+    tl.store(bias_partials_ptr + own, tl.sum(grad_bias, axis=0), mask=in_row)
 
 
 @jit()
@@ -212,7 +205,7 @@ def scatter_rows_(out: Tensor, grad: Tensor, ids: Tensor | None) -> None:
     ids, order = torch.sort(ids, stable=True)
     ends = torch.searchsorted(ids, ids, right=True)
     size = grad.shape[1]
-    block_rows, block_cols = SEGMENTS if grad.is_cuda else (8, max(16, next_power_of_2(size)))
+    block_rows, block_cols = SEGMENTS if on_gpu(grad) else (8, max(16, next_power_of_2(size)))
     scatter_kernel[(len(ids), cdiv(size, block_cols))](
         grad, ids, order, ends, out, size, block_rows, block_cols, num_warps=4
     )
@@ -255,22 +248,20 @@ class EmbeddingLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):
         *ids, mean, rstd, rng = ctx.saved_tensors
-        word, position, token_type, weight, _ = ctx.parameters
+        word, position, token_type, weight, bias = ctx.parameters
         num_rows, size = grad_out.shape
         block_rows, block_cols = row_blocks(word, size)
         grad_sum = torch.empty(num_rows, size, dtype=word.dtype, device=word.device)
-        programs = reduction_programs(word, cdiv(num_rows, block_rows))
-        partials = torch.empty(programs, 2, size, dtype=torch.float32, device=word.device)
-        backward_kernel[(programs,)](
-            *(grad_out.contiguous(), *ids, word, position, token_type, weight, mean, rstd, rng, grad_sum, partials),
+        sums = PartialSums([weight, bias], reduction_programs(word, cdiv(num_rows, block_rows)))
+        backward_kernel[(sums.programs,)](
+            *(grad_out.contiguous(), *ids, word, position, token_type, weight, mean, rstd, rng, grad_sum, *sums.parts),
             *(ctx.site, num_rows, size, ctx.dropped, block_rows, block_cols),
             num_warps=4,
         )
-        buffers, grads = zip(*map(grad_buffer, ctx.parameters), strict=True)
-        for of_table, buffer in zip(ids, buffers[:3], strict=True):
+        buffers, grads = zip(*map(grad_buffer, (word, position, token_type)), strict=True)
+        for of_table, buffer in zip(ids, buffers, strict=True):
             scatter_rows_(buffer, grad_sum, of_table)
-        add_partials(partials, *buffers[3:])
-        return None, None, None, *grads, None, None, None, None
+        return None, None, None, *grads, *sums.add(), None, None, None, None
 
 
 def embedding_layer_norm(

@@ -12,16 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minibert_kernels.backend import (
-    add_partials,
-    cdiv,
-    grad_buffer,
-    jit,
-    next_power_of_2,
-    reduction_programs,
-    tl,
-    use_triton,
-)
+from minibert_kernels.backend import cdiv, column_programs, jit, next_power_of_2, on_gpu, tl, use_triton
+from minibert_kernels.gradients import PartialSums
 
 TILE = (4, 256)  # rows and columns that a program on a GPU takes at once
 
@@ -82,7 +74,7 @@ def backward_kernel(
 
 def _tile(x: Tensor) -> tuple[int, int]:
     """(rows, columns) of a program's tile."""
-    return TILE if x.is_cuda else (16, min(128, next_power_of_2(x.shape[1])))
+    return TILE if on_gpu(x) else (16, min(128, next_power_of_2(x.shape[1])))
 
 
 class BiasGelu(torch.autograd.Function):
@@ -105,20 +97,16 @@ class BiasGelu(torch.autograd.Function):
         num_rows, size = x.shape
         block_rows, block_cols = _tile(x)
         column_blocks = cdiv(size, block_cols)
-        grad_x, partials = torch.empty_like(x), None
+        grad_x, sums = torch.empty_like(x), None
         programs = cdiv(num_rows, block_rows)
-        if bias is not None:  # fewer programs, each with more rows: fewer partial sums
-            programs = cdiv(4 * reduction_programs(x, programs), column_blocks)
-            programs = min(programs, cdiv(num_rows, block_rows))
-            partials = torch.empty(programs, 1, size, dtype=torch.float32, device=x.device)
+        if bias is not None:
+            sums = PartialSums([bias], column_programs(x, programs, column_blocks))
+            programs = sums.programs
+        partials = None if sums is None else sums.parts[0]
         backward_kernel[(programs, column_blocks)](
             *(grad_out.contiguous(), x, bias, grad_x, partials, num_rows, size, block_rows, block_cols), num_warps=4
         )
-        if partials is None:
-            return grad_x, None
-        buffer, grad_bias = grad_buffer(bias)
-        add_partials(partials, buffer)
-        return grad_x, grad_bias
+        return grad_x, None if sums is None else sums.add()[0]
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

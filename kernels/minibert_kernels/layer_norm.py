@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minibert_kernels.backend import (
-    add_partials,
-    cdiv,
-    grad_buffer,
-    jit,
-    next_power_of_2,
-    reduction_programs,
-    tl,
-    use_triton,
-)
+from minibert_kernels.backend import cdiv, jit, next_power_of_2, on_gpu, reduction_programs, tl, use_triton
+from minibert_kernels.gradients import PartialSums, SharedGradient
 from minibert_kernels.philox import drop_threshold, dropout_reference, keep_mask_kernel
 
 TILE = 1024  # elements that a program on a GPU takes at once
@@ -32,7 +24,7 @@ TILE = 1024  # elements that a program on a GPU takes at once
 def row_blocks(tensor: Tensor, size: int) -> tuple[int, int]:
     """(rows, columns) of a program's tile: whole rows, several of them where they are short."""
     columns = max(16, next_power_of_2(size))
-    return (max(1, TILE // columns) if tensor.is_cuda else 8), columns
+    return (max(1, TILE // columns) if on_gpu(tensor) else 8), columns
 
 
 @jit()
@@ -112,7 +104,9 @@ def backward_kernel(
     rng_ptr,
     grad_x_ptr,  # [T, H], or None where it equals grad_residual
     grad_residual_ptr,  # [T, H]
-    partials_ptr,  # [programs, 2 or 3, H] fp32: of weight, bias and, where there is one, linear bias
+    weight_partials_ptr,  # [programs, H] fp32
+    bias_partials_ptr,
+    linear_bias_partials_ptr,  # None without linear bias
     site,
     num_rows,
     SIZE: tl.constexpr,
@@ -150,16 +144,16 @@ def backward_kernel(
             grad_linear_bias += tl.where(mask, grad, 0.0)
         if grad_x_ptr is not None:
             tl.store(grad_x_ptr + places, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
-    partials_ptr += tl.program_id(0) * (2 if linear_bias_ptr is None else 3) * SIZE + cols
-    tl.store(partials_ptr, tl.sum(grad_weight, axis=0), mask=in_row)
-    tl.store(partials_ptr + SIZE, tl.sum(grad_bias, axis=0), mask=in_row)
+    own = tl.program_id(0) * SIZE + cols
+    tl.store(weight_partials_ptr + own, tl.sum(grad_weight, axis=0), mask=in_row)
+    tl.store(bias_partials_ptr + own, tl.sum(grad_bias, axis=0), mask=in_row)
     if linear_bias_ptr is not None:
-        tl.store(partials_ptr + 2 * SIZE, tl.sum(grad_linear_bias, axis=0), mask=in_row)
+        tl.store(linear_bias_partials_ptr + own, tl.sum(grad_linear_bias, axis=0), mask=in_row)
 
 
 class DropoutAddLayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, linear_bias, weight, bias, eps, p, rng, site):
+    def forward(ctx, x, residual, linear_bias, weight, bias, eps, p, rng, site, shared):
         num_rows, size = x.shape
         x, residual = x.contiguous(), residual.contiguous()
         dropped = drop_threshold(p) if rng is not None else 0
@@ -173,7 +167,7 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         )
         ctx.save_for_backward(x, residual, mean, rstd, rng)
         ctx.parameters = (weight, bias, linear_bias)
-        ctx.dropped, ctx.site = dropped, site
+        ctx.dropped, ctx.site, ctx.shared = dropped, site, shared
         return out
 
     @staticmethod
@@ -184,19 +178,20 @@ class DropoutAddLayerNorm(torch.autograd.Function):
         block_rows, block_cols = row_blocks(x, size)
         grad_residual = torch.empty_like(residual)
         grad_x = torch.empty_like(x) if ctx.dropped else None
-        programs = reduction_programs(x, cdiv(num_rows, block_rows))
         vectors = [weight, bias] if linear_bias is None else [weight, bias, linear_bias]
-        partials = torch.empty(programs, len(vectors), size, dtype=torch.float32, device=x.device)
-        backward_kernel[(programs,)](
+        sums = PartialSums(vectors, reduction_programs(x, cdiv(num_rows, block_rows)))
+        backward_kernel[(sums.programs,)](
             *(grad_out.contiguous(), x, residual, linear_bias, weight, mean, rstd, rng, grad_x, grad_residual),
-            *(partials, ctx.site, num_rows, size, ctx.dropped, block_rows, block_cols),
+            *(*sums.parts, None)[:3],
+            *(ctx.site, num_rows, size, ctx.dropped, block_rows, block_cols),
             num_warps=4,
         )
-        buffers, grads = zip(*map(grad_buffer, vectors), strict=True)
-        add_partials(partials, *buffers)
-        grad_weight, grad_bias, grad_linear_bias = (*grads, None)[:3]
+        grad_weight, grad_bias, grad_linear_bias = (*sums.add(), None)[:3]
         grad_x = grad_residual if grad_x is None else grad_x
-        return grad_x, grad_residual, grad_linear_bias, grad_weight, grad_bias, None, None, None, None
+        if ctx.shared is not None:
+            ctx.shared.of_residual = grad_residual
+        returned = grad_residual if ctx.shared is None else None
+        return grad_x, returned, grad_linear_bias, grad_weight, grad_bias, None, None, None, None, None
 
 
 def dropout_add_layer_norm(
@@ -210,10 +205,14 @@ def dropout_add_layer_norm(
     p: float = 0.0,
     rng: Tensor | None = None,
     site: int = 0,
+    shared: SharedGradient | None = None,
 ) -> Tensor:
-    """LayerNorm(dropout(x + linear_bias) + residual) of [T, H]; no dropout without `rng` (see philox.py)."""
+    """LayerNorm(dropout(x + linear_bias) + residual) of [T, H]; no dropout without `rng` (see philox.py).
+
+    `shared`: of a residual that a linear layer reads too, and gives the gradient of both (see gradients.py).
+    """
     if use_triton(x):
-        return DropoutAddLayerNorm.apply(x, residual, linear_bias, weight, bias, eps, p, rng, site)
+        return DropoutAddLayerNorm.apply(x, residual, linear_bias, weight, bias, eps, p, rng, site, shared)
     return dropout_add_layer_norm_reference(
         x, residual, weight, bias, eps, linear_bias=linear_bias, p=p, rng=rng, site=site
     )
