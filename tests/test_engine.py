@@ -15,6 +15,7 @@ import torch
 from conftest import skip_without_interpreter
 from torch.nn import functional as F
 
+from minibert import device
 from minibert.batching import collate
 from minibert.checkpoint import load_model
 from minibert.config import RunConfig
@@ -241,6 +242,27 @@ def test_short_texts_take_our_attention_where_kernels_run() -> None:
     assert chosen == {60: "triton", 128: "triton", 129: "flash"}
     assert fit_attention(graph, RunConfig(attention="flash"), 64, 512, 60).attention == "flash"
     assert fit_attention(replace(graph, kernels=False), RunConfig(), 64, 512, 60).attention == "flash"
+
+
+@pytest.fixture
+def gpu_in_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says what it says on an A100 or later; nothing can be computed there."""
+    answers = {"is_available": True, "get_device_capability": (9, 0), "is_bf16_supported": True}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: None)
+    monkeypatch.setattr(device, "find_spec", lambda name: object())
+
+
+def test_a_gpu_trains_eagerly_unless_graphs_are_asked_for(gpu_in_name: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    assert choose(RunConfig()) == Hardware(cuda, "bf16", "flash", "eager")
+    graph = Hardware(cuda, "bf16", "flash", "graph", kernels=True)
+    assert choose(RunConfig(engine="graph")) == graph
+    monkeypatch.setattr(device, "GPU_ENGINE", "graph")
+    assert choose(RunConfig()) == graph
+    assert choose(RunConfig(activation_checkpointing=True)).engine == "eager"
+    assert choose(RunConfig(kernels=False)).engine == "eager"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
