@@ -71,7 +71,9 @@ def curve(
     config = RunConfig(**{"batch_size": 8, "learning_rate": 1e-3, "epochs": 2, "quiet": True, **flags})
     training = Training(model, Problem(kind, labels), {"train": data}, config, hardware, weights, print)
     numbers = [torch.stack(training._step(step)) for _ in range(2) for step in training._steps_of_epoch(0)]
-    return torch.stack(numbers).numpy(), {k: v.detach().clone() for k, v in model.named_parameters()}, training
+    training.optimizer.flush()
+    weights_behind = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+    return torch.stack(numbers).cpu().numpy(), weights_behind, training
 
 
 def assert_same_training(one: Any, other: Any, tolerance: float = 2e-5) -> None:
@@ -184,7 +186,8 @@ def test_a_gradient_that_overflows_changes_nothing_and_lowers_the_scale(tiny: Ca
     optimizer = training.fixed.optimizer
     skipped, scale = float(optimizer.skipped), float(optimizer.loss_scale)
     optimizer.grad.fill_(torch.inf)
-    optimizer.update()
+    optimizer.end_step()
+    optimizer.flush()
     assert float(optimizer.skipped) == skipped + 1
     assert float(optimizer.loss_scale) == scale / 2
     for name, parameter in training.model.named_parameters():

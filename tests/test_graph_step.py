@@ -1,0 +1,411 @@
+"""What the graph engine adds to a step: the update under the next forward pass, one copy a batch, captures, self-check.
+
+Graphs are played on the CPU here: a replay is the recorded work, done again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_engine import CPU, SIZES, made_targets, made_tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minibert import capture, engine
+from minibert.batching import collate
+from minibert.checkpoint import load_model
+from minibert.config import RunConfig
+from minibert.dataset import Dataset
+from minibert.device import Hardware
+from minibert.engine import Bucket, FixedSteps, Place, fill_up
+from minibert.errors import UserError
+from minibert.model import BertForSequenceClassification
+from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.resume import _restore, _tensors
+from minibert.staging import StaticBuffers
+from minibert.train import Training
+from minibert_kernels import backend
+
+FIXED = Hardware(CPU, "fp32", "sdpa", "fixed")
+
+
+@pytest.fixture(autouse=True)
+def references(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "INTERPRET", False)
+
+
+def training_of(folder: Path, hardware: Hardware, kind: str = SINGLE, **flags: Any) -> Training:
+    torch.manual_seed(0)
+    model, _ = load_model(folder, BertForSequenceClassification, num_labels=SIZES[kind], dropout=0)
+    data = Dataset(made_tokens(41), made_targets(kind, 41))
+    flags = {"batch_size": 8, "learning_rate": 1e-3, "epochs": 2, "quiet": True, "engine": "graph", **flags}
+    problem = Problem(kind, [str(i) for i in range(SIZES[kind])])
+    return Training(model, problem, {"train": data}, RunConfig(**flags), hardware)
+
+
+def steps_of(training: Training) -> list[Any]:
+    """More than an epoch."""
+    return training._steps_of_epoch(0) + training._steps_of_epoch(1)
+
+
+def state(training: Training) -> dict[str, torch.Tensor]:
+    """Parameters and moments behind the last step."""
+    return {name: tensor.clone() for name, tensor in _tensors(training).items()}
+
+
+def assert_equal_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert not [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
+
+
+# -- the update under the next forward pass ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_update_under_the_next_forward_pass_gives_the_same_bits(
+    tiny: Callable[..., Path], precision: str, accumulation: int
+) -> None:
+    """Each part as late as it may be, against all at once at the end of the step; two of the steps are skipped."""
+    folder, found = tiny("BertModel"), []
+    for at_once in (False, True):
+        hardware = Hardware(CPU, precision, "sdpa", "fixed")
+        training = training_of(folder, hardware, gradient_accumulation_steps=accumulation, layer_lr_decay=0.9)
+        optimizer = training.optimizer
+        for number, step in enumerate(steps_of(training)):
+            if number in (2, 5):
+                step.denominator = 1e-42  # its gradients overflow
+            training._step(step)
+            assert training.fixed.update.due
+            if at_once:
+                optimizer.flush()
+                assert not training.fixed.update.due
+        found.append(state(training))
+        assert optimizer.skipped >= 2
+    assert_equal_bits(*found)
+
+
+def test_parts_of_the_update_wait_for_the_layers_that_read_them(tiny: Callable[..., Path]) -> None:
+    training = training_of(tiny("BertModel"), FIXED)
+    optimizer, update, seen = training.optimizer, training.fixed.update, []
+    first, second, *_ = steps_of(training)
+    training._step(first)
+    do_part, reach = update.update_part, training.fixed.twin.encoder.before_layer
+    update.update_part = lambda part: (seen.append(("update", optimizer.parts[part][0])), do_part(part))
+    training.fixed.twin.encoder.before_layer = lambda layer: (reach(layer), seen.append(("read", layer)))
+    training._step(second)
+    assert seen == [(what, layer) for layer in (-1, 0, 1, 2) for what in ("update", "read")]
+    covered = [slice_ for _, *slice_ in optimizer.parts]
+    assert covered[0][0] == 0 and covered[-1][1] == optimizer.layout.total
+    assert all(before[1] == after[0] for before, after in pairwise(covered))
+
+
+def test_a_run_goes_on_from_a_checkpoint_with_equal_bits(tiny: Callable[..., Path]) -> None:
+    """A checkpoint is written while an update is due; reading it carries the update out."""
+    folder = tiny("BertModel")
+    whole, begun, resumed = (training_of(folder, FIXED) for _ in range(3))
+    steps = steps_of(whole)
+    for step in steps:
+        whole._step(step)
+    for step in steps[:4]:
+        begun._step(step)
+    _restore(resumed, state(begun))
+    resumed.state = begun.state
+    for step in steps[4:]:
+        resumed._step(step)
+    assert_equal_bits(state(resumed), state(whole))
+
+
+def test_evaluation_sees_the_parameters_behind_the_last_step(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The best weights that a run keeps are those of the step it names."""
+    folder, runs = tiny("BertModel"), []
+    for hardware in (FIXED, Hardware(CPU, "fp32", "sdpa", "eager")):
+        training = training_of(folder, hardware, engine="auto", eval_steps=3, metric="loss")
+        training.data["validation"] = Dataset(made_tokens(20, seed=1), made_targets(SINGLE, 20))
+        log = tmp_path / f"{hardware.engine}.jsonl"
+        training.run(log, lambda: None)
+        runs.append(([json.loads(line) for line in log.read_text().splitlines()], training))
+    losses = [[line["validation_loss"] for line in lines if "validation_loss" in line] for lines, _ in runs]
+    assert len(losses[0]) > 2
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert runs[0][1].state.best_step == runs[1][1].state.best_step
+
+
+def test_a_step_tried_again_keeps_the_update_of_the_step_before(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out in the middle of a forward pass, when some parts of the update are done and some are not."""
+    folder = tiny("BertModel")
+    expected, training = training_of(folder, FIXED), training_of(folder, FIXED)
+    steps = steps_of(expected)[:4]
+    for step in steps:
+        expected._step(step)
+    for step in steps[:3]:
+        training._step(step)
+    reach = training.fixed.update.wait_for
+
+    def fails_once(layer: int) -> None:
+        reach(layer)
+        if layer == 1 and not training.state.most_tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    training.fixed.twin.encoder.before_layer = fails_once
+    training._step(steps[3])
+    assert training.state.most_tokens > 0
+    one, other = state(expected), state(training)
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# -- one copy a batch -------------------------------------------------------------------------------------------------
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies to other tensors that torch makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "copy" in str(function):
+            self.found[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "triton"])
+def test_a_batch_goes_to_the_device_in_one_copy(attention: str) -> None:
+    rows, bucket = np.arange(9), Bucket.of(made_tokens(9).lengths)
+    one, other = (
+        Place(*fill_up(collate(made_tokens(9, seed), rows), torch.arange(9) + seed, bucket, attention))
+        for seed in (0, 0)
+    )
+    other.targets = other.targets + 1
+    place = one.on(CPU)
+    with Copies() as copies:
+        place.take(other)
+    assert copies.found == {"aten.copy_.default": 1}
+    found, expected = place.tensors(), other.tensors()
+    assert len(found) == (10 if attention == "sdpa" else 7) - 1
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in found)
+
+
+def test_a_host_block_is_not_written_to_while_it_is_copied() -> None:
+    buffers, calls = StaticBuffers([torch.zeros(3)], CPU), []
+
+    class Event:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def synchronize(self) -> None:
+            calls.append(("wait", self.number, float(buffers.host_arrays[self.number][0][0])))
+
+        def record(self) -> None:
+            calls.append(("copied", self.number, float(buffers.tensors[0][0])))
+
+    buffers.copied = [Event(0), Event(1)]
+    for value in (1.0, 2.0, 3.0):
+        buffers.copy_from([torch.full((3,), value)])
+    assert [call[:2] for call in calls] == [(what, block) for block in (1, 0, 1) for what in ("wait", "copied")]
+    assert calls[4] == ("wait", 1, 1.0)  # nothing new stands in the block yet
+    assert [call[2] for call in calls if call[0] == "copied"] == [1.0, 2.0, 3.0]
+
+
+# -- captures ---------------------------------------------------------------------------------------------------------
+
+
+class PlayedStream:
+    """Work in it is done at once."""
+
+    device = CPU
+
+    def __init__(self, *_: object) -> None:
+        self.waited: list[object] = []
+
+    def wait_stream(self, other: object) -> None: ...
+
+    def wait_event(self, event: object) -> None:
+        self.waited.append(event)
+
+
+class PlayedGraph:
+    """A replay is the recorded work, done again."""
+
+    def __init__(self, work: Callable[[], None] = lambda: None) -> None:
+        self.replay = work
+
+    def pool(self) -> tuple[int, int]:
+        return (0, 7)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """torch.cuda without a GPU: what is asked of it, in order; its generator is torch's own."""
+    noted: list[Any] = []
+    current = PlayedStream()
+
+    @contextmanager
+    def noting(name: str, *arguments: object) -> Iterator[None]:
+        noted.append((name, *arguments))
+        yield
+        noted.append(f"end of {name}")
+
+    def graph(graph: object, pool: object, stream: object, capture_error_mode: str) -> Any:
+        return noting("capture", pool)
+
+    played = {
+        "Stream": PlayedStream,
+        "Event": lambda: type("Event", (), {"record": lambda self: None})(),
+        "CUDAGraph": PlayedGraph,
+        "graph": graph,
+        "use_mem_pool": lambda pool: noting("pool", pool.id),
+        "stream": lambda stream: noting("stream"),
+        "current_stream": lambda *_: current,
+        "set_stream": lambda stream: noted.append(("set_stream", stream is current)),
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda device: torch.get_rng_state(),
+        "set_rng_state": lambda state, device: torch.set_rng_state(state),
+    }
+    for name, value in played.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return noted
+
+
+def noting_threads(calls: list[Any], name: str) -> None:
+    calls.append((name, "threads" if torch._C._is_multithreading_enabled() else "one thread"))
+
+
+def test_a_later_graph_warms_up_in_the_memory_of_the_others(calls: list[Any]) -> None:
+    work, warm_up = (partial(noting_threads, calls, name) for name in ("work", "warm-up"))
+    capture.capture(work, warm_up, PlayedStream(), None)
+    warmed, recorded = [("warm-up", "one thread")] * capture.WARM_UP, [("work", "one thread"), "end of capture"]
+    assert calls == [("stream",), *warmed, "end of stream", ("capture", None), *recorded]
+    calls.clear()
+    capture.capture(work, warm_up, PlayedStream(), PlayedGraph())
+    pooled = [("pool", (0, 7)), *warmed, "end of pool"]
+    assert calls == [("stream",), *pooled, "end of stream", ("capture", (0, 7)), *recorded]
+    assert torch._C._is_multithreading_enabled()
+
+
+def test_a_step_that_captures_draws_the_masks_of_one_that_replays(calls: list[Any]) -> None:
+    drawn = []
+    torch.manual_seed(5)
+    torch.rand(3)  # of the batches before
+    expected = torch.get_rng_state()
+    capture.capture(lambda: None, lambda: drawn.append(torch.rand(3)), PlayedStream(), None)
+    assert len(drawn) == capture.WARM_UP
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_a_capture_that_breaks_off_ends_with_one_line(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore lines")
+
+    def work() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Broken())
+    with pytest.raises(UserError, match=r"recorded \(operation not permitted when .*\); use --engine eager$") as error:
+        capture.capture(work, lambda: None, PlayedStream(), None)
+    assert "\n" not in str(error.value)
+    assert calls[-1] == ("set_stream", True)
+
+
+# -- the engine, its graphs played ------------------------------------------------------------------------------------
+
+
+def played_capture(work: Any, warm_up: Any, stream: Any, other: Any) -> PlayedGraph:
+    for _ in range(capture.WARM_UP):
+        warm_up()
+    return PlayedGraph(work)
+
+
+@pytest.fixture
+def played(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "capture", played_capture)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_replays_train_with_the_bits_of_the_recorded_work(
+    tiny: Callable[..., Path], played: None, precision: str, accumulation: int
+) -> None:
+    """Captures amid training, with an update due and with gradients of the step's first batch, change nothing."""
+    folder, found = tiny("BertModel"), []
+    for name in ("fixed", "graph"):
+        hardware = Hardware(CPU, precision, "sdpa", name)
+        training = training_of(folder, hardware, gradient_accumulation_steps=accumulation)
+        for step in steps_of(training):
+            training._step(step)
+        found.append(state(training))
+    places = training.fixed.places
+    assert {key[1:] for key in places} >= ({(True, True)} if accumulation == 1 else {(True, False), (False, True)})
+    assert len(places) > 2 and all(place.graph is not None for place in places.values())
+    assert_equal_bits(*found)
+
+
+@pytest.mark.parametrize("kind", [REGRESSION, MULTI])
+def test_gradients_that_overflow_at_the_first_loss_scale_are_no_fault(
+    tiny: Callable[..., Path], played: None, kind: str
+) -> None:
+    model, _ = load_model(tiny("BertModel"), BertForSequenceClassification, num_labels=1, dropout=0.1)
+    hardware = Hardware(CPU, "fp16", "sdpa", "graph")
+    steps = FixedSteps(model, Problem(kind, ["a"]), RunConfig(), hardware, 10, None)
+    targets = torch.full((8,), 30.0) if kind == REGRESSION else torch.ones(8, 1)
+    x = collate(made_tokens(8), np.arange(8))
+    assert steps.fault(x, targets) is None
+    steps.step([(x, targets)], 0, 1.0)
+    assert steps.optimizer.skipped == 1  # as in training, which lowers the scale
+
+
+def test_a_graph_that_computes_something_else_is_found(tiny: Callable[..., Path], calls: list[Any]) -> None:
+    """In fp16 too, where gradients that overflow are all alike."""
+
+    def wrong(work: Any, warm_up: Any, stream: Any, other: Any) -> PlayedGraph:
+        place = work.args[0]
+
+        def replay() -> None:
+            work()
+            place.norm = place.norm * 1.5
+
+        return PlayedGraph(replay)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "capture", wrong)
+        with pytest.raises(UserError, match="its graph gives another loss than the steps it recorded"):
+            training_of(tiny("BertModel"), Hardware(CPU, "fp16", "sdpa", "graph"))
+
+
+def test_a_capture_that_breaks_off_ends_the_run_whoever_chose_the_engine(
+    tiny: Callable[..., Path], calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise UserError("--engine graph: a step could not be recorded (no such driver); use --engine eager")
+
+    monkeypatch.setattr(engine, "capture", broken)
+    with pytest.raises(UserError, match="could not be recorded"):
+        training_of(tiny("BertModel"), Hardware(CPU, "fp32", "sdpa", "graph"), engine="auto")
+
+
+def test_the_backward_pass_waits_for_every_part_of_the_update(tiny: Callable[..., Path], played: None) -> None:
+    training = training_of(tiny("BertModel"), Hardware(CPU, "fp32", "sdpa", "graph"))
+    first, second, *_ = steps_of(training)
+    training._step(first)
+    current, update = torch.cuda.current_stream(), training.fixed.update
+    for step in (second, second):  # that captures, that replays
+        current.waited.clear()
+        training._step(step)
+        assert current.waited[-len(update.events) :] == update.events
