@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,7 @@ from minibert.model import BertForSequenceClassification
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.resume import _restore, _tensors
 from minibert.staging import StaticBuffers
+from minibert.tokens import Tokenizer
 from minibert.train import Training
 from minibert_kernels import backend
 
@@ -219,6 +221,46 @@ def test_a_host_block_is_not_written_to_while_it_is_copied() -> None:
     assert [call[:2] for call in calls] == [(what, block) for block in (1, 0, 1) for what in ("wait", "copied")]
     assert calls[4] == ("wait", 1, 1.0)  # nothing new stands in the block yet
     assert [call[2] for call in calls if call[0] == "copied"] == [1.0, 2.0, 3.0]
+
+
+# -- the self-check of a model that is sure of its answers ------------------------------------------------------------
+
+TEXTS = [
+    *("free prize, call now", "are you home", "win cash, reply stop to end", "see you at lunch"),
+    *("urgent: claim your reward today", "ok lar, joking", "txt win to 80086 to enter", "i'll be late, sorry"),
+]
+
+
+def trained_until_sure(folder: Path, logit: float) -> tuple[BertForSequenceClassification, Dataset]:
+    """MiniLM, trained on a few messages, its head then scaled until logits are this large."""
+    torch.manual_seed(0)
+    model, _ = load_model(folder, BertForSequenceClassification, num_labels=2, dropout=0)
+    tokens = Tokenizer.from_folder(folder).encode(TEXTS, None, 64)
+    data = Dataset(tokens, np.tile([1, 0], len(TEXTS) // 2))
+    config = RunConfig(batch_size=8, learning_rate=5e-4, epochs=6, warmup_ratio=0, schedule="constant", quiet=True)
+    training = Training(
+        model, Problem(SINGLE, ["ham", "spam"]), {"train": data}, config, replace(FIXED, engine="eager")
+    )
+    for step in training._steps_of_epoch(0) * 6:
+        loss, _ = training._step(step)
+    assert loss < 0.1
+    with torch.no_grad():
+        scale = logit / model.logits(data.batch(np.arange(8))).abs().mean()
+        model.classifier.out.weight *= scale
+        model.classifier.out.bias *= scale
+    return model, data
+
+
+def test_a_model_that_is_sure_of_its_answers_passes_the_self_check(minilm: Path) -> None:
+    """With logits of 120 the loss has no gradient at all, with logits of 12 one of mostly rounding."""
+    model, data = trained_until_sure(minilm, 12.0)
+    hardware, rows = Hardware(CPU, "bf16", "triton", "fixed", kernels=True), np.arange(4)
+    problem = Problem(SINGLE, ["ham", "spam"])
+    for _ in range(2):
+        steps = FixedSteps(model, problem, RunConfig(), hardware, 10, None)
+        assert steps.fault(data.batch(rows), torch.from_numpy(data.targets[rows])) is None
+        with torch.no_grad():
+            model.classifier.out.weight *= 10
 
 
 # -- captures ---------------------------------------------------------------------------------------------------------
