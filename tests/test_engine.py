@@ -314,3 +314,13 @@ def test_graphs_train_as_eager_steps(tiny: Callable[..., Path], attention: str, 
     expected = curve(folder, SINGLE, Hardware(gpu, precision, attention, "fixed"))
     result = curve(folder, SINGLE, Hardware(gpu, precision, attention, "graph", kernels))
     np.testing.assert_allclose(result[0], expected[0], rtol=0.05 if precision == "bf16" else 1e-3)
+
+
+@pytest.mark.gpu
+def test_steps_that_capture_and_steps_that_replay_draw_the_masks_of_eager_ones(tiny: Callable[..., Path]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    folder, gpu = tiny("BertModel"), torch.device("cuda")
+    expected = curve(folder, SINGLE, Hardware(gpu, "fp32", "sdpa", "fixed"), dropout=0.2)
+    result = curve(folder, SINGLE, Hardware(gpu, "fp32", "sdpa", "graph"), dropout=0.2)
+    np.testing.assert_allclose(result[0], expected[0], rtol=1e-3)
