@@ -238,7 +238,9 @@ class RunConfig:
         "auto", "arithmetic of the encoder", group="speed", choices=("auto", "fp32", "tf32", "bf16", "fp16")
     )
     attention: str = flag("auto", "attention kernel", group="speed", choices=("auto", "sdpa", "flash", "triton"))
-    engine: str = flag("auto", "how a step runs", group="speed", choices=("auto", "eager", "compile", "graph"))
+    engine: str = flag(
+        "auto", "how a step runs (auto: eager)", group="speed", choices=("auto", "eager", "compile", "graph")
+    )
     kernels: bool = flag(True, "with --engine graph: our Triton kernels (off: torch's own)", group="speed")
     activation_checkpointing: bool = flag(
         False, "compute a layer's activations again in backward: less memory, a third slower", group="speed"

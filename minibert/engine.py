@@ -16,27 +16,29 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minibert.capture import capture
 from minibert.config import RunConfig
 from minibert.device import Hardware
 from minibert.errors import UserError
 from minibert.flat import FlatOptimizer
 from minibert.loss import BatchLoss
 from minibert.model import BertForSequenceClassification, PackedInput
-from minibert.ops import DropoutMasks, Packing
-from minibert.problem import Problem
+from minibert.ops import Chunk, DropoutMasks, Packing
+from minibert.problem import MULTI, SINGLE, Problem
+from minibert.staging import StaticBuffers
 from minibert.token_cache import folder as cache_folder
 
 SHORTEST = 32  # tokens of the smallest S; each next is twice as long
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 TOLERANCE = {"bf16": 0.05, "fp16": 0.02, "tf32": 0.02, "fp32": 1e-3}  # of a gradient; MiniLM: 0.015, 0.002, -, 1e-6
 RATES = ("dropout", "attention_dropout")  # attributes of modules
-WARM_UP = 2  # passes before a capture, in which kernels compile and cuBLAS takes its workspace
 
 
 @dataclass(frozen=True)
@@ -95,21 +97,47 @@ class Place:
     x: PackedInput
     targets: Tensor
     keep: Tensor
+    buffers: StaticBuffers | None = None  # that hold the tensors above
     graph: torch.cuda.CUDAGraph | None = None
     loss: Tensor | None = None
     norm: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Place:
+        """The batch with another tensor in each tensor's place."""
+
+        def each(*tensors: Tensor | None) -> list[Any]:
+            return [None if tensor is None else function(tensor) for tensor in tensors]
+
+        x, packing = self.x, self.x.packing
+        ids, positions, types = each(x.input_ids, x.position_ids, x.token_type_ids)
+        cu_seqlens, first_rows, targets, keep = each(packing.cu_seqlens, packing.first_rows, self.targets, self.keep)
+        chunks = [
+            Chunk(chunk.rows, chunk.num_texts, chunk.longest, *each(chunk.slots, chunk.source, chunk.key_bias))
+            for chunk in packing.chunks
+        ]
+        packing = replace(packing, cu_seqlens=cu_seqlens, first_rows=first_rows, made_chunks=chunks)
+        x = replace(x, packing=packing, input_ids=ids, position_ids=positions, token_type_ids=types)
+        return Place(x, targets, keep)
+
     def tensors(self) -> list[Tensor]:
-        packing = self.x.packing
-        chunks = [t for chunk in packing.chunks for t in (chunk.slots, chunk.source, chunk.key_bias)]
-        inputs = (self.x.input_ids, self.x.position_ids, self.x.token_type_ids)
-        every = (*inputs, packing.cu_seqlens, packing.first_rows, *chunks, self.targets, self.keep)
-        return [tensor for tensor in every if tensor is not None]
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
+
+    def on(self, device: torch.device) -> Place:
+        """The batch on a device, in tensors that later batches are copied to."""
+        tensors = self.tensors()
+        buffers = StaticBuffers(tensors, device)
+        buffers.copy_from(tensors)
+        views = iter(buffers.tensors)
+        place = self.map(lambda _: next(views))
+        place.buffers = buffers
+        return place
 
     def take(self, batch: Place) -> None:
-        """Copy a batch in; from pinned memory, so that the host goes on meanwhile."""
-        for here, new in zip(self.tensors(), batch.tensors(), strict=True):
-            here.copy_(new.pin_memory() if here.is_cuda else new, non_blocking=True)
+        """Copy a batch of the host in."""
+        assert self.buffers is not None
+        self.buffers.copy_from(batch.tensors())
 
 
 class FixedSteps:
@@ -127,17 +155,19 @@ class FixedSteps:
         self.problem, self.config, self.hardware = problem, config, hardware
         dtype, device = DTYPES[hardware.precision], hardware.device
         self.twin = copy.deepcopy(model).to(device, dtype)
-        self.optimizer = FlatOptimizer(model, self.twin, config, total_steps, dtype, problem.unit, hardware.kernels)
+        on_gpu = hardware.engine == "graph"
+        # One stream for all captures: memory that a graph frees serves the next one only on the same stream.
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        update_stream = torch.cuda.Stream(device) if on_gpu else None
+        options = (dtype, problem.unit, hardware.kernels, update_stream)
+        self.optimizer = FlatOptimizer(model, self.twin, config, total_steps, *options)
+        self.update = self.optimizer.deferred
+        self.twin.encoder.before_layer = self.update.wait_for
         self.class_weights = None if class_weights is None else torch.from_numpy(class_weights).to(device)
         self.denominator = torch.ones((), device=device)
         self.rng = torch.tensor([config.seed, 0], device=device)  # of the kernels' dropout
         self.places: dict[tuple[Bucket, bool, bool], Place] = {}  # by the bucket, and whether a step's first and last
         self.setup_seconds = 0.0  # that went to captures
-        # One stream for all captures: memory that a graph frees serves the next one only on the same stream.
-        self.stream = torch.cuda.Stream(device) if hardware.engine == "graph" else None
-        self.forward: Callable[[PackedInput, Tensor, Tensor], Tensor] = self._loss
-        if hardware.engine == "compile":
-            self.forward = compiled(self._loss)
 
     def step(self, batches: list[tuple[PackedInput, Tensor]], step: int, denominator: float) -> tuple[Tensor, Tensor]:
         """Train on the batches of one step, which lie on the host; returns (mean loss, gradient norm) as tensors."""
@@ -147,15 +177,16 @@ class FixedSteps:
         losses = []
         for number, (x, targets) in enumerate(batches):
             self.rng[0].fill_(self.config.seed ^ DropoutMasks.bits_of_batch(number))
-            last = number == len(batches) - 1
-            self.optimizer.gradients.first = number == 0
-            place = self._place(x, targets, last)
+            first, last = number == 0, number == len(batches) - 1
+            place = self._place(x, targets, first, last)
             if place.graph is not None:
                 place.graph.replay()
             else:
-                self._work(place, last)
+                self._work(place, first, last)
+            self.update.due = False  # the first batch has begun with the update of the step before
             assert place.loss is not None
             losses.append(place.loss.clone())  # the next replay writes there again
+        self.optimizer.step_launched()
         assert place.norm is not None
         return torch.stack(losses).sum(), place.norm.clone()
 
@@ -167,130 +198,141 @@ class FixedSteps:
         """
         try:
             fault = self._disagreement(x, targets)
+        except UserError:  # a capture that broke off, after which nothing is certain
+            raise
         except Exception as error:  # whatever torch, Triton or the driver may throw
             fault = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         self.places.clear()
         try:
-            if fault is not None and self.stream is not None:
-                self._leave_capture()
             self.optimizer.start_anew()
         except RuntimeError:  # an illegal access, say, which ends this process's use of the GPU
             raise UserError(f"the GPU gave up ({fault}); start again with --engine eager --attention sdpa") from None
         return fault
 
-    def _leave_capture(self) -> None:
-        """After a capture that broke off, torch before 2.13 stays on its stream and takes the generator for captured.
-
-        Another capture, of next to nothing, puts the generator right.
-        """
-        torch.cuda.set_stream(torch.cuda.default_stream(self.hardware.device))
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            self.denominator.fill_(1)
-
     def _disagreement(self, x: PackedInput, targets: Tensor) -> str | None:
-        difference = self._gradient_difference(x, targets)
-        if not difference <= TOLERANCE[self.hardware.precision]:  # nor is NaN
-            return f"its gradient is {difference:.0%} away from plain torch's"
+        for name, objective in (("gradient", self._signed_logits), ("loss's gradient", self._adverse_loss)):
+            difference = self._gradient_difference(x, targets, objective)
+            if not difference <= TOLERANCE[self.hardware.precision]:  # nor is NaN
+                return f"its {name} is {difference:.0%} away from plain torch's"
         if self.hardware.engine == "graph" and not self._graph_agrees(x, targets):
             return "its graph gives another loss than the steps it recorded"
         return None
 
-    def _gradient_difference(self, x: PackedInput, targets: Tensor) -> float:
-        """|ours - plain| / |plain| over all gradients."""
+    def _gradient_difference(
+        self, x: PackedInput, targets: Tensor, objective: Callable[[Place, bool], Tensor]
+    ) -> float:
+        """|ours - plain| / |plain| over all gradients, without dropout."""
         bucket, gradients = Bucket.of(x.packing.lengths), []
         for kernels, attention in ((self.hardware.kernels, self.hardware.attention), (False, "sdpa")):
-            place = self._new_place(Place(*fill_up(x, targets, bucket, attention)), attention)
+            place = Place(*fill_up(x, targets, bucket, attention)).on(self.hardware.device)
+            self.optimizer.gradients.first = True
             with without_dropout(self.twin):
-                self._loss(place.x, place.targets, place.keep, kernels).backward()
+                objective(place, kernels).backward()
             self.optimizer.gradients.add_partials()
             gradients.append(self.optimizer.grad.clone().float())
             self.optimizer.drop_gradients()
         ours, plain = gradients
         return float((ours - plain).norm() / plain.norm())
 
+    def _signed_logits(self, place: Place, kernels: bool) -> Tensor:
+        """The sum of all logits, those of every other label with their sign turned.
+
+        Not the loss: where a model is sure of its answers, its gradient is small and the rounding in it is not.
+        """
+        logits = self._logits(place.x, kernels).float()  # [B, L]
+        signs = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2)
+        return torch.where(place.keep[:, None] > 0, logits * signs, 0).sum()
+
+    def _adverse_loss(self, place: Place, kernels: bool) -> Tensor:
+        """The loss of the answers that the model believes least, whose gradient is never small."""
+        with torch.no_grad():
+            logits = self._logits(place.x, kernels=False).float()
+        if self.problem.kind == SINGLE:
+            return self._loss(place, logits.argmin(1), kernels)
+        if self.problem.kind == MULTI:
+            return self._loss(place, (logits <= 0).float(), kernels)
+        return self._loss(place, logits[:, 0] + logits[:, 0].abs() + self.problem.unit, kernels)
+
     def _graph_agrees(self, x: PackedInput, targets: Tensor) -> bool:
         """Whether a replay gives the loss and norm of the same work done launch by launch, dropout included."""
-        place, found = self._place(x, targets, last=True), []
+        place, found = self._place(x, targets, first=True, last=True), []
         assert place.graph is not None
-        for work in (place.graph.replay, partial(self._work, place, True)):
+        for work in (place.graph.replay, partial(self._work, place, True, True)):
             torch.cuda.manual_seed(self.config.seed)
-            self.optimizer.start_anew()  # the other one may have lowered the loss scale
+            self.optimizer.start_anew()
+            if self.optimizer.loss_scale is not None:
+                self.optimizer.loss_scale.fill_(1)  # at the first scale many a gradient overflows, as it may
             work()
             assert place.loss is not None and place.norm is not None
             found.append(torch.stack([place.loss, place.norm]).float())
         replayed, launched = found
-        return torch.allclose(replayed, launched, rtol=TOLERANCE[self.hardware.precision])
+        return torch.allclose(replayed, launched, rtol=TOLERANCE[self.hardware.precision], equal_nan=True)
 
     def passes(self, x: PackedInput, targets: Tensor) -> None:
         """Forward and backward of one batch without an update, to see whether it fits into memory."""
-        place = self._place(x, targets, last=True)
+        place = self._place(x, targets, first=True, last=True)
         if place.graph is None:  # else its capture has done so
             self._gradients(place)
 
-    def _place(self, x: PackedInput, targets: Tensor, last: bool) -> Place:
+    def _place(self, x: PackedInput, targets: Tensor, first: bool, last: bool) -> Place:
         """The batch in its bucket's place; a bucket's first batch makes the place and captures its graph."""
         bucket = Bucket.of(x.packing.lengths)
         batch = Place(*fill_up(x, targets, bucket, self.hardware.attention))
-        key = (bucket, self.optimizer.gradients.first, last)
-        place = self.places.get(key)
+        place = self.places.get((bucket, first, last))
         if place is not None:
             place.take(batch)
             return place
         started = time.perf_counter()
-        place = self.places[key] = self._new_place(batch, self.hardware.attention)
+        place = self.places[bucket, first, last] = batch.on(self.hardware.device)
         if self.hardware.engine == "graph":
-            self._capture(place, last)
+            self._capture(place, first, last)
         self.setup_seconds += time.perf_counter() - started
         return place
 
-    def _new_place(self, batch: Place, attention: str) -> Place:
-        device = self.hardware.device
-        return Place(batch.x.to(device, attention), batch.targets.to(device), batch.keep.to(device))
-
-    def _loss(self, x: PackedInput, targets: Tensor, keep: Tensor, kernels: bool | None = None) -> Tensor:
-        kernels = self.hardware.kernels if kernels is None else kernels
+    def _loss(self, place: Place, targets: Tensor, kernels: bool) -> Tensor:
         masks = DropoutMasks(self.config.seed, 0, self.rng, plain=not kernels)
         loss = BatchLoss(self.problem, self.class_weights, self.config.label_smoothing, self.denominator)
-        return loss(self.twin, x, targets, keep, masks)
+        return loss(self.twin, place.x, targets, place.keep, masks)
+
+    def _logits(self, x: PackedInput, kernels: bool) -> Tensor:
+        return self.twin.logits(x, DropoutMasks(self.config.seed, 0, self.rng, plain=not kernels))
 
     def _gradients(self, place: Place) -> None:
-        loss = self.forward(place.x, place.targets, place.keep)
+        loss = self._loss(place, place.targets, self.hardware.kernels)
+        self.update.finish()  # it reads gradients of the step before, and this step's come now
         (loss if self.optimizer.loss_scale is None else loss * self.optimizer.loss_scale).backward()
         self.optimizer.gradients.add_partials()
         place.loss = loss.detach()
 
-    def _work(self, place: Place, last: bool) -> None:
-        """Forward and backward; with the step's last batch also the update."""
+    def _work(self, place: Place, first: bool, last: bool) -> None:
+        """Forward and backward; before a step's first batch the update of the step before, behind its last the norm."""
+        if first:
+            self.update.begin()
+        self.optimizer.gradients.first = first
         self._gradients(place)
         if last:
-            place.norm = self.optimizer.update()
+            place.norm = self.optimizer.end_step()
 
-    def _capture(self, place: Place, last: bool) -> None:
+    def _capture(self, place: Place, first: bool, last: bool) -> None:
         """Record `_work` on this place as a CUDA graph. Nothing is trained by it: the gradients so far come back."""
-        gradients, stream = self.optimizer.grad.clone(), self.stream
-        assert stream is not None
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self._gradients(place)
-            if last:
-                self._update_nothing()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        others = (other.graph for other in self.places.values() if other.graph is not None)
-        pool = next((other.pool() for other in others), None)
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._work(place, last)
+        self.optimizer.flush()
+        gradients = self.optimizer.grad.clone()
+        other = next((other.graph for other in self.places.values() if other.graph is not None), None)
+        work, warm_up = partial(self._work, place, first, last), partial(self._work_without_effect, place, first, last)
+        assert self.stream is not None
+        place.graph = capture(work, warm_up, self.stream, other)
         self.optimizer.grad.copy_(gradients)
-        place.graph = graph
 
-    def _update_nothing(self) -> None:
-        """Run the update so that its kernels compile, on a gradient that is not finite, which changes nothing."""
+    def _work_without_effect(self, place: Place, first: bool, last: bool) -> None:
+        """All that `_work` does, so that its kernels compile; a gradient that is not finite changes nothing."""
+        self._work(place, first, last=False)
+        if not last:
+            return
         optimizer = self.optimizer
         kept = (optimizer.skipped, optimizer.bad, optimizer.growth_tracker, optimizer.loss_scale)
         before = [None if tensor is None else tensor.clone() for tensor in kept]
         optimizer.grad.fill_(torch.inf)
-        optimizer.update()
+        optimizer.end_step()
         for tensor, value in zip(kept, before, strict=True):
             if tensor is not None and value is not None:
                 tensor.copy_(value)

@@ -166,9 +166,11 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.frozen_layers = -1  # so many layers, and at 0 or more the embeddings, do without dropout
         self.recompute = False  # activations of a layer again in backward, instead of keeping them
+        self.before_layer: Callable[[int], None] | None = None  # told whose weights are read next (-1: the embeddings)
 
     def forward(self, x: PackedInput, masks: DropoutMasks | None, end: int | None = None) -> Tensor:
         """Return the activations [T, H] after layer `end` (default the last)."""
+        self._reach(-1)
         hidden = self.embeddings(x, self._masks_of(-1, masks)) if x.hidden is None else x.hidden
         for number in range(len(self.layers))[x.start_layer : end]:
             if self.recompute and hidden.requires_grad:
@@ -178,7 +180,12 @@ class Encoder(nn.Module):
         return hidden
 
     def _layer(self, number: int, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:
+        self._reach(number)
         return self.layers[number](hidden, packing, self._masks_of(number, masks))
+
+    def _reach(self, layer: int) -> None:
+        if self.before_layer is not None:
+            self.before_layer(layer)
 
     def _masks_of(self, layer: int, masks: DropoutMasks | None) -> DropoutMasks | None:
         return None if masks is None or layer < self.frozen_layers else masks.of_layer(layer)
@@ -192,6 +199,7 @@ class Encoder(nn.Module):
             return self(x, masks).index_select(0, x.packing.first_rows)
         last = len(self.layers) - 1
         hidden = self(x, masks, end=last)
+        self._reach(last)
         return self.layers[last].forward_first_tokens(hidden, x.packing, self._masks_of(last, masks))  # type: ignore[operator]
 
 

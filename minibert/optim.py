@@ -140,6 +140,9 @@ class Optimizer:
             update_loss_scale_(self.loss_scale, self.growth_tracker, bad)
         return norm
 
+    def flush(self) -> None:
+        """Nothing to do: a step's update is part of it, unlike that of `FlatOptimizer`."""
+
     def drop_gradients(self) -> None:
         """Forget what was computed of a step that will be tried again."""
         self.adamw.zero_grad(set_to_none=True)

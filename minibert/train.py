@@ -227,6 +227,7 @@ class Training:
                     stop_request.close()
                     raise Interrupted
         stop_request.close()
+        self.optimizer.flush()
         if self.state.step < self.total_steps:
             patience = f"{self.config.early_stopping_patience} evaluations without a better {self.metric}"
             self.say(f"stopped at step {self.state.step} of {self.total_steps}: {patience}")
@@ -432,6 +433,7 @@ class Training:
         return patience is not None and self.state.evaluations_since_best >= patience
 
     def _evaluate_and_keep_best(self, log: IO[str], progress: tqdm[Any]) -> None:
+        self.optimizer.flush()
         self._settle()
         data = self.data["validation"]
         logits = evaluate(self.model, data, self.hardware, together=True)
@@ -510,6 +512,8 @@ class Training:
         return 1 - len(tokens.ids) / inside, 1 - len(tokens.ids) / elsewhere
 
     def trained_parameters(self) -> list[tuple[str, Tensor]]:
+        """By name, as the last step left them."""
+        self.optimizer.flush()
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def use_best_weights(self) -> None:
