@@ -1,4 +1,4 @@
-"""Steps of fixed shapes for a GPU: run as they are, compiled by torch.compile, or replayed as one CUDA graph.
+"""Steps of fixed shapes for a GPU: run as they are, or replayed as one CUDA graph.
 
 The host starts hundreds of kernels for a step that a GPU finishes in two milliseconds, so a small batch waits for the
 host. A graph starts them all at once, but its tensors may change neither shape nor place. So each batch is filled
@@ -10,9 +10,8 @@ Shapes: T tokens, B texts, the last of which only fill up, S tokens of the longe
 from __future__ import annotations
 
 import copy
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +28,6 @@ from minibert.flat import FlatOptimizer
 from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import DropoutMasks, Packing
 from minibert.problem import Problem
-from minibert.token_cache import folder as cache_folder
 
 SHORTEST = 32  # tokens of the smallest S; each next is twice as long
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -134,9 +132,6 @@ class FixedSteps:
         self.setup_seconds = 0.0  # that went to captures
         # One stream for all captures: memory that a graph frees serves the next one only on the same stream.
         self.stream = torch.cuda.Stream(device) if hardware.engine == "graph" else None
-        self.forward: Callable[[PackedInput, Tensor, Tensor], Tensor] = self._loss
-        if hardware.engine == "compile":
-            self.forward = compiled(self._loss)
 
     def step(self, batches: list[tuple[PackedInput, Tensor]], step: int, denominator: float) -> tuple[Tensor, Tensor]:
         """Train on the batches of one step, which lie on the host; returns (mean loss, gradient norm) as tensors."""
@@ -251,7 +246,7 @@ class FixedSteps:
         return self.problem.loss_sum(logits, targets, self.class_weights, smoothing, keep) / self.denominator
 
     def _gradients(self, place: Place) -> None:
-        loss = self.forward(place.x, place.targets, place.keep)
+        loss = self._loss(place.x, place.targets, place.keep)
         (loss if self.optimizer.loss_scale is None else loss * self.optimizer.loss_scale).backward()
         place.loss = loss.detach()
 
@@ -292,12 +287,8 @@ class FixedSteps:
                 tensor.copy_(value)
 
     def report(self) -> str:
-        """How many shapes there were, and how often torch.compile had to work."""
-        text = f"{len(self.places)} shapes"
-        if self.hardware.engine == "compile":
-            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            text += f", {graphs} compilations"
-        return text
+        """How many shapes there were."""
+        return f"{len(self.places)} shapes"
 
 
 @contextmanager
@@ -311,12 +302,3 @@ def without_dropout(model: BertForSequenceClassification) -> Iterator[None]:
     finally:
         for module, name, rate in rates:
             setattr(module, name, rate)
-
-
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile for a few fixed shapes, with its cache where ours is, so that the next run finds it."""
-    if cache := cache_folder():
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
-    torch._dynamo.config.recompile_limit = 256  # a compilation for each bucket, of which there are few
-    torch._dynamo.utils.counters.clear()
-    return torch.compile(function, dynamic=False)
