@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -192,6 +195,18 @@ def test_all_layers_and_sizes_share_one_compilation_a_region(tiny: Callable[...,
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     curve(tiny("BertModel"), SINGLE, choose(RunConfig(engine="compile", device="cpu")), dropout=0.1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2  # a layer's rest, and the head
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_one_line(film_model: Path, films: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    flags = ["--train", str(films), "--model", str(film_model), "--output", str(output), "--device", "cpu", "--quiet"]
+    changes = {"CXX": shutil.which("false") or "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "minibert.finetune", *flags, "--engine", "compile"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **changes})
+    assert done.returncode == 2 and not output.exists()
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: --engine compile: "), done.stderr
+    assert "No working C++ compiler" in done.stderr and done.stderr.endswith("; use eager\n")
 
 
 def test_compiled_code_that_is_wrong_is_an_error(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
