@@ -135,6 +135,8 @@ def _cannot(config: RunConfig, device: torch.device, engine: str) -> str | None:
         return "torch.compile needs a C++ compiler on the CPU; install g++"
     if engine == "compile" and device.type == "cuda" and find_spec("triton") is None:
         return "needs Triton (pip install triton)"
+    if distributed.world() > 1:
+        return "for one process, not under torchrun"
     if engine == "compile":
         return None
     if config.freeze not in ("none", "embeddings", "0") and config.cache_frozen:
@@ -143,7 +145,7 @@ def _cannot(config: RunConfig, device: torch.device, engine: str) -> str | None:
         return "activation checkpointing looks at the generator's state, which no graph can"
     if config.truncation == "window":
         return "windows are pooled in steps of changing shape"
-    return "for one process, not under torchrun" if distributed.world() > 1 else None
+    return None
 
 
 def fit_attention(hardware: Hardware, config: RunConfig, head_size: int, max_length: int, longest: int) -> Hardware:
