@@ -164,4 +164,5 @@ SAVINGS = (
 TRAINERS["minibert, batches of like length"] = lambda data: minibert_steps(
     data, config=replace(CONFIG, length_buckets=True)
 )
+TRAINERS["minibert, compiled"] = lambda data: minibert_steps(data, config=replace(CONFIG, engine="compile"))
 TRAINERS |= {f"minibert without {off}": lambda data, off=off: minibert_steps(data, off) for off in SAVINGS}

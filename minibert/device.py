@@ -23,10 +23,27 @@ from minibert.errors import UserError
 from minibert.model import PackedInput
 
 Result = TypeVar("Result")
+# Of a gradient, relative to its norm: how far an engine may be from plain torch. MiniLM: 0.015, 0.002, -, 1e-6
+TOLERANCE = {"bf16": 0.05, "fp16": 0.02, "tf32": 0.02, "fp32": 1e-3}
 # What `--engine auto` takes on a GPU. Graphs and their kernels have never run on one: until a committed file under
 # benchmarks/results shows them right and faster there, they are asked for by name. Then this becomes "graph".
 GPU_ENGINE = "eager"
 SHORT = 128  # tokens of the longest text up to which `auto` takes our attention for flash: two launches against five
+CUDA_ERROR_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation
+OUT_OF_MEMORY = (
+    "CUDA out of memory",  # torch's allocator
+    "CUDA error: out of memory",  # a call of the CUDA runtime
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",  # cuDNN 9
+    "Triton Error [CUDA]: out of memory",
+    "can't allocate memory",  # torch's allocator on a CPU
+    "not enough memory",  # the same on Windows
+    "Cannot allocate memory",  # the system's ENOMEM
+    "std::bad_alloc",
+    "could not create a memory object",  # oneDNN
+)
 RESERVED_BLOCK, RESERVED_BLOCKS = 512 << 20, 8  # address space of the heap that is marked for huge pages
 
 
@@ -50,7 +67,7 @@ class Hardware:
 
         It keeps its buffers for every shape it has seen, and batches have many: 200 MB of MiniLM's.
         """
-        plain = self.device.type == "cpu" and self.engine == "eager"
+        plain = self.device.type == "cpu" and self.engine in ("eager", "compile")
         mkldnn = torch.backends.mkldnn
         return mkldnn.flags(enabled=False, allow_tf32=mkldnn.allow_tf32) if plain else nullcontext()
 
@@ -125,13 +142,17 @@ def _cannot(config: RunConfig, device: torch.device, engine: str) -> str | None:
         return "torch.compile needs a C++ compiler on the CPU; install g++"
     if engine == "compile" and device.type == "cuda" and find_spec("triton") is None:
         return "needs Triton (pip install triton)"
+    if distributed.world() > 1:
+        return "for one process, not under torchrun"
+    if engine == "compile":
+        return None
     if config.freeze not in ("none", "embeddings", "0") and config.cache_frozen:
         return "frozen layers are computed once, outside a step"
-    if engine == "graph" and config.activation_checkpointing:
+    if config.activation_checkpointing:
         return "activation checkpointing looks at the generator's state, which no graph can"
     if config.truncation == "window":
         return "windows are pooled in steps of changing shape"
-    return "for one process, not under torchrun" if distributed.world() > 1 else None
+    return None
 
 
 def fit_attention(hardware: Hardware, config: RunConfig, head_size: int, max_length: int, longest: int) -> Hardware:
@@ -159,11 +180,18 @@ def eager(hardware: Hardware, config: RunConfig) -> Hardware:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on a GPU or a CPU."""
+    """Whether an exception says that memory ran out, on a GPU or a CPU.
+
+    By its type or code, else by its words, for most libraries throw a plain RuntimeError. A Triton kernel that needs
+    more shared memory than a GPU has (OutOfResources) is another matter: smaller batches do not help.
+    """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    words = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "CUDA out of memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    if not isinstance(error, RuntimeError):
+        return False
+    if getattr(error, "error_code", None) == CUDA_ERROR_MEMORY_ALLOCATION:  # of torch.AcceleratorError
+        return True
+    return any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def peak_memory(device: torch.device) -> int:

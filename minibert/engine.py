@@ -1,4 +1,4 @@
-"""Steps of fixed shapes for a GPU: run as they are, compiled by torch.compile, or replayed as one CUDA graph.
+"""Steps of fixed shapes for a GPU: run as they are, or replayed as one CUDA graph.
 
 The host starts hundreds of kernels for a step that a GPU finishes in two milliseconds, so a small batch waits for the
 host. A graph starts them all at once, but its tensors may change neither shape nor place. So each batch is filled
@@ -10,7 +10,6 @@ Shapes: T tokens, B texts, the last of which only fill up, S tokens of the longe
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 
 from minibert.capture import capture
 from minibert.config import RunConfig
-from minibert.device import Hardware
+from minibert.device import TOLERANCE, Hardware
 from minibert.errors import UserError
 from minibert.flat import FlatOptimizer
 from minibert.loss import BatchLoss
@@ -33,11 +32,9 @@ from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import Chunk, DropoutMasks, Packing
 from minibert.problem import MULTI, SINGLE, Problem
 from minibert.staging import StaticBuffers
-from minibert.token_cache import folder as cache_folder
 
 SHORTEST = 32  # tokens of the smallest S; each next is twice as long
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-TOLERANCE = {"bf16": 0.05, "fp16": 0.02, "tf32": 0.02, "fp32": 1e-3}  # of a gradient; MiniLM: 0.015, 0.002, -, 1e-6
 RATES = ("dropout", "attention_dropout")  # attributes of modules
 
 
@@ -338,12 +335,8 @@ class FixedSteps:
                 tensor.copy_(value)
 
     def report(self) -> str:
-        """How many shapes there were, and how often torch.compile had to work."""
-        text = f"{len(self.places)} shapes"
-        if self.hardware.engine == "compile":
-            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-            text += f", {graphs} compilations"
-        return text
+        """How many shapes there were."""
+        return f"{len(self.places)} shapes"
 
 
 @contextmanager
@@ -357,12 +350,3 @@ def without_dropout(model: BertForSequenceClassification) -> Iterator[None]:
     finally:
         for module, name, rate in rates:
             setattr(module, name, rate)
-
-
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.compile for a few fixed shapes, with its cache where ours is, so that the next run finds it."""
-    if cache := cache_folder():
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache / "inductor"))
-    torch._dynamo.config.recompile_limit = 256  # a compilation for each bucket, of which there are few
-    torch._dynamo.utils.counters.clear()
-    return torch.compile(function, dynamic=False)

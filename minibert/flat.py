@@ -153,9 +153,11 @@ class FlatOptimizer:
             self.loss_scale.fill_(FIRST_LOSS_SCALE)
 
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """As AdamW keeps them; the step, which parameters share, as a copy: tensors in a file may not share memory."""
         exp_avg, exp_avg_sq = self.moment_views[id(parameter)]
-        return {"step": self.steps, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        return {"step": self.steps.clone(), "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
 
     def restore(self, parameter: Tensor, moments: dict[str, Tensor]) -> None:
-        for key, value in self.moments(parameter).items():
-            value.copy_(moments[key])
+        exp_avg, exp_avg_sq = self.moment_views[id(parameter)]
+        for tensor, key in ((exp_avg, "exp_avg"), (exp_avg_sq, "exp_avg_sq"), (self.steps, "step")):
+            tensor.copy_(moments[key])

@@ -122,6 +122,7 @@ class Layer(nn.Module):
         self.heads = config.num_attention_heads
         self.activation = ACTIVATIONS[config.hidden_act]
         self.attention_dropout, self.dropout = config.attention_probs_dropout_prob, config.hidden_dropout_prob
+        self.compiled_rest: Callable[[Layer, Tensor, Tensor, DropoutMasks], Tensor] | None = None  # for training
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.attention_output = nn.Linear(hidden, hidden)
         self.attention_norm = nn.LayerNorm(hidden, eps=eps)
@@ -134,7 +135,7 @@ class Layer(nn.Module):
         shared = ops.shared_gradient(masks)
         qkv = ops.linear(hidden, self.qkv, masks, shared=shared)  # [T, 3H]
         context = ops.attention(qkv, packing, self.heads, self.attention_dropout, masks)
-        return self._after_attention(context, hidden, masks, shared)
+        return self._rest(context, hidden, masks, shared)
 
     def forward_first_tokens(self, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:
         """[T, H] -> [B, H]: the [CLS] rows of `forward`. All tokens give keys and values; only [CLS] asks."""
@@ -144,12 +145,26 @@ class Layer(nn.Module):
         query = ops.linear(first, self.qkv, masks, slice(size), shared)
         key_value = ops.linear(hidden, self.qkv, masks, slice(size, None))  # [T, 2H]
         context = ops.first_token_attention(query, key_value, packing, self.heads, self.attention_dropout, masks)
-        return self._after_attention(context, first, masks, shared)
+        return self._rest(context, first, masks, shared)
 
-    def _after_attention(
+    def _rest(
         self, context: Tensor, residual: Tensor, masks: DropoutMasks | None, shared: SharedGradient | None
     ) -> Tensor:
-        """shared: of `residual`, which the projections of attention read."""
+        if self.compiled_rest is None or masks is None:
+            return self.after_attention(context, residual, masks, shared)
+        return self.compiled_rest(self, context, residual, masks)
+
+    def after_attention(
+        self,
+        context: Tensor,
+        residual: Tensor,
+        masks: DropoutMasks | None,
+        shared: SharedGradient | None = None,
+    ) -> Tensor:
+        """What attention found [T, H] and what it was given [T, H] -> the layer's output [T, H]
+
+        shared: of `residual`, which the projections of attention read.
+        """
         p, norms = self.dropout, (self.attention_norm, self.output_norm)
         attended = ops.linear_dropout_add_norm(context, self.attention_output, residual, norms[0], p, masks, shared)
         shared = ops.shared_gradient(masks)
@@ -274,6 +289,7 @@ class BertForSequenceClassification(nn.Module):
         self.config, self.num_labels, self.mlp_size = config, num_labels, mlp_size
         self.cls_only = True
         self.averages = False  # the last layer began as one that averages (averaging_layer.py)
+        self.compiled_head: Callable[[BertForSequenceClassification, Tensor, DropoutMasks], Tensor] | None = None
         self.encoder = Encoder(config)
         self.pooler = Pooler(config)
         self.classifier = Classifier(config, num_labels, mlp_size)
@@ -287,11 +303,19 @@ class BertForSequenceClassification(nn.Module):
 
     def logits(self, x: PackedInput, masks: DropoutMasks | None = None) -> Tensor:
         """Packed input -> [B, L]; of windows, the mean for each text."""
-        pooled = self.pooler(self.encoder.first_tokens(x, masks, self.cls_only), masks)
-        logits = self.classifier(pooled, None if masks is None else masks.of_layer(len(self.encoder.layers)))
+        first_tokens = self.encoder.first_tokens(x, masks, self.cls_only)
+        masks = None if masks is None else masks.of_layer(len(self.encoder.layers))
+        if self.compiled_head is None or masks is None:
+            logits = self.head(first_tokens, masks)
+        else:
+            logits = self.compiled_head(self, first_tokens, masks)
         if x.window_shares is None:
             return logits
         return (x.window_shares[:, :, None] * logits.float()).sum(1)  # a sum in fp32, in the same order every time
+
+    def head(self, first_tokens: Tensor, masks: DropoutMasks | None) -> Tensor:
+        """[B, H] -> [B, L]"""
+        return self.classifier(self.pooler(first_tokens, masks), masks)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None

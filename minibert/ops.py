@@ -184,17 +184,28 @@ class DropoutMasks:
 
     def draw(self, shape: Sequence[int], p: float, like: Tensor) -> tuple[Tensor, float]:
         """Return (mask of 0 and 1 in `like`'s dtype and device, factor that keeps the expectation) for drop rate p."""
-        dropped = round(p * self.LEVELS)
-        scale = self.LEVELS / (self.LEVELS - dropped)
-        site = self.next_site()
+        threshold, scale = self.threshold(p)
         if self.plain or like.device.type != "cpu":
-            mask = torch.rand(tuple(shape), device=like.device).ge_(dropped / self.LEVELS)
+            self.next_site()
+            mask = torch.rand(tuple(shape), device=like.device).ge_((threshold + self.LEVELS // 2) / self.LEVELS)
             return mask.to(like.dtype), scale
-        count = math.prod(shape)
-        generator = np.random.Philox(key=self.seed, counter=[0, 0, site, self.step])
-        bits = torch.from_numpy(generator.random_raw(-(-count // 4)).view(np.int16)[:count]).view(tuple(shape))
         mask = torch.empty(tuple(shape), dtype=like.dtype)
-        return torch.ge(bits, dropped - self.LEVELS // 2, out=mask), scale
+        return torch.ge(self.bits(shape, like.device), threshold, out=mask), scale
+
+    @classmethod
+    def threshold(cls, p: float) -> tuple[int, float]:
+        """(the least of the 16-bit numbers that keep an element, factor that keeps the expectation) for drop rate p."""
+        dropped = round(p * cls.LEVELS)
+        return dropped - cls.LEVELS // 2, cls.LEVELS / (cls.LEVELS - dropped)
+
+    def bits(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """16 random bits for each element of the next place with dropout, as int16."""
+        site, count = self.next_site(), math.prod(shape)
+        if self.plain or device.type != "cpu":
+            half = self.LEVELS // 2
+            return torch.empty(tuple(shape), dtype=torch.int16, device=device).random_(-half, half)
+        generator = np.random.Philox(key=self.seed, counter=[0, 0, site, self.step])
+        return torch.from_numpy(generator.random_raw(-(-count // 4)).view(np.int16)[:count]).view(tuple(shape))
 
 
 def dropout(x: Tensor, p: float, masks: DropoutMasks | None) -> Tensor:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from minibert.recipe import EPOCHS
 from minibert.tokens import places_of
 
 if TYPE_CHECKING:
+    from minibert.compiled import CompiledRegions
     from minibert.engine import FixedSteps
     from minibert.flat import FlatOptimizer
 
@@ -159,6 +160,7 @@ class Training:
         self.steps_per_epoch = len(self._steps_of_epoch(0))
         self.total_steps = total_steps(self.steps_per_epoch, config)
         model.encoder.recompute = config.activation_checkpointing
+        self.regions = self._compiled_regions()
         self.fixed = self._fixed_steps()
         self.optimizer: Optimizer | FlatOptimizer
         if self.fixed is None:
@@ -168,10 +170,18 @@ class Training:
         else:
             self.optimizer = self.fixed.optimizer
 
+    def _compiled_regions(self) -> CompiledRegions | None:
+        """What torch.compile has made of parts of the model, in the engine of that name."""
+        if self.hardware.engine != "compile":
+            return None
+        from minibert.compiled import compile_regions  # seconds of imports
+
+        return compile_regions(self.model, self.hardware, self.config.seed)
+
     def _fixed_steps(self) -> FixedSteps | None:
         """The engine of fixed shapes, if it is wanted; None for eager steps, also where `auto` finds a fault in it."""
         hardware, config = self.hardware, self.config
-        if hardware.engine == "eager":
+        if hardware.engine in ("eager", "compile"):
             return None
         from minibert.engine import FixedSteps  # imports Triton, where it is
 
@@ -233,6 +243,8 @@ class Training:
             self.say(f"stopped at step {self.state.step} of {self.total_steps}: {patience}")
         if self.fixed is not None:
             self.say(f"engine {self.hardware.engine}: {self.fixed.report()}")
+        if self.regions is not None:
+            self.say(f"engine compile: {self.regions.report()}")
         if self.state.step == int(self.optimizer.skipped) > 0 and self.optimizer.loss_scale is None:
             raise UserError("no step had a finite loss and gradient, so nothing was learned; lower --learning-rate")
         self.use_best_weights()
@@ -270,7 +282,7 @@ class Training:
         Losses are summed and divided as before, so the effective batch is the same; only dropout draws differ.
         """
         pieces = self._pieces(step)
-        with self.hardware.computing():
+        with self.hardware.computing(), self._compile_errors():
             result = attempt(lambda: self._train_step(step, pieces))
         if result is not None:
             return result
@@ -282,11 +294,16 @@ class Training:
         if self.hardware.device.type == "cpu":
             return
         largest = max(self._steps_of_epoch(0), key=lambda step: step.tokens)
-        while attempt(lambda: self._passes(self._pieces(largest))) is None:
-            self._shrink(largest, self._pieces(largest))
+        with self._compile_errors():
+            while attempt(lambda: self._passes(self._pieces(largest))) is None:
+                self._shrink(largest, self._pieces(largest))
         self.optimizer.drop_gradients()
         if self.fixed is not None:
             self.fixed.setup_seconds = 0.0  # from here on within steps
+
+    def _compile_errors(self) -> AbstractContextManager[None]:
+        """Around steps: what torch.compile throws becomes a UserError."""
+        return nullcontext() if self.regions is None else self.regions.errors()
 
     def _passes(self, pieces: list[np.ndarray]) -> bool:
         """Forward and backward, without an update."""

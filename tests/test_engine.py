@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import skip_without_interpreter
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
-from minibert import device
+from minibert import device, resume
 from minibert.batching import collate
 from minibert.checkpoint import load_model
+from minibert.compiled import SELF_CHECK_LENGTHS
 from minibert.config import RunConfig
 from minibert.dataset import Dataset
 from minibert.device import Hardware, choose, fit_attention
@@ -26,13 +31,17 @@ from minibert.errors import UserError
 from minibert.flat import FlatOptimizer
 from minibert.model import BertForSequenceClassification
 from minibert.ops import DropoutMasks
+from minibert.optim import freeze
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.tokens import Tokens
 from minibert.train import Training
 from minibert_kernels import backend, gelu
 
 CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 SIZES = {SINGLE: 3, MULTI: 3, REGRESSION: 1}
+# torch.compile looks at .grad of its inputs, and keeps the warning to itself by other means than a filter.
+quiet_dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +78,7 @@ def curve(
     data = Dataset(made_tokens(41), made_targets(kind, 41))
     labels = [str(i) for i in range(SIZES[kind])]
     flags = {"engine": "auto" if hardware.engine == "eager" else "graph", **flags}  # by name: a fault is an error
+    freeze(model, str(flags.get("freeze", "none")), ())
     config = RunConfig(**{"batch_size": 8, "learning_rate": 1e-3, "epochs": 2, "quiet": True, **flags})
     training = Training(model, Problem(kind, labels), {"train": data}, config, hardware, weights, print)
     numbers = [torch.stack(training._step(step)) for _ in range(2) for step in training._steps_of_epoch(0)]
@@ -184,13 +194,77 @@ def test_what_fills_batches_up_counts_as_padding(tiny: Callable[..., Path], atte
     assert inside == pytest.approx(1 - total / (slots if attention == "sdpa" else packed))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_the_compiled_engine_trains_the_same(tiny: Callable[..., Path]) -> None:
-    folder = tiny("BertModel", num_hidden_layers=2)
-    plain = Hardware(CPU, "fp32", "sdpa", "eager")
-    result = curve(folder, SINGLE, choose(RunConfig(engine="compile", device="cpu")), batch_size=41)
-    assert_same_training(result, curve(folder, SINGLE, plain, batch_size=41))
-    assert result[2].fixed.report() == "1 shapes, 1 compilations"
+@needs_compiler
+@quiet_dynamo
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"gradient_accumulation_steps": 2}, {"activation_checkpointing": True}, {"freeze": "1"}],
+    ids=str,
+)
+def test_the_compiled_engine_trains_the_same_and_compiles_once(
+    tiny: Callable[..., Path], flags: dict[str, Any]
+) -> None:
+    """With the same dropout, for all sizes of a batch: the last one is of one text."""
+    folder, flags = tiny("BertModel"), {**flags, "dropout": 0.1}
+    result = curve(folder, SINGLE, choose(RunConfig(engine="compile", device="cpu")), **flags)
+    assert_same_training(result, curve(folder, SINGLE, Hardware(CPU, "fp32", "sdpa", "eager"), **flags))
+    regions = result[2].regions
+    assert regions is not None and regions.report().endswith(", 0 recompilations")
+
+
+@needs_compiler
+@quiet_dynamo
+def test_all_layers_and_sizes_share_one_compilation_a_region(tiny: Callable[..., Path]) -> None:
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    curve(tiny("BertModel"), SINGLE, choose(RunConfig(engine="compile", device="cpu")), dropout=0.1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 2  # a layer's rest, and the head
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_one_line(film_model: Path, films: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    flags = ["--train", str(films), "--model", str(film_model), "--output", str(output), "--device", "cpu", "--quiet"]
+    changes = {"CXX": shutil.which("false") or "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "minibert.finetune", *flags, "--engine", "compile"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **changes})
+    assert done.returncode == 2 and not output.exists()
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: --engine compile: "), done.stderr
+    assert "No working C++ compiler" in done.stderr and done.stderr.endswith("; use eager\n")
+
+
+def test_compiled_code_that_is_wrong_is_an_error(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: lambda *given: 1.1 * function(*given))
+    with pytest.raises(UserError, match=r"--engine compile: its gradient is .*% away from plain torch's; use eager"):
+        curve(tiny("BertModel"), SINGLE, choose(RunConfig(engine="compile", device="cpu")))
+
+
+def test_compiling_again_that_fails_amid_a_run_is_one_line(
+    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(module: Any, rows: torch.Tensor, *others: Any) -> torch.Tensor:
+            if len(rows) > sum(SELF_CHECK_LENGTHS):
+                raise TorchDynamoException("no space\nleft")
+            return function(module, rows, *others)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing)
+    with pytest.raises(UserError, match="--engine compile: TorchDynamoException: no space; use eager"):
+        curve(tiny("BertModel"), SINGLE, choose(RunConfig(engine="compile", device="cpu")))
+
+
+def test_no_two_tensors_of_a_checkpoint_share_memory(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """The flat optimizer counts its steps once for all parameters; safetensors refuses such a pair."""
+    *_, training = curve(tiny("BertModel"), SINGLE, Hardware(CPU, "fp32", "sdpa", "fixed"))
+    before = {name: tensor.clone() for name, tensor in resume._tensors(training).items()}
+    resume.save_checkpoint(tmp_path / "last", training, {})
+    training.optimizer.start_anew()
+    resume.load_checkpoint(tmp_path / "last", training, {})
+    after = resume._tensors(training)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert any(name.startswith("step.") and tensor > 0 for name, tensor in after.items())
 
 
 def test_half_precision_stays_close_to_fp32(tiny: Callable[..., Path]) -> None:
@@ -244,7 +318,6 @@ def test_the_signature_of_torchs_flash_attention_stands_still() -> None:
         ({"attention": "flash"}, "compute capability"),
         ({"attention": "triton"}, "GPU"),
         ({"engine": "graph"}, "CUDA graphs need"),
-        ({"engine": "compile", "freeze": "2"}, "frozen layers"),
     ],
 )
 def test_what_cannot_run_here_says_why(flags: dict[str, str], reason: str) -> None:

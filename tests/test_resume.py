@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minibert import resume
 from minibert.errors import UserError
@@ -123,8 +125,8 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def base(model: Path, rows: Path, output: Path, flags: str) -> list[str]:
-    fixed = ["--train", str(rows), "--model", str(model), "--output", str(output), "--quiet", "--device", "cpu"]
+def base(model: Path, rows: Path, output: Path, flags: str, device: str = "cpu") -> list[str]:
+    fixed = ["--train", str(rows), "--model", str(model), "--output", str(output), "--quiet", "--device", device]
     return [*fixed, "--epochs", "2", "--dropout", "0.2", "--max-length", "24", *flags.split()]
 
 
@@ -157,6 +159,35 @@ def test_thirty_kills_change_nothing(tiny: Callable[..., Path], rows: Path, tmp_
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
     leftovers = [path for path in (tmp_path / "killed").rglob("*") if path.name.endswith(".tmp")]
     assert not leftovers
+
+
+def killed_twice_and_resumed(model: Path, rows: Path, folder: Path, flags: str, device: str) -> None:
+    """A run to its end, and one that is killed, resumed, killed and resumed, leave the same."""
+    flags = f"--batch-size 8 --save-steps 2 {flags}"
+    code, moments, error = finetune(base(model, rows, folder / "whole", flags, device))
+    assert (code, error) == (0, "") and moments > 40
+    arguments = base(model, rows, folder / "killed", flags, device)
+    for resume_flag, fatal in (([], moments // 3), (["--resume"], moments // 4)):
+        code, _, error = finetune([*arguments, *resume_flag], fatal)
+        assert (code, error) == (-signal.SIGKILL, "")
+        assert (folder / "killed" / "checkpoints" / "last" / "state.safetensors").is_file()
+    code, _, error = finetune([*arguments, "--resume"])
+    assert (code, error) == (0, "")
+    assert results(folder / "killed") == results(folder / "whole")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_resumes_too(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
+    killed_twice_and_resumed(tiny(), rows, tmp_path, "--engine compile", "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["eager", "compile", "graph"])
+def test_every_engine_resumes_on_a_gpu(tiny: Callable[..., Path], rows: Path, tmp_path: Path, engine: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model = tiny(hidden_size=64, num_attention_heads=2)
+    killed_twice_and_resumed(model, rows, tmp_path, f"--engine {engine} --attention sdpa --deterministic", "cuda")
 
 
 def test_a_kill_after_training_is_finished_by_resume(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
