@@ -25,6 +25,12 @@ def advice(evaluations: list[dict[str, Any]], metric: str, lower_is_better: bool
             f"not done: the last evaluation was the best and {metric} was still rising; "
             f"about {more:g} epochs more may help: --epochs {round(epochs + more):g}"
         )
+    values = [value for _, value in known]
+    if len(values) > 1 and evaluations[0].get("step") == 0 and values[0] == max(values):
+        lines.append(
+            "no evaluation was better than the linear probe that training began with, which is what was kept; "
+            "lower --learning-rate, or take the probe as it is with --freeze all"
+        )
     if learned_by_heart(evaluations):
         lines.append(
             "validation loss rose while training loss fell: the model learned its rows by heart; "

@@ -43,6 +43,12 @@ def test_more_epochs_are_measured_from_the_curve(values: list[float | None], mor
         assert f"about {more:g} epochs more" in line and f"--epochs {epochs + more:g}" in line
 
 
+def test_a_run_that_never_beat_its_probe_says_so() -> None:
+    found = advice(lines([0.9, 0.5, 0.6]), "accuracy", False, 2.0)
+    assert len(found) == 1 and found[0].startswith("no evaluation was better than the linear probe")
+    assert advice(lines([0.9, 0.5, 0.6])[1:], "accuracy", False, 2.0)[0].startswith("not done")
+
+
 def test_an_error_falls_where_a_score_rises() -> None:
     curve = [{"epoch": float(i), "validation_mse": value} for i, value in enumerate((4.0, 2.0, 1.0))]
     assert "about 2 epochs more" in advice(curve, "mse", True, 1.0)[0]

@@ -29,6 +29,7 @@ from minibert.run import run_from_files
 
 WORDS = "good bad film very not is was spam free call now see you at money win prize the a of and".split()
 COMMON = ["--max-length", "48", "--lr", "3e-4", "--batch-size", "12", "--dropout", "0", "--head-dropout", "0"]
+COMMON += ["--head-init", "random"]  # of a fitted head the steps are larger, and so is their rounding
 JOBS = {  # every way to train
     "plain": ["--train", "classes.csv", "--epochs", "2"],
     "dense": ["--train", "classes.csv", "--max-steps", "5", "--no-compact-vocabulary", "--batch-tokens", "200"],
@@ -37,13 +38,11 @@ JOBS = {  # every way to train
     "prefix": ["--train", "classes.csv", "--epochs", "1", "--freeze", "1", "--head", "mlp:16"],
     "frozen": ["--train", "classes.csv", "--epochs", "2", "--freeze", "all", "--label-smoothing", "0.1"],
     "multi": ["--train", "several.csv", "--label-delimiter", "|", "--epochs", "2", "--test-split", "0.2"],
-    # from the mean, the answers of the first steps are so alike that their correlation magnifies rounding
     "windows": ["--train", "classes.csv", "--max-steps", "5", "--truncation", "window", "--max-length", "16"],
     "pairs": ["--train", "pairs.csv", "--max-steps", "5", "--truncation", "head_tail", "--max-length", "24"],
     "windows of pairs": [*"--train pairs.csv --max-steps 5 --truncation window --max-length 24".split()],
-    "regression": [
-        *"--train numbers.csv --epochs 9 --eval-steps 3 --early-stopping-patience 2 --head-init random".split()
-    ],
+    "probe": [*"--train classes.csv --max-steps 1 --head-init probe".split()],
+    "regression": [*"--train numbers.csv --epochs 9 --eval-steps 3 --early-stopping-patience 2".split()],
 }
 SCRIPT = """
 import json, sys, zlib

@@ -25,6 +25,7 @@ from minibert.checkpoint import load_model
 from minibert.compiled import SELF_CHECK_LENGTHS
 from minibert.config import RunConfig
 from minibert.dataset import Dataset
+from minibert.deferred import DeferredUpdate
 from minibert.device import Hardware, choose, fit_attention
 from minibert.engine import Bucket, FixedSteps, fill_up
 from minibert.errors import UserError
@@ -145,21 +146,30 @@ def test_the_kernels_way_trains_the_same(tiny: Callable[..., Path]) -> None:
 def test_no_step_reads_what_the_step_before_left_of_the_gradients_of_matrices(
     tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, accumulation: int
 ) -> None:
-    folder, update = tiny("BertModel"), FlatOptimizer.update
+    """Before a step's first backward pass, all that the update does not clear is spoiled."""
+    folder, construct, finish = tiny("BertModel"), FlatOptimizer.__init__, DeferredUpdate.finish
+    optimizers: list[FlatOptimizer] = []
+    spoiled: list[int] = []
 
-    def spoiled(optimizer: FlatOptimizer) -> torch.Tensor:
-        norm = update(optimizer)
-        matrices = [v for v in optimizer.layout.views(optimizer.grad) if v.any()]
-        assert len(matrices) == 3 * 4 + 2  # the layers', the pooler's and the classifier's
-        for matrix in matrices:
-            matrix.fill_(torch.nan)
-        return norm
+    def constructed(optimizer: FlatOptimizer, *given: Any, **named: Any) -> None:
+        construct(optimizer, *given, **named)
+        optimizers.append(optimizer)
+
+    def finished(update: DeferredUpdate) -> None:
+        finish(update)
+        if optimizers[-1].gradients.first:
+            matrices = [v for v in optimizers[-1].layout.views(optimizers[-1].grad) if v.any()]
+            spoiled.append(len(matrices))
+            for matrix in matrices:
+                matrix.fill_(torch.nan)
 
     flags = {"gradient_accumulation_steps": accumulation}
     expected = curve(folder, SINGLE, Hardware(CPU, "fp32", "sdpa", "eager"), **flags)
-    monkeypatch.setattr(FlatOptimizer, "update", spoiled)
+    monkeypatch.setattr(FlatOptimizer, "__init__", constructed)
+    monkeypatch.setattr(DeferredUpdate, "finish", finished)
     kernels = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
     assert_same_training(curve(folder, SINGLE, kernels, **flags), expected)
+    assert {*spoiled} == {0, 3 * 4 + 2}  # at first nothing, then the layers', the pooler's and the classifier's
 
 
 def test_the_kernels_dropout_is_drawn_anew_each_step_and_again_from_the_seed(tiny: Callable[..., Path]) -> None:

@@ -277,7 +277,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
         (["--warmup-steps", "100"], "(--warmup-ratio is the share of all steps)"),
         (["--overwrite_output_dir", "True"], "True (a switch has no value: --x, or --no-x)"),
         (["--fancy"], "unrecognized arguments: --fancy; see"),
-        (["--epochs", "ten"], "--epochs: 'ten' is no number; see"),
+        (["--epochs", "ten"], "--epochs: 'ten' is neither auto nor a number; see"),
         (["--batch_size", "1.5"], "--batch-size: '1.5' is no whole number; see"),
     ],
 )
@@ -311,7 +311,7 @@ def test_resume_and_output_alone_go_on_with_the_flags_of_the_run(
     flags.append("--keep-checkpoint")
     main([*flags, "--output", str(folder)])
     said = capsys.readouterr().out
-    assert said.count("validation macro_f1") == 2 and "epoch 1   step 9 of 18 · loss" in said
+    assert said.count("validation macro_f1") == 3 and "epoch 1   step 9 of 18 · loss" in said
     assert "always answering" in said and f"report:  {folder / 'report.html'}" in said
     before = (folder / "model.safetensors").read_bytes()
     main(["--resume", "--output", str(folder)])

@@ -38,7 +38,7 @@ def step() -> Recording:
 
 def test_a_step_of_bert_base_has_few_launches(step: Recording) -> None:
     """393 before what the tests below count; the rest are 151 matrix products, and kernels of some use each."""
-    assert step.total <= 293
+    assert step.total <= 306  # 13 of them by the update in 14 parts, which lies under the next step's forward pass
     assert sum(name in ("mm", "addmm", "addmm_") for name in step.torch_ops) == 151
 
 

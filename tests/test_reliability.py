@@ -373,7 +373,7 @@ def test_training_that_diverges_is_one_line(
     """Too few steps for ten bad ones in a row, and weights that are finite, but nothing that comes out of them is."""
     if "regression" in flags:
         rows.write_text("text,label\n" + "\n".join(f"good film {i},{i / 3}" for i in range(40)))
-    wild = ["--learning-rate", "1e30", "--max-grad-norm", "0", "--max-steps", "5", *flags.split()]
+    wild = [*"--learning-rate 1e30 --max-grad-norm 0 --max-steps 5 --head-init random".split(), *flags.split()]
     assert "training has diverged (lower --learning-rate)" in one_line_error(capsys, arguments(tmp_path / "run", *wild))
     assert not (tmp_path / "run" / "metrics.json").exists()
 
@@ -390,7 +390,10 @@ def test_diverged_weights_are_not_the_best(
         return found if seen[0] == 1 else np.full_like(found, np.nan)
 
     monkeypatch.setattr(train, "evaluate", later_nan)
-    assert run_command(main, arguments(tmp_path / "run", "--eval-steps", "2", "--metric", "accuracy")) == 0
+    assert (
+        run_command(main, arguments(tmp_path / "run", *"--eval-steps 2 --metric accuracy --head-init random".split()))
+        == 0
+    )
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]["best_step"] == 2 and seen[0] > 2
 
 
@@ -514,7 +517,9 @@ def test_one_example_that_does_not_fit_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     scarce(monkeypatch, 3, MemoryError())
-    assert "not enough memory to train on one example" in one_line_error(capsys, arguments(tmp_path / "run"))
+    assert "not enough memory to train on one example" in one_line_error(
+        capsys, arguments(tmp_path / "run", "--head-init", "random")
+    )
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["MemoryError", "cuda", "cpu"])

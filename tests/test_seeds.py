@@ -47,6 +47,7 @@ def finetune(*arguments: str, code: int = 0) -> Done:
 
 def flags(films: Path, film_model: Path, output: Path, *more: str) -> list[str]:
     recipe = ["--epochs", "8", "--lr", "5e-3", "--batch-size", "16", "--test-split", "0.2", "--length-buckets"]
+    recipe += ["--head-init", "random"]  # else a seed may end with its probe, which is the same for all
     return ["--train", str(films), "--model", str(film_model), "--output", str(output), *recipe, *more]
 
 
