@@ -1,9 +1,9 @@
 """The learning rate and the number of epochs where neither is given: one function of the model and the data.
 
-What it rests on: all-MiniLM-L6-v2 (384 wide), a head that starts as a linear probe of the averaged tokens, up to 700 rows
-held out from the training files, the weights behind the last step, products in bf16 (the rates were chosen on these very
-rows, so the figures flatter a little; a shared AMD EPYC, so no seconds). Accuracy in percent. 20 rows a class, mean of
-two seeds, which differ by some 4 points:
+What it rests on: all-MiniLM-L6-v2 (384 wide), a head that starts as a linear probe of the averaged tokens, up to 700
+rows held out from the training files, the weights behind the last step, products in bf16 (the rates were chosen on
+these very rows, so the figures flatter a little; a shared AMD EPYC, so no seconds). Accuracy in percent. 20 rows a
+class, mean of two seeds, which differ by some 4 points:
 
 | learning rate, epochs | TREC (6 classes) | SST-2 | SMS spam |
 |---|---|---|---|
@@ -25,9 +25,9 @@ two seeds, which differ by some 4 points:
 | without the averaging layer, 2e-4 | 93.7 | | 84.9 | | |
 | 5e-5, head at random | 91.4 | | | | |
 
-The averaging layer won by 8 to 11 points with few rows of TREC and SST-2, and lost with 100 rows of STS-B (Spearman 19.9
-against 31.0, one seed). For wider models the rates are those of the literature (Devlin et al. 2019 try 2e-5 to 5e-5 with
-BERT-base).
+The averaging layer won by 8 to 11 points with few rows of TREC and SST-2, and lost with 100 rows of STS-B (Spearman
+19.9 against 31.0, one seed). For wider models the rates are those of the literature (Devlin et al. 2019 try 2e-5 to
+5e-5 with BERT-base).
 """
 
 from __future__ import annotations
