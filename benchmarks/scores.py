@@ -6,8 +6,8 @@
 Both train MiniLM with the same learning rate, epochs, batch size, warm-up, weight decay, clipping and text length on
 the same rows, from a head at random, and keep the best epoch by the same validation metric. They differ in the random
 numbers that make batches, dropout and head. (What the plain command scores: yardsticks.py.) Each run is a process of
-its own. Scores are computed here, from the test predictions of both, with scikit-learn and scipy. Needs the `bench` extra
-(Trainer asks for accelerate).
+its own. Scores are computed here, from the test predictions of both, with scikit-learn and scipy. Needs the `bench`
+extra (Trainer asks for accelerate).
 """
 
 from __future__ import annotations
