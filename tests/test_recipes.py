@@ -49,6 +49,7 @@ def test_a_recipe_runs_is_kept_and_is_not_run_again(
     recipes: Any, films: Path, film_model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = "python -m minibert.finetune --train films.csv --model tiny \\\n --max-steps 3 --output runs/films"
+    command += " --keep-checkpoint"
     files = {"films.csv": lambda: films, "tiny": lambda: film_model}
     recipe = recipes.Recipe(
         "films", command, files, lambda m: {"accuracy": m["validation"]["accuracy"]}, {"accuracy": 0.9, "F1": "high"}

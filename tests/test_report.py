@@ -292,7 +292,7 @@ def test_a_run_without_validation_has_a_report_and_a_card(tmp_path: Path) -> Non
 def test_text_that_is_no_valid_unicode_is_reported(tmp_path: Path) -> None:
     """Half an emoji, as JSON can hold: it cannot be written to a file as it is."""
     texts = [f"good film {i} \ud83d" if i % 2 else f"bad film {i}" for i in range(40)]
-    flags = {"model": str(save_tiny(tmp_path / "tiny")), "quiet": True, "max_steps": 1}
+    flags = {"model": str(save_tiny(tmp_path / "tiny")), "quiet": True, "max_steps": 1, "head_init": "random"}
     minibert.finetune(texts, [i % 2 for i in range(40)], output=str(tmp_path / "run"), **flags)
     assert "good film" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "\\ud83d" in (tmp_path / "run" / "predictions-validation.csv").read_text(encoding="utf-8")
