@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "r
 MOST_LAYERS, MOST_LABELS = 512, 1 << 16  # more is a broken or hostile config.json
 PATHS = ("model", "tokenizer", "train", "validation", "test", "class_weights")  # flags that may name files
 TRUNCATIONS = ("head", "tail", "head_tail", "window")
+SECONDS_OF = {"s": 1, "m": 60, "h": 3600}  # the units of --search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +233,12 @@ class RunConfig:
     temperature: bool = flag(True, "fit a temperature on validation, for honest probabilities", group="recipe")
     seed: int = flag(42, "seed of head, batches and dropout", group="recipe")
     seeds: tuple[str, ...] = flag((), "train once with each of these seeds", group="recipe")
+    search: str | None = flag(
+        None,
+        "try so many recipes (20), or as many as fit into a time (90s, 30m, 2h), and keep the best by validation",
+        group="recipe",
+        kind=str,
+    )
 
     # speed
     device: str = flag("auto", "where to compute", group="speed", choices=("auto", "cpu", "cuda"))
@@ -303,6 +311,10 @@ class RunConfig:
         if len({*seeds}) < len(seeds) or not all(0 <= seed < 1 << 63 for seed in seeds):
             raise UserError(f"--seeds {','.join(self.seeds)}: give different whole numbers, such as 1,2,3")
 
+        self.search_budget()
+        for name, why in (("seeds", "one seed chooses"), ("check", "it trains nothing")):
+            if self.search is not None and getattr(self, name):
+                raise UserError(f"--search with --{name}: {why}; leave one of the two out")
         if self.window_stride is not None and self.truncation != "window":
             raise UserError("--window-stride: has an effect only with --truncation window; add that or leave it out")
 
@@ -343,6 +355,16 @@ class RunConfig:
         if kind != "mlp" or not size.isdecimal() or not 0 < int(size) < 1 << 16:
             raise UserError(f"--head {self.head}: give linear, or mlp:N such as mlp:512")
         return int(size)
+
+    def search_budget(self) -> tuple[int | None, float | None]:
+        """--search as (trials, None) or (None, seconds); (None, None) without it."""
+        if self.search is None:
+            return None, None
+        found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(s|m|h|)", self.search.strip(), re.ASCII)
+        number = float(found[1]) if found else 0.0
+        if not found or not number or (not found[2] and number % 1):
+            raise UserError(f"--search {self.search}: give a number of trials, such as 20, or a time: 90s, 30m or 2h")
+        return (None, number * SECONDS_OF[found[2]]) if found[2] else (int(number), None)
 
     def to_dict(self) -> dict[str, Any]:
         return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}

@@ -28,6 +28,7 @@ from minibert.labels import guess_kind, indicator_length, is_missing, read_label
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, sorted_labels
 from minibert.splits import split
 from minibert.tables import BadRow, Table, bad_rows_error, describe_bad, read_table, stream_table
+from minibert.tokens import Tokens
 
 ROOM_FOR_LABELS, ROOM_FOR_ROW = 30, 60  # characters
 HEADER_ROWS = 200  # looked at to tell whether there is a header
@@ -65,6 +66,7 @@ class RunData:
     columns: Columns
     notes: list[str]  # what was decided without being asked
     skipped: dict[str, list[BadRow]] = field(default_factory=dict)  # by --on-bad-rows skip
+    encoded: dict[str, Tokens] | None = None  # of each part, where several runs share them
 
 
 def text_keys(examples: Examples) -> list[str]:

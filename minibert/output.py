@@ -14,6 +14,7 @@ from minibert.device import choose
 from minibert.errors import UserError
 from minibert.files import locked, sweep
 from minibert.resume import CHECKPOINTS, STATE_FILE
+from minibert.search import check_optuna, remove_trials, search_begun
 from minibert.seeds import remove_runs, seed_folder
 from minibert.trackers import TENSORBOARD, check_tracker
 
@@ -31,6 +32,8 @@ def refuse_at_once(config: RunConfig) -> None:
     check_tracker(config)
     if config.seeds and distributed.world() > 1:
         raise UserError("--seeds: for one process; under torchrun start one run for each --seed")
+    if config.search is not None:
+        check_search(config)
     if config.check and distributed.world() > 1:
         raise UserError("--check: for one process; leave torchrun out")
     if not distributed.is_first():  # the folder is not its own to write
@@ -41,7 +44,12 @@ def refuse_at_once(config: RunConfig) -> None:
         return
     output = Path(config.output)
     folders = [seed_folder(output, int(seed)) for seed in config.seeds] or [output]
-    if config.resume and not any((folder / CHECKPOINTS / STATE_FILE).is_file() or begun(folder) for folder in folders):
+    going_on = config.search is not None and search_begun(output)
+    if (
+        config.resume
+        and not going_on
+        and not any((folder / CHECKPOINTS / STATE_FILE).is_file() or begun(folder) for folder in folders)
+    ):
         raise UserError(f"{output}: no checkpoint to resume; leave --resume out to start anew")
     if config.resume and not config.seeds and finished(output):
         raise UserError(f"{output}: this run is finished, nothing is left to resume; give --overwrite to train anew")
@@ -50,6 +58,15 @@ def refuse_at_once(config: RunConfig) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another --output")
     refuse_full(output, config)
+
+
+def check_search(config: RunConfig) -> None:
+    """What --search needs, and what it does not go with."""
+    check_optuna()
+    if distributed.world() > 1:
+        raise UserError("--search: for one process; leave torchrun out")
+    if config.report_to != "none":
+        raise UserError("--search with --report-to: trials are not reported; leave --report-to out")
 
 
 def begun(output: Path) -> bool:
@@ -113,6 +130,7 @@ def open_output(config: RunConfig, held: ExitStack) -> Path:
         if not config.resume:
             clear(output)
             remove_runs(output)
+            remove_trials(output)
         (output / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(

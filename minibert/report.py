@@ -38,7 +38,9 @@ from minibert.dataset import Dataset
 from minibert.files import write_text
 from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.quality import Judged, calibration_charts, class_table, quality_charts, text_tables
+from minibert.search_report import search_section
 
+NOTHING = Html("")
 LABELS = 20  # the most rows of the label distribution
 SHOWN_METRICS = {
     SINGLE: ("macro_f1", "accuracy", "mcc"),
@@ -86,14 +88,16 @@ class Finished:
 
 def write_report(output: Path, run: Finished) -> None:
     lines = (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
-    write_text(output / "report.html", page(run, [json.loads(line) for line in lines], output.resolve().name))
+    log = [json.loads(line) for line in lines]
+    write_text(output / "report.html", page(run, log, output.resolve().name, search_section(output)))
 
 
-def page(run: Finished, log: list[dict[str, Any]], name: str) -> str:
-    """The whole file; `log` has the lines of train_log.jsonl."""
+def page(run: Finished, log: list[dict[str, Any]], name: str, search: Html = NOTHING) -> str:
+    """The whole file; `log` has the lines of train_log.jsonl, `search` what --search tried."""
     sections = [
         header(run, name),
         section("Training", training_charts(run, log)),
+        search,
         section("Data", [labels_figure(run), lengths_figure(run)]),
         *([] if run.part is None else judgement(run, run.part)),
         section("Speed", speed_charts(run)),
@@ -372,8 +376,13 @@ def command(run: Finished) -> str:
     given = [word for word in run.record["command"] if word.replace("_", "-") not in RESUME]
     if len(given) != 1 or "(" not in given[0]:
         return shlex.join(given)
+    return python_call(run.config)
+
+
+def python_call(config: RunConfig) -> str:
+    """The call that makes such a run from Python."""
     defaults, skipped = RunConfig(), ("output", "resume", "quiet", "overwrite")
     flags = {
-        key: value for key, value in vars(run.config).items() if value != getattr(defaults, key) and key not in skipped
+        key: value for key, value in vars(config).items() if value != getattr(defaults, key) and key not in skipped
     }
     return ", ".join(["minibert.finetune(texts, labels", *(f"{key}={value!r}" for key, value in flags.items())]) + ")"

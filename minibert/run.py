@@ -28,7 +28,7 @@ from minibert.checkpoint import LoadReport, load_model, model_folder, saved_mlp_
 from minibert.classifier import Classifier, finite, fitting_tokenizer, load, refuse_pairs, saved_labels
 from minibert.cli import checked_values
 from minibert.config import PATHS, BertConfig, RunConfig
-from minibert.console import Progress, aloud, describe, silence, summarise, terminal_name
+from minibert.console import Progress, Say, aloud, describe, silence, summarise, terminal_name
 from minibert.data import Examples, RunData, load_data, prepare
 from minibert.dataset import Dataset, evaluate
 from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
@@ -64,10 +64,12 @@ from minibert.resume import (
     share_checkpoint,
     weights_digest,
 )
-from minibert.seeds import SUMMARY_FILE, copy_run, run_seeds
+from minibert.search import Watch, begin_search, remove_trials, run_trials, trial_folder
+from minibert.search_report import SEARCH_FILE
+from minibert.seeds import SUMMARY_FILE, copy_run, remove_runs, run_seeds
 from minibert.tokens import Tokenizer
 from minibert.trackers import Tracker, open_tracker
-from minibert.train import LOWER_IS_BETTER, Interrupted, Training
+from minibert.train import LOWER_IS_BETTER, Interrupted, Training, checked_metric
 from minibert.vocabulary import CompactVocabulary, worth_compacting
 
 DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
@@ -99,7 +101,8 @@ def begun_with(output: Path, config: RunConfig) -> dict[str, Any]:
     """--resume without --train: the settings of the run in `output`, by its run.json."""
     if config.seeds or (output / SUMMARY_FILE).is_file():
         raise UserError(f"{output}: with --seeds, give the whole command again, and --resume")
-    path = output / "run.json"
+    path = output / SEARCH_FILE
+    path = path if path.is_file() else output / "run.json"
     record = read_json(path) if path.is_file() else None
     record = record if isinstance(record, dict) else {}
     if not isinstance(record.get("flags"), dict) or not record["flags"].get("train"):
@@ -125,16 +128,40 @@ def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iter
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     """Train on prepared data and leave the output folder of the contract."""
+    if config.search is not None:
+        return run_search(config, data, command)
     if config.seeds:
         return run_each_seed(config, data, command)
     with ExitStack() as held:  # the output folder, against a second run
-        return _run(config, data, command, held)
+        return finish_run(train_run(config, data, command, held))
 
 
-def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) -> Classifier:
+@dataclass
+class Trained:
+    """A run whose training is over: what is left is to evaluate it and to write its folder."""
+
+    job: Job
+    training: Training
+    output: Path
+    record: dict[str, Any]
+    tracker: Tracker
+    compact: CompactVocabulary | None
+    moments: list[float]
+    say: Say
+
+
+def train_run(
+    config: RunConfig,
+    data: RunData,
+    command: list[str],
+    held: ExitStack,
+    say: Say | None = None,
+    watch: Watch = lambda line: None,
+) -> Trained:
+    """The run up to the end of its training. `watch` is given each line of the log; what it raises ends the run."""
     moments = [time.perf_counter()]
     config = replace(config, quiet=config.quiet or not distributed.is_first())
-    say = silence if config.quiet else aloud
+    say = say or (silence if config.quiet else aloud)
     job = get_ready(config, data)
     describe(say, job.config, job.report, job.hardware, job.frozen, config.model is not None)
     for line in [*screen(job.inspection), *recipe_lines(job)]:
@@ -160,18 +187,23 @@ def _run(config: RunConfig, data: RunData, command: list[str], held: ExitStack) 
     moments = [moment - training.state.seconds for moment in moments]  # a resumed run has trained before
     tracker = begin_tracking(job.config, output, record, training.state.step)
     held.callback(tracker.stop)  # however this ends; else its run would seem to go on
-    train(training, output, fingerprint, tracker, say)
+    train(training, output, fingerprint, tracker, say, watch)
     moments.append(time.perf_counter())
+    return Trained(job, training, output, record, tracker, compact, moments, say)
 
+
+def finish_run(run: Trained) -> Classifier:
+    """Evaluate a trained model and leave the output folder of the contract."""
+    job, training, output = run.job, run.training, run.output
     metrics, logits = evaluate_parts(training)
-    if compact is not None:
-        compact.expand()
+    if run.compact is not None:
+        run.compact.expand()
     classifier = job.classifier()
     if distributed.is_first():
-        judged = finish(job, training, classifier, output, record, metrics, logits, moments)
-        tracker.finish(metrics, output)
-        summarise(say, output, metrics, job.model.mlp_size, data.columns.pair is not None, judged)
-        if not config.keep_checkpoint:
+        judged = finish(job, training, classifier, output, run.record, metrics, logits, run.moments)
+        run.tracker.finish(metrics, output)
+        summarise(run.say, output, metrics, job.model.mlp_size, job.data.columns.pair is not None, judged)
+        if not job.config.keep_checkpoint:
             remove_checkpoint(output)
     return classifier
 
@@ -260,17 +292,18 @@ def begin_tracking(config: RunConfig, output: Path, record: dict[str, Any], step
 
 
 def train(
-    training: Training, output: Path, fingerprint: dict[str, Any], tracker: Tracker, say: Callable[[str], None]
+    training: Training, output: Path, fingerprint: dict[str, Any], tracker: Tracker, say: Say, watch: Watch
 ) -> None:
     """Train to the end, with checkpoints and tracker; KeyboardInterrupt after a checkpoint where asked to stop."""
     save = partial(save_checkpoint, output / CHECKPOINTS, training, fingerprint)
     progress = Progress(say, training)
 
-    def watch(line: dict[str, Any]) -> None:
+    def log(line: dict[str, Any]) -> None:
         tracker.log(line)
         progress.log(line)
+        watch(line)
 
-    training.watch = watch
+    training.watch = log
     try:
         training.run(output / "train_log.jsonl", save if distributed.is_first() else lambda: None)
     except Interrupted:
@@ -351,19 +384,17 @@ def run_each_seed(config: RunConfig, data: RunData, command: list[str]) -> Class
     config = replace(config, output=str(output))
     say = silence if config.quiet else aloud
 
-    def run_one(one: RunConfig) -> None:  # with a problem of its own: a run may tune it
-        run(one, replace(data, problem=copy.deepcopy(data.problem)), command)
+    def run_one(one: RunConfig) -> None:
+        run(one, with_own_problem(data), command)
 
-    rows = {f"{part} rows": rows_digest(examples) for part, examples in data.parts.items()}
-    named = {name: getattr(config, name) for name in PATHS}
-    named |= {name: str(Path(value).absolute()) for name, value in named.items() if value and os.path.exists(value)}
-    fingerprint = {"version": __version__, **rows, **named, **settings_of(config)}
+    fingerprint = common_fingerprint(config, data)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
     try:
         with locked(output):  # each seed's run locks its own folder, too
             best = run_seeds(config, data, fingerprint, run_one, say)
             clear(output)
+            remove_trials(output)
             copy_run(best, output)
     finally:
         with suppress(OSError):  # it holds something, but after a mistake that was seen before the first step
@@ -371,6 +402,70 @@ def run_each_seed(config: RunConfig, data: RunData, command: list[str]) -> Class
     say(f"its files are also in {output}\n")
     say(f'predict: python -m minibert.predict {shlex.quote(str(output))} --text "A text to classify"')
     return load(output, config.device)
+
+
+def with_own_problem(data: RunData) -> RunData:
+    """The same data for one of several runs: each may tune its problem."""
+    return replace(data, problem=copy.deepcopy(data.problem))
+
+
+def common_fingerprint(config: RunConfig, data: RunData) -> dict[str, Any]:
+    """What several runs of one command have in common with those that --resume finds finished."""
+    rows = {f"{part} rows": rows_digest(examples) for part, examples in data.parts.items()}
+    named = {name: getattr(config, name) for name in PATHS}
+    named |= {name: str(Path(value).absolute()) for name, value in named.items() if value and os.path.exists(value)}
+    return {"version": __version__, **rows, **named, **settings_of(config)}
+
+
+def run_search(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
+    """--search: trials of recipes, judged on validation; the best one is then finished, its test rows scored."""
+    if "validation" not in data.parts:
+        raise UserError("--search: no validation rows to judge trials by; give --validation or a --validation-split")
+    say = silence if config.quiet else aloud
+    data = replace(data, encoded={})
+    job = get_ready(config, data)
+    metric = checked_metric(data.problem, config, job.sets["train"].targets)
+    class_weights(data.problem, config.class_weights, job.sets["train"].targets)
+    describe(say, job.config, job.report, job.hardware, job.frozen, config.model is not None)
+    for line in screen(job.inspection):
+        say(line)
+    output = output_folder(config)
+    config = replace(config, output=str(output))
+    fingerprint = common_fingerprint(config, data)
+    bert, ready = job.model.config, job.config
+    del job  # each trial loads the weights anew
+
+    def train_trial(one: RunConfig, words: list[str], watch: Watch) -> float | None:
+        with ExitStack() as held:
+            return train_run(one, with_own_problem(data), words, held, silence, watch).training.state.best_value
+
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(output):  # each trial locks its own folder, too
+            if not config.resume:
+                clear(output)
+                remove_runs(output)
+                remove_trials(output)
+            search = begin_search(config, bert, ready, metric, fingerprint, say)
+            number, best, words = run_trials(search, command, train_trial)
+            if trial_folder(output, number).is_dir():
+                clear(output)
+                move_up(trial_folder(output, number), output)
+    except KeyboardInterrupt:
+        say(f"for the whole search: the same command with --resume --output {output}")
+        raise
+    with ExitStack() as held:  # its training is over: this reads the checkpoint
+        classifier = finish_run(replace(train_run(replace(best, resume=True), data, words, held, silence), say=say))
+    say(f"the same model again: {shlex.join(words) if len(words) > 1 else words[0]}")
+    return classifier
+
+
+def move_up(folder: Path, output: Path) -> None:
+    """Move what a trial left to the top; its checkpoint last, so that what was stopped can be done again."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.is_dir()):
+        os.replace(path, output / path.name)
+    folder.rmdir()
 
 
 def demo_weights() -> str:
@@ -464,9 +559,15 @@ def length_limit(config: RunConfig, bert: BertConfig) -> int:
 def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict[str, Dataset]:
     assert config.max_length is not None
     encode = partial(token_cache.encode, tokenizer) if config.token_cache else tokenizer.encode
+    known = {} if data.encoded is None else data.encoded
+    for part, examples in data.parts.items():
+        if part not in known:
+            known[part] = encode(
+                examples.texts, examples.pairs, config.max_length, config.truncation, config.window_stride
+            )
     return {
         part: Dataset(
-            encode(examples.texts, examples.pairs, config.max_length, config.truncation, config.window_stride),
+            copy.copy(known[part]),  # a run may renumber its ids
             data.problem.targets(examples.labels or []),
             source=examples.source,
             lines=examples.lines,

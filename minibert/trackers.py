@@ -27,7 +27,7 @@ TENSORBOARD = "tensorboard"  # the folder of its event files, in the run's
 MODEL_FILES = "config.json model.safetensors tokenizer.json tokenizer_config.json README.md".split()
 REPORT_FILES = ("report.html", "metrics.json", "run.json")  # not the predictions: they hold the texts
 LABEL_LENGTH, VALUE_LENGTH = 100, 500  # MLflow takes names of 250 characters, older ones values of 500
-NOT_SETTINGS = ("output", "overwrite", "resume", "quiet", "check", "report_to", "run_name", "seeds")
+NOT_SETTINGS = ("output", "overwrite", "resume", "quiet", "check", "report_to", "run_name", "seeds", "search")
 
 
 def check_tracker(config: RunConfig) -> None:

@@ -76,6 +76,10 @@ class State:
     most_tokens: int = 0  # of a micro-batch, since memory ran out; 0: it has not
 
 
+class Diverged(UserError):
+    """Losses are not finite: the recipe is at fault, not the data or the machine."""
+
+
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM came; a checkpoint has been written."""
 
@@ -130,6 +134,16 @@ def total_steps(steps_per_epoch: int, config: RunConfig) -> int:
     return config.max_steps or math.ceil(steps_per_epoch * (config.epochs or EPOCHS))
 
 
+def checked_metric(problem: Problem, config: RunConfig, targets: np.ndarray) -> str:
+    """The metric that chooses the best weights, known to exist before hours are spent."""
+    metric = config.metric or problem.default_metric
+    example = problem.metrics(np.zeros((1, len(problem.labels))), targets[:1])
+    names = [name for name, value in example.items() if not isinstance(value, dict | list)]
+    if metric not in names:
+        raise UserError(f"--metric {metric}: not a metric of this problem; give one of {', '.join(names)}")
+    return metric
+
+
 class Training:
     """One training job: the model and its optimiser, the data, and where it stands."""
 
@@ -156,7 +170,7 @@ class Training:
         self.unchecked: list[tuple[Step, Tensor]] = []  # steps that may have been bad, not yet read from the device
         self.watch: Callable[[dict[str, Any]], None] | None = None  # is given each line of the log
         self.head_is_fitted = False  # before the first step: it then counts among the evaluations
-        self.metric = self._checked_metric()
+        self.metric = checked_metric(problem, config, data["train"].targets)
         self.steps_per_epoch = len(self._steps_of_epoch(0))
         self.total_steps = total_steps(self.steps_per_epoch, config)
         model.encoder.recompute = config.activation_checkpointing
@@ -246,7 +260,7 @@ class Training:
         if self.regions is not None:
             self.say(f"engine compile: {self.regions.report()}")
         if self.state.step == int(self.optimizer.skipped) > 0 and self.optimizer.loss_scale is None:
-            raise UserError("no step had a finite loss and gradient, so nothing was learned; lower --learning-rate")
+            raise Diverged("no step had a finite loss and gradient, so nothing was learned; lower --learning-rate")
         self.use_best_weights()
 
     def _foretell(self) -> None:
@@ -375,7 +389,7 @@ class Training:
         for (step, _), bad in zip(self.unchecked, found, strict=True):
             self.state.bad_in_row = self.state.bad_in_row + 1 if bad else 0
             if self.state.bad_in_row == BAD_STEPS:
-                raise UserError(
+                raise Diverged(
                     f"loss or gradient not finite for {BAD_STEPS} steps in a row, up to step {self.state.step}; "
                     f"{self._where(step)}; look at these rows, or lower --learning-rate. The last checkpoint is good"
                 )
@@ -425,15 +439,6 @@ class Training:
                     return
                 yield step
             epoch_start += len(steps)
-
-    def _checked_metric(self) -> str:
-        """The metric that chooses the best weights, known to exist before hours are spent."""
-        metric = self.config.metric or self.problem.default_metric
-        example = self.problem.metrics(np.zeros((1, self.model.num_labels)), self.data["train"].targets[:1])
-        names = [name for name, value in example.items() if not isinstance(value, dict | list)]
-        if metric not in names:
-            raise UserError(f"--metric {metric}: not a metric of this problem; give one of {', '.join(names)}")
-        return metric
 
     def _evaluation_due(self, at_end: bool) -> bool:
         if "validation" not in self.data:
