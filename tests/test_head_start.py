@@ -106,6 +106,15 @@ def test_a_started_head_beats_the_best_constant(tiny: Callable[..., Path], kind:
         assert loss < constant
 
 
+def test_pooled_rows_have_no_mean_and_one_deviation(tiny: Callable[..., Path]) -> None:
+    """In units of STRAIGHT: so dropout before the head takes away nothing that all rows share."""
+    model, data, _ = started(tiny())
+    with torch.no_grad():
+        rows = model.encoder.first_tokens(data.batch(np.arange(len(data))), None)
+        pooled = STRAIGHT * model.pooler(rows)
+    assert pooled.mean(0).abs().max() < 0.1 and (pooled.std(0) - 1).abs().max() < 0.1
+
+
 def test_features_that_never_vary_get_no_weight(tiny: Callable[..., Path]) -> None:
     model, data, problem = started(tiny())
     start = HeadStart(model, data, problem, CPU, quiet=True)
