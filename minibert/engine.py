@@ -27,10 +27,10 @@ from minibert.config import RunConfig
 from minibert.device import TOLERANCE, Hardware
 from minibert.errors import UserError
 from minibert.flat import FlatOptimizer
-from minibert.loss import BatchLoss
+from minibert.loss import BatchLoss, least_believed
 from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import Chunk, DropoutMasks, Packing
-from minibert.problem import MULTI, SINGLE, Problem
+from minibert.problem import Problem
 from minibert.staging import StaticBuffers
 
 SHORTEST = 32  # tokens of the smallest S; each next is twice as long
@@ -154,8 +154,7 @@ class FixedSteps:
         self.twin = copy.deepcopy(model).to(device, dtype)
         on_gpu = hardware.engine == "graph"
         # One stream for all captures: memory that a graph frees serves the next one only on the same stream.
-        self.stream = torch.cuda.Stream(device) if on_gpu else None
-        update_stream = torch.cuda.Stream(device) if on_gpu else None
+        self.stream, update_stream = (torch.cuda.Stream(device) if on_gpu else None for _ in range(2))
         options = (dtype, problem.unit, hardware.kernels, update_stream)
         self.optimizer = FlatOptimizer(model, self.twin, config, total_steps, *options)
         self.update = self.optimizer.deferred
@@ -207,48 +206,48 @@ class FixedSteps:
         return fault
 
     def _disagreement(self, x: PackedInput, targets: Tensor) -> str | None:
-        for name, objective in (("gradient", self._signed_logits), ("loss's gradient", self._adverse_loss)):
-            difference = self._gradient_difference(x, targets, objective)
+        wrong = self._wrong_answers(x, targets)
+        _, of_logits = self._differences(x, targets, self._signed_logits)  # whose sum may be near 0
+        loss, of_loss = self._differences(x, targets, lambda place, kernels: self._loss(place, wrong, kernels))
+        for name, difference in (("gradient", of_logits), ("loss", loss), ("loss's gradient", of_loss)):
             if not difference <= TOLERANCE[self.hardware.precision]:  # nor is NaN
                 return f"its {name} is {difference:.0%} away from plain torch's"
         if self.hardware.engine == "graph" and not self._graph_agrees(x, targets):
             return "its graph gives another loss than the steps it recorded"
         return None
 
-    def _gradient_difference(
-        self, x: PackedInput, targets: Tensor, objective: Callable[[Place, bool], Tensor]
-    ) -> float:
-        """|ours - plain| / |plain| over all gradients, without dropout."""
-        bucket, gradients = Bucket.of(x.packing.lengths), []
+    def _differences(self, x: PackedInput, targets: Tensor, value_of: Callable[[Place, bool], Tensor]) -> list[float]:
+        """|ours - plain| / |plain| of a value and of all its gradients, without dropout."""
+        bucket, found = Bucket.of(x.packing.lengths), []
         for kernels, attention in ((self.hardware.kernels, self.hardware.attention), (False, "sdpa")):
             place = Place(*fill_up(x, targets, bucket, attention)).on(self.hardware.device)
             self.optimizer.gradients.first = True
             with without_dropout(self.twin):
-                objective(place, kernels).backward()
+                value = value_of(place, kernels)
+                value.backward()
             self.optimizer.gradients.add_partials()
-            gradients.append(self.optimizer.grad.clone().float())
+            found.append((value.detach().float(), self.optimizer.grad.clone().float()))
             self.optimizer.drop_gradients()
-        ours, plain = gradients
-        return float((ours - plain).norm() / plain.norm())
+        return [float((ours - plain).norm() / plain.norm()) for ours, plain in zip(*found, strict=True)]
 
     def _signed_logits(self, place: Place, kernels: bool) -> Tensor:
         """The sum of all logits, those of every other label with their sign turned.
 
         Not the loss: where a model is sure of its answers, its gradient is small and the rounding in it is not.
         """
-        logits = self._logits(place.x, kernels).float()  # [B, L]
+        logits = self.twin.logits(place.x, self._masks(kernels)).float()  # [B, L]
         signs = 1 - 2 * (torch.arange(logits.shape[1], device=logits.device) % 2)
         return torch.where(place.keep[:, None] > 0, logits * signs, 0).sum()
 
-    def _adverse_loss(self, place: Place, kernels: bool) -> Tensor:
-        """The loss of the answers that the model believes least, whose gradient is never small."""
-        with torch.no_grad():
-            logits = self._logits(place.x, kernels=False).float()
-        if self.problem.kind == SINGLE:
-            return self._loss(place, logits.argmin(1), kernels)
-        if self.problem.kind == MULTI:
-            return self._loss(place, (logits <= 0).float(), kernels)
-        return self._loss(place, logits[:, 0] + logits[:, 0].abs() + self.problem.unit, kernels)
+    def _wrong_answers(self, x: PackedInput, targets: Tensor) -> Tensor:
+        """The answers that the model believes least, [B] or [B, L]: the gradient of their loss is never small.
+
+        By plain torch, for both ways: each by its own rounding may choose others where two are close.
+        """
+        place = Place(*fill_up(x, targets, Bucket.of(x.packing.lengths), "sdpa")).on(self.hardware.device)
+        with torch.no_grad(), without_dropout(self.twin):
+            logits = self.twin.logits(place.x, self._masks(kernels=False)).float()
+        return least_believed(self.problem, logits)
 
     def _graph_agrees(self, x: PackedInput, targets: Tensor) -> bool:
         """Whether a replay gives the loss and norm of the same work done launch by launch, dropout included."""
@@ -287,12 +286,11 @@ class FixedSteps:
         return place
 
     def _loss(self, place: Place, targets: Tensor, kernels: bool) -> Tensor:
-        masks = DropoutMasks(self.config.seed, 0, self.rng, plain=not kernels)
         loss = BatchLoss(self.problem, self.class_weights, self.config.label_smoothing, self.denominator)
-        return loss(self.twin, place.x, targets, place.keep, masks)
+        return loss(self.twin, place.x, targets, place.keep, self._masks(kernels))
 
-    def _logits(self, x: PackedInput, kernels: bool) -> Tensor:
-        return self.twin.logits(x, DropoutMasks(self.config.seed, 0, self.rng, plain=not kernels))
+    def _masks(self, kernels: bool) -> DropoutMasks:
+        return DropoutMasks(self.config.seed, 0, self.rng, plain=not kernels)
 
     def _gradients(self, place: Place) -> None:
         loss = self._loss(place, place.targets, self.hardware.kernels)
@@ -326,13 +324,12 @@ class FixedSteps:
         if not last:
             return
         optimizer = self.optimizer
-        kept = (optimizer.skipped, optimizer.bad, optimizer.growth_tracker, optimizer.loss_scale)
-        before = [None if tensor is None else tensor.clone() for tensor in kept]
+        state = (optimizer.skipped, optimizer.bad, optimizer.growth_tracker, optimizer.loss_scale)
+        kept = [(tensor, tensor.clone()) for tensor in state if tensor is not None]
         optimizer.grad.fill_(torch.inf)
         optimizer.end_step()
-        for tensor, value in zip(kept, before, strict=True):
-            if tensor is not None and value is not None:
-                tensor.copy_(value)
+        for tensor, value in kept:
+            tensor.copy_(value)
 
     def report(self) -> str:
         """How many shapes there were."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minibert.model import BertForSequenceClassification, PackedInput
 from minibert.ops import DropoutMasks
-from minibert.problem import Problem
+from minibert.problem import MULTI, SINGLE, Problem
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,12 @@ def fits_the_kernel(model: BertForSequenceClassification, x: PackedInput) -> boo
     from minibert_kernels.head import MOST_LABELS
 
     return model.classifier.dense is None and model.num_labels <= MOST_LABELS and x.window_shares is None
+
+
+def least_believed(problem: Problem, logits: Tensor) -> Tensor:
+    """Logits [B, L] -> the targets, [B] or [B, L], whose loss is largest, or for numbers at least 1 in their unit."""
+    if problem.kind == SINGLE:
+        return logits.argmin(1)
+    if problem.kind == MULTI:
+        return (logits <= 0).float()
+    return logits[:, 0] + logits[:, 0].abs() + problem.unit

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from test_engine import CPU, SIZES, made_targets, made_tokens
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibert.batching import collate
@@ -22,13 +23,14 @@ from minibert.config import RunConfig
 from minibert.dataset import Dataset
 from minibert.device import Hardware
 from minibert.engine import Bucket, FixedSteps, Place, fill_up
+from minibert.errors import UserError
 from minibert.model import BertForSequenceClassification
-from minibert.problem import SINGLE, Problem
+from minibert.problem import MULTI, SINGLE, Problem
 from minibert.resume import _restore, _tensors
 from minibert.staging import StaticBuffers
 from minibert.tokens import Tokenizer
 from minibert.train import Training
-from minibert_kernels import backend
+from minibert_kernels import backend, head
 
 FIXED = Hardware(CPU, "fp32", "sdpa", "fixed")
 
@@ -254,3 +256,32 @@ def test_a_model_that_is_sure_of_its_answers_passes_the_self_check(minilm: Path)
         assert steps.fault(data.batch(rows), torch.from_numpy(data.targets[rows])) is None
         with torch.no_grad():
             model.classifier.out.weight *= 10
+
+
+def test_labels_that_are_nearly_even_pass_the_self_check(minilm: Path) -> None:
+    """Which answers the model believes least hangs on rounding, and ours is not plain torch's."""
+    labels, rows = [f"label {number}" for number in range(28)], np.arange(len(TEXTS))
+    model, _ = load_model(minilm, BertForSequenceClassification, num_labels=len(labels), dropout=0)
+    tokens = Tokenizer.from_folder(minilm).encode(TEXTS, None, 64)
+    targets = np.zeros((len(rows), len(labels)), np.float32)
+    data, hardware = Dataset(tokens, targets), Hardware(CPU, "bf16", "triton", "fixed", kernels=True)
+    for seed in range(3):
+        weight = torch.randn(model.classifier.out.weight.shape, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            model.classifier.out.weight.copy_(0.002 * weight)
+            model.classifier.out.bias.zero_()
+        steps = FixedSteps(model, Problem(MULTI, labels), RunConfig(), hardware, 10, None)
+        assert steps.fault(data.batch(rows), torch.from_numpy(targets)) is None
+
+
+def test_a_wrong_value_of_the_loss_is_found(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradient does not show it."""
+    right = head.head_loss
+
+    def shifted(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        loss, logits = right(*tensors, **options)
+        return loss + 0.2 * loss.detach(), logits
+
+    monkeypatch.setattr(head, "head_loss", shifted)
+    with pytest.raises(UserError, match="its loss is 20% away from plain torch's; use eager"):
+        training_of(tiny("BertModel"), replace(FIXED, kernels=True))
