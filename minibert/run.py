@@ -330,12 +330,13 @@ def finish(
         path, examples = output / f"predictions-{part}.csv", job.data.parts[part]
         predictions.write_file(path, examples, job.data.problem, values, job.sets[part].targets)
     state = training.state
+    log = log_lines(output)
     best_step = state.step if state.best_value is None else state.best_step  # 0: the head as it was fitted
-    metrics["train"] = {"best_step": best_step, "steps": state.step, **last_losses(output)}
+    metrics["train"] = {"best_step": best_step, "steps": state.step, **last_losses(log)}
     metrics["train"]["advice"] = advice(
-        evaluations_of(output), training.metric, training.metric in LOWER_IS_BETTER, training.epoch
+        evaluations_of(log), training.metric, training.metric in LOWER_IS_BETTER, training.epoch
     )
-    if probe := probe_scores(output):
+    if probe := probe_scores(log):
         metrics["linear_probe"] = {"validation": probe}
     metrics["speed"] = speed(training, time.perf_counter() - moments[0])
     metrics["reload_max_difference"] = reload_difference(output, classifier, job.data.parts["train"])
@@ -629,28 +630,29 @@ def reload_difference(output: Path, classifier: Classifier, examples: Examples) 
     return float(np.abs(again.logits(texts, pairs) - expected).max())
 
 
-def probe_scores(output: Path) -> dict[str, Any]:
+def probe_scores(log: list[dict[str, Any]]) -> dict[str, Any]:
     """The validation metrics before the first step, where the head began as a linear probe."""
-    first = next(iter(log_lines(output)), {})
+    first = next(iter(log), {})
     if first.get("step") != 0:
         return {}
     return {name.removeprefix("validation_"): v for name, v in first.items() if name.startswith("validation_")}
 
 
 def log_lines(output: Path) -> list[dict[str, Any]]:
+    """The lines of train_log.jsonl."""
     with writing(output / "train_log.jsonl"):
         text = (output / "train_log.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
-def evaluations_of(output: Path) -> list[dict[str, Any]]:
+def evaluations_of(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of the log with validation metrics."""
-    return [line for line in log_lines(output) if any(name.startswith("validation_") for name in line)]
+    return [line for line in log if any(name.startswith("validation_") for name in line)]
 
 
-def last_losses(output: Path) -> dict[str, Any]:
+def last_losses(log: list[dict[str, Any]]) -> dict[str, Any]:
     """The last training loss in the log."""
-    losses = [line["loss"] for line in log_lines(output) if "loss" in line]
+    losses = [line["loss"] for line in log if "loss" in line]
     return {"loss": losses[-1] if losses else None}
 
 
