@@ -20,7 +20,14 @@ def test_every_flag_exists() -> None:
     parsers = (run_parser(), predict.parser(), export.parser())
     known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {"--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}  # torchrun's
-    known |= {"--logdir", "--again", "--trainers", "--rounds", "--only", "--batches"}  # of tensorboard and our benchmarks
+    known |= {
+        "--logdir",
+        "--again",
+        "--trainers",
+        "--rounds",
+        "--only",
+        "--batches",
+    }  # of tensorboard and our benchmarks
     known |= {"--pack", "--packed"}  # of benchmarks/gpu
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README))
     assert named and not {name.replace("_", "-") for name in named} - known
