@@ -88,8 +88,17 @@ class Search:
     say: Say
 
     @property
+    def proposed(self) -> list[FrozenTrial]:
+        """All trials but those that a kill left with half of their settings, which no one trains."""
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.name != "FAIL"]
+
+    @property
     def finished(self) -> list[FrozenTrial]:
-        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        return [trial for trial in self.proposed if trial.state.is_finished()]
+
+    def number(self, trial: Trial | FrozenTrial) -> int:
+        """A trial's number from 1, as users see it; Optuna's own counts the half-proposed ones, too."""
+        return 1 + [known.number for known in self.proposed].index(trial.number)
 
     @property
     def best(self) -> FrozenTrial | None:
@@ -216,8 +225,9 @@ def run_trials(search: Search, command: list[str], train: Train) -> tuple[int, R
     if best is None:
         raise UserError("--search: no trial came to a result; try another model, or look at the data with --check")
     search.say("\n" + "\n".join(table_lines(summary_of(search))))
-    config = trial_config(search, best.number, best.params)
-    return best.number + 1, config, trial_command(config, search.command)
+    number = search.number(best)
+    config = trial_config(search, number, best.params)
+    return number, config, trial_command(config, search.command)
 
 
 def next_trial(search: Search) -> Trial:
@@ -229,18 +239,18 @@ def next_trial(search: Search) -> Trial:
         if set(known.params) == set(search.space):
             return optuna.trial.Trial(study, known._trial_id)
         study.tell(known.number, state=optuna.trial.TrialState.FAIL)  # killed while it was proposed
-    if not study.get_trials(deepcopy=False):
+    if not search.proposed:
         start = {name: search.start[name] for name in search.space}
         study.enqueue_trial(start | {"epochs": round(start["epochs"])} if "epochs" in start else start)
     # A sampler for each trial: a resumed search proposes what one that was never stopped would.
-    seed = (search.given.seed + len(study.get_trials(deepcopy=False))) % (1 << 32)
+    seed = (search.given.seed + len(search.proposed)) % (1 << 32)
     study.sampler = optuna.samplers.TPESampler(n_startup_trials=RANDOM_TRIALS, seed=seed)
     return study.ask(fixed_distributions=search.space)
 
 
 def trial_config(search: Search, number: int, params: dict[str, Any]) -> RunConfig:
     """The settings of a trial; the first one's are those that were given."""
-    changed = {name: legible(value) for name, value in params.items()} if number else {}
+    changed = {name: legible(value) for name, value in params.items()} if number > 1 else {}
     return replace(search.given, **changed)
 
 
@@ -270,8 +280,9 @@ def run_trial(search: Search, trial: Trial, train: Train) -> None:
     from optuna import TrialPruned
     from optuna.trial import TrialState
 
-    one = trial_config(search, trial.number, trial.params)
-    command, folder = trial_command(one, search.command), trial_folder(search.output, trial.number + 1)
+    number = search.number(trial)
+    one = trial_config(search, number, trial.params)
+    command, folder = trial_command(one, search.command), trial_folder(search.output, number)
     one = replace(one, output=str(folder), resume=True, quiet=True, overwrite=False)
     started = time.monotonic()
     value, reason = None, ""
@@ -295,7 +306,7 @@ def watcher(search: Search, trial: Trial, started: float) -> Watch:
     from optuna import TrialPruned
 
     name, spent = f"validation_{search.metric}", search.spent()
-    every = search.given.eval_steps
+    every, first = search.given.eval_steps, search.number(trial) == 1
     known = set(search.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
     def watch(line: dict[str, Any]) -> None:
@@ -305,9 +316,9 @@ def watcher(search: Search, trial: Trial, started: float) -> Watch:
         if number not in known:
             trial.report(line[name], number)
             known.add(number)
-        if trial.number and trial.should_prune():
+        if not first and trial.should_prune():
             raise TrialPruned(f"behind the median at evaluation {number}")
-        if trial.number and search.seconds and spent + time.monotonic() - started > search.seconds:
+        if not first and search.seconds and spent + time.monotonic() - started > search.seconds:
             raise TrialPruned("the time was over")
 
     return watch
@@ -318,14 +329,14 @@ def clear_trials(search: Search) -> None:
     best = search.best
     for trial in search.finished:
         if best is None or trial.number != best.number:
-            shutil.rmtree(trial_folder(search.output, trial.number + 1), ignore_errors=True)
+            shutil.rmtree(trial_folder(search.output, search.number(trial)), ignore_errors=True)
 
 
 def announce(search: Search, trial: FrozenTrial) -> None:
     record, best = trial_record(search, trial), search.best
     total = f" of {search.trials}" if search.trials else ""
     result = f"{search.metric} {shown(record['value'])}" if not record["reason"] else record["reason"]
-    found = "none yet" if best is None else f"{shown(best.value)} (trial {best.number + 1})"
+    found = "none yet" if best is None else f"{shown(best.value)} (trial {search.number(best)})"
     search.say(
         f"trial {record['number']}{total} · {result} · best {found} · {described(record['settings'])} · "
         f"{duration(record['seconds'])}, {search.left()} left"
@@ -334,10 +345,11 @@ def announce(search: Search, trial: FrozenTrial) -> None:
 
 def trial_record(search: Search, trial: FrozenTrial) -> dict[str, Any]:
     """A trial as search.json has it."""
-    config = trial_config(search, trial.number, trial.params)
-    settings = search.start | {name: getattr(config, name) for name in search.space if trial.number}
+    number = search.number(trial)
+    config = trial_config(search, number, trial.params)
+    settings = search.start | {name: getattr(config, name) for name in search.space if number > 1}
     return {
-        "number": trial.number + 1,
+        "number": number,
         "state": trial.state.name.lower(),
         "value": trial.value if trial.state.name == "COMPLETE" else None,
         "reason": trial.user_attrs.get("reason", ""),
@@ -356,7 +368,7 @@ def summary_of(search: Search) -> dict[str, Any]:
         "direction": "minimize" if search.metric in LOWER_IS_BETTER else "maximize",
         "budget": f"{search.trials} trials" if search.trials else f"{search.seconds:g} s",
         "searched": list(search.space),
-        "best_trial": None if best is None else best.number + 1,
+        "best_trial": None if best is None else search.number(best),
         "command": None if best is None else trial_record(search, best)["command"],
         "trials": [trial_record(search, trial) for trial in search.finished],
         "seconds": round(search.spent(), 2),

@@ -97,6 +97,31 @@ def test_a_killed_search_goes_on_with_the_trials_it_has(tiny: Callable[..., Path
     assert tried[0] == tried[1]
 
 
+@pytest.mark.parametrize("parameters", [1, 6])  # of the first trial's four, of the second's
+def test_a_trial_that_a_kill_left_half_proposed_is_proposed_again(
+    tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameters: int
+) -> None:
+    from optuna.storages import JournalStorage
+
+    original, written = JournalStorage.set_trial_param, [0]
+
+    def killed(*given: Any) -> None:
+        written[0] += 1
+        if written[0] > parameters:
+            raise RuntimeError("killed")
+        original(*given)
+
+    flags: dict[str, Any] = {"model": str(tiny()), "epochs": 1.0, "quiet": True, "search": 3}
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(JournalStorage, "set_trial_param", killed)
+        minibert.finetune(TEXTS, LABELS, output=str(tmp_path / "killed"), **flags)
+    minibert.finetune(TEXTS, LABELS, output=str(tmp_path / "killed"), resume=True, **flags)
+    minibert.finetune(TEXTS, LABELS, output=str(tmp_path / "whole"), **flags)
+    trials = [json.loads((tmp_path / name / "search.json").read_text())["trials"] for name in ("killed", "whole")]
+    tried = [[(trial["number"], trial["settings"], trial["value"]) for trial in part] for part in trials]
+    assert tried[0] == tried[1] and [number for number, *_ in tried[0]] == [1, 2, 3]
+
+
 def test_a_trial_behind_the_others_is_ended(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
