@@ -1,7 +1,7 @@
 """What adding up gradients costs: measured over gloo on loopback, and worked out for faster links.
 
 `torchrun --nproc-per-node 2 benchmarks/allreduce.py`, also with 4. Times the one all-reduce that a step makes, as
-`minibert.distributed.sum_gradients` makes it (copy into one buffer, add up, hand back as views), for the parameters of
+`sum_gradients` of minibert.runtime.distributed makes it (one buffer, added up, handed back as views), for parameters of
 all-MiniLM-L6-v2 and of BERT base. Writes results/allreduce-N.json; last line: JSON. What is called a model there is
 arithmetic: a ring sends and receives 2 (N - 1) / N of the bytes over each link, and nothing overlaps.
 """
@@ -18,8 +18,8 @@ import torch
 from steps import environment
 from torch import nn
 
-from minibert import distributed
 from minibert.config import RunConfig
+from minibert.runtime import distributed
 
 PARAMETERS = {"MiniLM": 22_713_216, "BERT base": 109_482_240}  # without the head
 GIGABITS = {"1 Gbit/s": 1, "10 Gbit/s": 10, "100 Gbit/s": 100, "400 Gbit/s": 400, "NVLink, 450 GB/s": 3600}

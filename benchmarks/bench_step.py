@@ -15,8 +15,8 @@ import torch
 from torch.nn import functional as F
 from trainers import BATCH, TRAINERS, sms_spam
 
-from minibert import ops
-from minibert.device import keep_freed_memory
+from minibert.model import ops
+from minibert.runtime.device import keep_freed_memory
 
 
 @pytest.fixture(autouse=True)

@@ -22,11 +22,11 @@ import torch
 from steps import environment
 from tokens import write_questions
 
-from minibert.checkpoint import save_model
+from minibert.batching.tokens import Tokenizer
 from minibert.config import BertConfig
-from minibert.model import BertForSequenceClassification
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import save_model
 from minibert.run import demo_weights
-from minibert.tokens import Tokenizer
 
 TRAIN = "--epochs 1 --batch-size 128 --max-length 64 --device cpu --quiet --no-token-cache".split()
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minibert.batching.dataset import Dataset
+from minibert.batching.tokens import Tokens, offsets_of
 from minibert.config import BertConfig, RunConfig
-from minibert.dataset import Dataset
-from minibert.device import choose
-from minibert.model import BertForSequenceClassification
-from minibert.problem import SINGLE, Problem
-from minibert.tokens import Tokens, offsets_of
-from minibert.train import Training
+from minibert.model.bert import BertForSequenceClassification
+from minibert.problem.problem import SINGLE, Problem
+from minibert.runtime.device import choose
+from minibert.training.loop import Training
 
 BOUND = 4 << 20  # bytes that may come in the second half of the steps: the allocator's own changes
 

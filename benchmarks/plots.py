@@ -23,14 +23,14 @@ import transformers
 from steps import environment
 from trainers import sms_spam, transformers_optimizer
 
+from minibert.batching.dataset import Dataset
+from minibert.batching.tokens import Tokenizer, Tokens, offsets_of
 from minibert.config import BertConfig, RunConfig
-from minibert.dataset import Dataset
-from minibert.device import choose, keep_freed_memory
-from minibert.model import BertForSequenceClassification
-from minibert.problem import SINGLE, Problem
+from minibert.model.bert import BertForSequenceClassification
+from minibert.problem.problem import SINGLE, Problem
 from minibert.run import demo_weights
-from minibert.tokens import Tokenizer, Tokens, offsets_of
-from minibert.train import Training
+from minibert.runtime.device import choose, keep_freed_memory
+from minibert.training.loop import Training
 
 RESULTS = Path(__file__).parent / "results"
 MINILM = (6, 384)  # layers, hidden size

@@ -32,9 +32,9 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import train_test_split
 
-from minibert.batching import plan_epoch
-from minibert.checkpoint import load_model
-from minibert.model import BertForSequenceClassification
+from minibert.batching.plans import plan_epoch
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import load_model
 from minibert.run import demo_weights
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,13 +24,13 @@ from steps import environment
 from trainers import sms_spam
 
 import minibert
-from minibert.checkpoint import load_model, save_model
-from minibert.classifier import Classifier
-from minibert.device import keep_freed_memory
+from minibert.batching.tokens import Tokenizer
 from minibert.export import export, open_session, quantise, session_logits
-from minibert.model import BertForSequenceClassification
+from minibert.inference.classifier import Classifier
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import load_model, save_model
 from minibert.run import demo_weights
-from minibert.tokens import Tokenizer
+from minibert.runtime.device import keep_freed_memory
 
 PIPELINE = "transformers pipeline"
 LABELS = ["ham", "spam"]

@@ -24,8 +24,8 @@ import torch
 import transformers
 from trainers import BATCH, TRAINERS, Texts, sms_spam
 
+from minibert.batching.tokens import Tokenizer
 from minibert.run import demo_weights
-from minibert.tokens import Tokenizer
 
 WARM_UP = 4  # of so many batches one is trained on before the clock runs
 SETTLE = 0.02  # seconds for the last trainer's threads to stop spinning

@@ -19,12 +19,12 @@ import numpy as np
 from steps import environment
 from trainers import SHARED
 
-from minibert.batching import collate, plan_epoch
+from minibert.batching.plans import collate, plan_epoch
+from minibert.batching.tokens import Tokenizer
 from minibert.config import RunConfig
-from minibert.data import load_data
+from minibert.data.examples import load_data
+from minibert.data.tables import read_table
 from minibert.run import demo_weights
-from minibert.tables import read_table
-from minibert.tokens import Tokenizer
 
 
 def main() -> None:

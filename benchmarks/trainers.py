@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from minibert import ops
-from minibert.checkpoint import load_model
+from minibert.batching.dataset import Dataset
+from minibert.batching.tokens import Tokenizer
 from minibert.config import RunConfig
-from minibert.dataset import Dataset
-from minibert.device import choose, keep_freed_memory
-from minibert.model import BertForSequenceClassification
-from minibert.problem import SINGLE, Problem
+from minibert.model.bert import BertForSequenceClassification, ops
+from minibert.model.checkpoint import load_model
+from minibert.problem.problem import SINGLE, Problem
 from minibert.run import demo_weights
-from minibert.tokens import Tokenizer
-from minibert.train import Training
-from minibert.vocabulary import CompactVocabulary
+from minibert.runtime.device import choose, keep_freed_memory
+from minibert.training.compact_vocabulary import CompactVocabulary
+from minibert.training.loop import Training
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BATCH = 32

@@ -31,8 +31,8 @@ from sklearn.linear_model import LogisticRegressionCV, RidgeCV
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.multiclass import OneVsRestClassifier
 
-from minibert.recipe import choose_recipe
 from minibert.run import demo_weights
+from minibert.training.recipe import choose_recipe
 
 RESULTS = ROOT / "benchmarks" / "results" / "yardsticks.json"
 SIZES = ("few", "2000", "all")

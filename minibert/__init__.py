@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minibert import finetune as finetune
-    from minibert.classifier import Classifier as Classifier
-    from minibert.classifier import Prediction as Prediction
-    from minibert.classifier import load as load
-    from minibert.model import BertForSequenceClassification as BertForSequenceClassification
-    from minibert.model import BertModel as BertModel
+    from minibert.inference.classifier import Classifier as Classifier
+    from minibert.inference.classifier import Prediction as Prediction
+    from minibert.inference.classifier import load as load
+    from minibert.model.bert import BertForSequenceClassification as BertForSequenceClassification
+    from minibert.model.bert import BertModel as BertModel
 
 __version__ = "0.1.0"
 __all__ = ["BertForSequenceClassification", "BertModel", "Classifier", "Prediction", "finetune", "load"]
 
 _HOMES = {
-    "BertModel": "minibert.model",
-    "BertForSequenceClassification": "minibert.model",
-    "Classifier": "minibert.classifier",
-    "Prediction": "minibert.classifier",
-    "load": "minibert.classifier",
+    "BertModel": "minibert.model.bert",
+    "BertForSequenceClassification": "minibert.model.bert",
+    "Classifier": "minibert.inference.classifier",
+    "Prediction": "minibert.inference.classifier",
+    "load": "minibert.inference.classifier",
 }
 
 

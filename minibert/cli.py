@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from minibert import __version__
 from minibert.config import RunConfig, auto_or_number, flag_name
 from minibert.errors import UserError
-from minibert.files import one_line, refuse_special
+from minibert.runtime.files import one_line, refuse_special
 
 # Flags of transformers' Trainer and its scripts that have no counterpart of the same meaning, and what to do.
 NOT_NEEDED = "leave it out"
@@ -151,7 +151,7 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         return 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError):
-            from minibert.device import out_of_memory  # imports torch, which then is there already
+            from minibert.runtime.device import out_of_memory  # imports torch, which then is there already
 
             if not out_of_memory(error):
                 raise
@@ -295,7 +295,7 @@ def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
         if "\0" in str(value):  # no path or name holds one
             raise ValueError
         if isinstance(value, dict) and field.name == "class_weights":
-            from minibert.problem import label_text  # imports numpy
+            from minibert.problem.problem import label_text  # imports numpy
 
             return json.dumps({label_text(label): weight for label, weight in value.items()}, default=float)
         return kind(value)

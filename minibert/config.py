@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minibert.errors import UserError
-from minibert.files import read_json
+from minibert.runtime.files import read_json
 
 ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "silu", "swish", "tanh")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")

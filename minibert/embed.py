@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.errors import UserError
-from minibert.files import atomic, refuse_output
+from minibert.runtime.files import atomic, refuse_output
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,9 +34,9 @@ def main(argv: Sequence[str]) -> None:
     refuse_output(output, arguments.file)
     import numpy as np
 
-    from minibert.classifier import load_encoder
-    from minibert.columns import trained_columns
-    from minibert.data import stream_examples
+    from minibert.data.columns import trained_columns
+    from minibert.data.examples import stream_examples
+    from minibert.inference.classifier import load_encoder
 
     encoder = load_encoder(arguments.model, arguments.device, arguments.max_length)
     trained = trained_columns(arguments.model)

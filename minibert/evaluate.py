@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.errors import UserError
-from minibert.files import refuse_output, write_json
+from minibert.runtime.files import refuse_output, write_json
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> None:
         refuse_output(Path(arguments.output), arguments.file)
     import numpy as np
 
-    from minibert.classifier import load
-    from minibert.columns import trained_columns
-    from minibert.data import stream_labelled
+    from minibert.data.columns import trained_columns
+    from minibert.data.examples import stream_labelled
+    from minibert.inference.classifier import load
 
     classifier = load(arguments.run, arguments.device)
     problem = classifier.problem

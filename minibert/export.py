@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.files import refuse_output
+from minibert.runtime.files import refuse_output
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from minibert.classifier import Classifier
-    from minibert.data import Examples
-    from minibert.model import BertForSequenceClassification
-    from minibert.problem import Problem
-    from minibert.tokens import Tokens
+    from minibert.batching.tokens import Tokens
+    from minibert.data.examples import Examples
+    from minibert.inference.classifier import Classifier
+    from minibert.model.bert import BertForSequenceClassification
+    from minibert.problem.problem import Problem
 
 TOLERANCE = 1e-4  # of logits up to 1, or of their largest; fp32 against fp32
 LARGEST = 2_000_000_000  # bytes that a protobuf, and so an ONNX file, may have
@@ -61,8 +61,8 @@ def main(argv: Sequence[str]) -> None:
         refuse_output(output, arguments.file)
     if not arguments.output and not folder.is_dir():
         raise UserError(f"--output: is needed where RUN is no folder here ({arguments.run})")
-    from minibert.classifier import load
-    from minibert.files import atomic
+    from minibert.inference.classifier import load
+    from minibert.runtime.files import atomic
 
     classifier = load(arguments.run, "cpu")
     plain = output.with_name(f".{output.name}.fp32.{os.getpid()}.tmp")
@@ -83,7 +83,7 @@ def export(classifier: Classifier, path: Path) -> str:
     import onnxruntime
 
     from minibert import __version__
-    from minibert.onnx_graph import build
+    from minibert.inference.onnx import build
 
     size = sum(p.numel() * 4 for p in classifier.model.parameters())
     if size > LARGEST:
@@ -194,8 +194,8 @@ def _change(problem: Problem, before: np.ndarray, after: np.ndarray) -> str:
 
 
 def _comparison_texts(classifier: Classifier, arguments: Any) -> Iterator[Examples]:
-    from minibert.columns import trained_columns
-    from minibert.data import stream_examples, stream_labelled
+    from minibert.data.columns import trained_columns
+    from minibert.data.examples import stream_examples, stream_labelled
     from minibert.run import DEMO_DATA
 
     if arguments.file:

@@ -17,7 +17,7 @@ from minibert.config import RunConfig
 from minibert.errors import UserError
 
 if TYPE_CHECKING:
-    from minibert.classifier import Classifier
+    from minibert.inference.classifier import Classifier
 
 FILE_SETTINGS = ("train", "text_column", "text_pair_column", "label_column", "no_header", "encoding", "check")
 

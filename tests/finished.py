@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from minibert.calibration import calibration_metrics
-from minibert.columns import Columns
+from minibert.batching.dataset import Dataset
+from minibert.batching.tokens import Tokens, offsets_of
 from minibert.config import RunConfig
-from minibert.data import Examples, RunData
-from minibert.dataset import Dataset
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
-from minibert.report import Finished
-from minibert.tokens import Tokens, offsets_of
+from minibert.data.columns import Columns
+from minibert.data.examples import Examples, RunData
+from minibert.problem.calibration import calibration_metrics
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.reporting.html_report import Finished
 
 
 def finished(

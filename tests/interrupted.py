@@ -11,7 +11,7 @@ from typing import Any
 
 from minibert.cli import run_command
 from minibert.finetune import main
-from minibert.train import Training
+from minibert.training.loop import Training
 
 
 def interrupted(step: int, flags: list[str], **options: Any) -> str:

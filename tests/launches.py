@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minibert.batching import collate
+from minibert.batching.plans import collate
+from minibert.batching.tokens import Tokens
 from minibert.config import BertConfig, RunConfig
-from minibert.device import Hardware
-from minibert.engine import FixedSteps
-from minibert.model import BertForSequenceClassification
-from minibert.problem import MULTI, SINGLE, Problem
-from minibert.tokens import Tokens
+from minibert.model.bert import BertForSequenceClassification
+from minibert.problem.problem import MULTI, SINGLE, Problem
+from minibert.runtime.device import Hardware
+from minibert.training.graph_step import FixedSteps
 from minibert_kernels import backend
 from minibert_kernels.compile import Usage, compile_source
 

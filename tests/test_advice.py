@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import minibert
-from minibert.advice import advice
+from minibert.reporting.advice import advice
 
 
 def lines(values: list[float | None], losses: list[float] | None = None) -> list[dict[str, Any]]:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from trainings import dataset, training
 
-from minibert import train
 from minibert.errors import UserError
-from minibert.train import BAD_STEPS, Training
+from minibert.training import loop as train
+from minibert.training.loop import BAD_STEPS, Training
 
 
 def scripted(

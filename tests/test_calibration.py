@@ -18,10 +18,10 @@ from conftest import save_tiny
 
 import minibert
 import minibert.predict
-from minibert.calibration import LIMIT, calibration_metrics, confidences, fit_temperature
 from minibert.errors import UserError
-from minibert.metrics import calibration_gap, roc_points
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.problem.calibration import LIMIT, calibration_metrics, confidences, fit_temperature
+from minibert.problem.metrics import calibration_gap, roc_points
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 
 
 def sampled(kind: str, scale: float, rows: int = 4000, labels: int = 5) -> tuple[Problem, np.ndarray, np.ndarray]:

@@ -14,15 +14,16 @@ import torch
 from test_engine import CPU, made_tokens
 from test_graph_step import assert_equal_bits, references, state, steps_of, training_of  # noqa: F401 (a fixture)
 
-from minibert import capture, engine
-from minibert.batching import collate
-from minibert.checkpoint import load_model
+from minibert.batching.plans import collate
 from minibert.config import RunConfig
-from minibert.device import Hardware
-from minibert.engine import FixedSteps
 from minibert.errors import UserError
-from minibert.model import BertForSequenceClassification
-from minibert.problem import MULTI, REGRESSION, Problem
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import load_model
+from minibert.problem.problem import MULTI, REGRESSION, Problem
+from minibert.runtime.device import Hardware
+from minibert.training import capture
+from minibert.training import graph_step as engine
+from minibert.training.graph_step import FixedSteps
 
 
 class PlayedStream:

@@ -14,9 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import minibert
-from minibert.checkpoint import load_model, model_folder, save_model, their_tensors
 from minibert.errors import UserError
-from minibert.model import BertForSequenceClassification, BertModel
+from minibert.model.bert import BertForSequenceClassification, BertModel
+from minibert.model.checkpoint import load_model, model_folder, save_model, their_tensors
 
 KINDS = ["BertModel", "BertForSequenceClassification", "BertForMaskedLM", "BertForPreTraining"]
 

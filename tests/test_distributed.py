@@ -22,9 +22,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minibert.batching import split
+from minibert.batching.plans import split
 from minibert.cli import given_settings
-from minibert.ops import DropoutMasks
+from minibert.model.ops import DropoutMasks
 from minibert.run import run_from_files
 
 WORDS = "good bad film very not is was spam free call now see you at money win prize the a of and".split()
@@ -46,7 +46,8 @@ JOBS = {  # every way to train
 }
 SCRIPT = """
 import json, sys, zlib
-from minibert import distributed, finetune
+from minibert import finetune
+from minibert.runtime import distributed
 from minibert.cli import given_settings, run_command
 from minibert.errors import UserError
 from minibert.run import run_from_files
@@ -238,7 +239,8 @@ def test_processes_drop_different_elements() -> None:
 
 SLOW_TO_TELL = """
 import sys, time
-from minibert import distributed, finetune
+from minibert import finetune
+from minibert.runtime import distributed
 from minibert.cli import run_command
 
 told = distributed._told_already
@@ -267,7 +269,9 @@ def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> Non
 STALLING = """
 import datetime, signal, sys, time
 import torch.distributed as dist
-from minibert import distributed, finetune, train
+from minibert import finetune
+from minibert.runtime import distributed
+from minibert.training import loop as train
 from minibert.cli import run_command
 
 step, group = train.Training._step, dist.init_process_group

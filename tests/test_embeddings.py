@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from minibert.classifier import POOLINGS, load_encoder
+from minibert.inference.classifier import POOLINGS, load_encoder
 
 TEXTS = ["a b c", " ".join("abcdefghijklmnopqrstuvwxyz"), "z " * 40, "good film"]
 

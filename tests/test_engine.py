@@ -19,23 +19,24 @@ from conftest import skip_without_interpreter
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
-from minibert import device, resume
-from minibert.batching import collate
-from minibert.checkpoint import load_model
-from minibert.compiled import SELF_CHECK_LENGTHS
+from minibert.batching.dataset import Dataset
+from minibert.batching.plans import collate
+from minibert.batching.tokens import Tokens
 from minibert.config import RunConfig
-from minibert.dataset import Dataset
-from minibert.deferred import DeferredUpdate
-from minibert.device import Hardware, choose, fit_attention
-from minibert.engine import Bucket, FixedSteps, fill_up
 from minibert.errors import UserError
-from minibert.flat import FlatOptimizer
-from minibert.model import BertForSequenceClassification
-from minibert.ops import DropoutMasks
-from minibert.optim import freeze
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
-from minibert.tokens import Tokens
-from minibert.train import Training
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import load_model
+from minibert.model.ops import DropoutMasks
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.runtime import device
+from minibert.runtime.device import Hardware, choose, fit_attention
+from minibert.training import resume
+from minibert.training.compiled import SELF_CHECK_LENGTHS
+from minibert.training.deferred import DeferredUpdate
+from minibert.training.flat_adamw import FlatOptimizer
+from minibert.training.graph_step import Bucket, FixedSteps, fill_up
+from minibert.training.loop import Training
+from minibert.training.optimizer import freeze
 from minibert_kernels import backend, gelu
 
 CPU = torch.device("cpu")

@@ -16,18 +16,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from trainings import FIXED, training
 
-from minibert import checkpoint, files, predict, resume, run, seeds, tables
-from minibert.classifier import load, load_encoder
+from minibert import predict, run
+from minibert.batching.tokens import Tokenizer
 from minibert.cli import checked_values
 from minibert.config import BertConfig, RunConfig
-from minibert.device import choose
+from minibert.data import tables
+from minibert.data.tables import read_table
 from minibert.embed import main as embed
 from minibert.errors import UserError
 from minibert.evaluate import main as evaluate
 from minibert.export import main as export
-from minibert.flat import FlatOptimizer
-from minibert.tables import read_table
-from minibert.tokens import Tokenizer
+from minibert.inference.classifier import load, load_encoder
+from minibert.model import checkpoint
+from minibert.runs import seeds
+from minibert.runtime import files
+from minibert.runtime.device import choose
+from minibert.training import resume
+from minibert.training.flat_adamw import FlatOptimizer
 
 BERT = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
 

@@ -17,9 +17,9 @@ import torch
 import transformers
 
 import minibert
-from minibert import onnx_graph
 from minibert.errors import UserError
 from minibert.export import export, open_session, session_logits, verify
+from minibert.inference import onnx as onnx_graph
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 TEXTS = ["win a free prize now", "see you at the film", "x", "", "the good and the bad " * 9]

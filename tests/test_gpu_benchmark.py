@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from minibert import train
-from minibert.batching import collate
+from minibert.batching.plans import collate
 from minibert.errors import UserError
+from minibert.training import loop as train
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = """

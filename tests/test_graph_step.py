@@ -17,19 +17,19 @@ from test_engine import CPU, SIZES, made_targets, made_tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minibert.batching import collate
-from minibert.checkpoint import load_model
+from minibert.batching.dataset import Dataset
+from minibert.batching.plans import collate
+from minibert.batching.tokens import Tokenizer
 from minibert.config import RunConfig
-from minibert.dataset import Dataset
-from minibert.device import Hardware
-from minibert.engine import Bucket, FixedSteps, Place, fill_up
 from minibert.errors import UserError
-from minibert.model import BertForSequenceClassification
-from minibert.problem import MULTI, SINGLE, Problem
-from minibert.resume import _restore, _tensors
-from minibert.staging import StaticBuffers
-from minibert.tokens import Tokenizer
-from minibert.train import Training
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import load_model
+from minibert.problem.problem import MULTI, SINGLE, Problem
+from minibert.runtime.device import Hardware
+from minibert.training.graph_step import Bucket, FixedSteps, Place, fill_up
+from minibert.training.loop import Training
+from minibert.training.resume import _restore, _tensors
+from minibert.training.staging import StaticBuffers
 from minibert_kernels import backend, head
 
 FIXED = Hardware(CPU, "fp32", "sdpa", "fixed")

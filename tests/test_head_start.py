@@ -13,16 +13,16 @@ import torch
 import transformers
 
 import minibert
-from minibert.averaging_layer import add_averaging_layer
-from minibert.checkpoint import load_model
+from minibert.batching.dataset import Dataset, evaluate
+from minibert.batching.tokens import Tokenizer
 from minibert.config import RunConfig
-from minibert.dataset import Dataset, evaluate
-from minibert.device import choose
-from minibert.head_start import STRAIGHT, HeadStart, sampled_rows
-from minibert.linear_probe import Rows, fit_linear_probe
-from minibert.model import BertForSequenceClassification
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
-from minibert.tokens import Tokenizer
+from minibert.model.averaging_layer import add_averaging_layer
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import load_model
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.runtime.device import choose
+from minibert.training.head_start import STRAIGHT, HeadStart, sampled_rows
+from minibert.training.linear_probe import Rows, fit_linear_probe
 
 WORDS = "film book money win prize good bad spam free call see you".split()
 CPU = choose(RunConfig(device="cpu"))

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minibert import sources
-from minibert.checkpoint import read_weights
-from minibert.classifier import load
 from minibert.cli import parse_run_config
+from minibert.data import sources
+from minibert.data.tables import read_table, stream_table
 from minibert.errors import UserError
-from minibert.problem import SINGLE, Problem, class_weights
-from minibert.tables import read_table, stream_table
+from minibert.inference.classifier import load
+from minibert.model.checkpoint import read_weights
+from minibert.problem.problem import SINGLE, Problem, class_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fuzz

@@ -14,8 +14,8 @@ import transformers
 from scipy.special import expit, logit, softmax
 
 import minibert
-from minibert.explain import explain
-from minibert.problem import MULTI, REGRESSION, SINGLE
+from minibert.inference.explain import explain
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE
 
 TEXTS = ["a good film", "very bad", "call now and win a prize", ""]
 LABELS = {"id2label": {0: "x", 1: "y", 2: "z"}, "label2id": {"x": 0, "y": 1, "z": 2}}

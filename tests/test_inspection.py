@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minibert.batching.tokens import Tokenizer
 from minibert.cli import run_command
 from minibert.config import RunConfig
-from minibert.data import load_data
+from minibert.data.examples import load_data
 from minibert.errors import UserError
 from minibert.finetune import main
-from minibert.inspection import FEW_ROWS, WIDTH, Inspection, histogram, inspect, screen
-from minibert.output import refuse_at_once
 from minibert.predict import main as predict
-from minibert.tokens import Tokenizer
+from minibert.reporting.data_summary import FEW_ROWS, WIDTH, Inspection, histogram, inspect, screen
+from minibert.runs.folder import refuse_at_once
 
 
 def write(path: Path, rows: list[tuple[str, str]]) -> str:
@@ -135,7 +135,7 @@ def test_a_run_may_follow_a_check_in_the_same_folder_and_records_skipped_rows(
 
 
 def test_check_is_for_one_process(flawed: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minibert.distributed.world", lambda: 2)
+    monkeypatch.setattr("minibert.runtime.distributed.world", lambda: 2)
     with pytest.raises(UserError, match="--check: for one process"):
         refuse_at_once(replace(flawed, check=True))
 

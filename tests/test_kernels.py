@@ -23,7 +23,7 @@ from torch.nn import functional as F
 if os.environ.get("CI") != "true":  # which installs it
     pytest.importorskip("triton")
 
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert_kernels import (
     adamw,
     attention,

@@ -18,14 +18,14 @@ from transformers import AutoModelForSequenceClassification
 
 import minibert
 from minibert.cli import checked_values
-from minibert.columns import Columns
 from minibert.config import RunConfig
-from minibert.data import Examples, RunData, load_data, prepare, stream_labelled
+from minibert.data.columns import Columns
+from minibert.data.examples import Examples, RunData, load_data, prepare, stream_labelled
+from minibert.data.labels import respelled, second_thoughts
+from minibert.data.lists import examples_from_lists
 from minibert.errors import UserError
-from minibert.labels import respelled, second_thoughts
-from minibert.lists import examples_from_lists
-from minibert.metrics import tune_thresholds
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights
+from minibert.problem.metrics import tune_thresholds
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights
 
 CLASSES = 150
 
@@ -339,8 +339,8 @@ def test_a_label_of_every_row_has_a_positive_balanced_weight() -> None:
 def test_order_and_spelling_of_labels_are_the_same_in_every_process() -> None:
     """Sets of strings have another order in each."""
     code = """
-from minibert.labels import respelled
-from minibert.problem import sorted_labels
+from minibert.data.labels import respelled
+from minibert.problem.problem import sorted_labels
 print(respelled(["1"], {"True", "true", "TRUE", "False"}), sorted_labels({"3.5", "1.5", "nan", "2.5", "-inf"}))
 print(sorted_labels({"10", "9", "-1"}))
 """

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from launches import SHAPES, SHARED_MEMORY, Recording, step_of
 
-from minibert.problem import MULTI, REGRESSION, SINGLE
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE
 
 if os.environ.get("CI") != "true":  # which installs it
     pytest.importorskip("triton")

@@ -15,14 +15,20 @@ def imports_of(path: Path) -> set[str]:
     """The minibert modules that a file imports at its top."""
     found = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("minibert"):
-            _, _, module = node.module.partition(".")
-            found |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
-    return {name for name in found if (PACKAGE / f"{name}.py").exists()}
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "minibert":
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & set(modules())
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    paths = (path.relative_to(ROOT).with_suffix("") for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    return {".".join(path.parts): ROOT / path.with_suffix(".py") for path in paths}
 
 
 def test_modules_import_without_circles() -> None:
-    graph = {path.stem: imports_of(path) for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    graph = {name: imports_of(path) for name, path in modules().items()}
+    assert len(graph) > 50
     done: set[str] = set()
     while len(done) < len(graph):
         ready = {name for name, needs in graph.items() if name not in done and needs <= done}

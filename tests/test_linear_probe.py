@@ -7,9 +7,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
-from minibert import linear_probe
-from minibert.linear_probe import Rows, fit_linear_probe
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.training import linear_probe
+from minibert.training.linear_probe import Rows, fit_linear_probe
 
 N, F, L = 400, 12, 4
 

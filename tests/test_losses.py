@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from trainings import EAGER, FIXED, training
 
 import minibert
-from minibert.device import Hardware
-from minibert.problem import MULTI, REGRESSION, SINGLE
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE
+from minibert.runtime.device import Hardware
 
 pytestmark = pytest.mark.usefixtures("references_of_kernels")
 WEIGHTS = np.array([0.2, 1.0, 5.0], dtype=np.float32)

@@ -13,7 +13,7 @@ from sklearn import metrics as theirs
 from sklearn.model_selection import train_test_split
 from sklearn.utils.class_weight import compute_class_weight
 
-from minibert import metrics as ours
+from minibert.problem import metrics as ours
 
 NAMES = [f"class {i}" for i in range(150)]
 

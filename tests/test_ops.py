@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minibert import ops
-from minibert.ops import DropoutMasks, Packing
+from minibert.model import ops
+from minibert.model.ops import DropoutMasks, Packing
 
 HEADS, SIZE = 4, 8
 LENGTHS = [[5], [5, 5, 5], [1, 2, 3, 9, 9, 10, 31], [7, 1, 30, 2], [40] * 3 + [41] * 2 + [64]]

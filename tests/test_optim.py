@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers
 
-from minibert.checkpoint import load_model
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.flat import FlatOptimizer
-from minibert.model import BertForSequenceClassification
-from minibert.optim import Optimizer, freeze, learning_rate_factor, parameter_groups
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import load_model
+from minibert.training.flat_adamw import FlatOptimizer
+from minibert.training.optimizer import Optimizer, freeze, learning_rate_factor, parameter_groups
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minibert.device import out_of_memory
+from minibert.runtime.device import out_of_memory
 
 
 def with_code(message: str, code: int) -> RuntimeError:

@@ -19,16 +19,16 @@ from pyarrow import parquet
 
 import minibert
 from minibert.cli import run_command
-from minibert.data import Examples
+from minibert.data.examples import Examples
 from minibert.embed import main as embed_main
 from minibert.errors import UserError
 from minibert.evaluate import main as evaluate_main
-from minibert.explain import explain, marked, word_spans
 from minibert.finetune import main as finetune_main
+from minibert.inference.explain import explain, marked, word_spans
+from minibert.inference.predictions import columns, plain_cell, safe_cell, write_csv
 from minibert.predict import described, stream_lines
 from minibert.predict import main as predict_main
-from minibert.predictions import columns, plain_cell, safe_cell, write_csv
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 
 WORDS = "the meeting starts soon please bring your notes and coffee for our friends from work".split()
 FORMULAS = [

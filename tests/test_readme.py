@@ -36,7 +36,7 @@ def test_every_flag_exists() -> None:
 def test_the_layout_names_every_module() -> None:
     layout = README.split("## How the code is laid out")[1]
     named = set(re.findall(r"`(\w+\.py)`", layout))
-    modules = {path.name for path in (ROOT / "minibert").glob("*.py")}
+    modules = {path.name for path in (ROOT / "minibert").rglob("*.py")}
     assert named | {"__init__.py", "errors.py", "files.py"} == modules
 
 

@@ -11,7 +11,7 @@ import pytest
 import minibert
 from minibert.cli import parse_run_config
 from minibert.errors import UserError
-from minibert.recipe import choose_recipe
+from minibert.training.recipe import choose_recipe
 
 TEXTS = [f"good film {number}" if number % 2 else f"bad book {number}" for number in range(40)]
 LABELS = ["good" if number % 2 else "bad" for number in range(40)]

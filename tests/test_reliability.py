@@ -25,15 +25,19 @@ import numpy as np
 import pytest
 import torch
 
-from minibert import checkpoint, files, predictions, run, train
-from minibert.batching import halving
+from minibert import run
+from minibert.batching.plans import halving
 from minibert.cli import run_command
 from minibert.config import RunConfig
-from minibert.data import Examples
+from minibert.data.examples import Examples
 from minibert.errors import UserError
 from minibert.finetune import main
-from minibert.optim import Optimizer
-from minibert.problem import SINGLE, Problem
+from minibert.inference import predictions
+from minibert.model import checkpoint
+from minibert.problem.problem import SINGLE, Problem
+from minibert.runtime import files
+from minibert.training import loop as train
+from minibert.training.optimizer import Optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = Path("checkpoints", "last", "state.safetensors")
@@ -264,7 +268,7 @@ def test_resume_from_another_folder(
 
 
 def test_runs_of_one_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minibert import output
+    from minibert.runs import folder as output
 
     class Noon:
         @staticmethod
@@ -438,7 +442,7 @@ def test_deterministic_runs_are_equal(arguments: Callable[..., list[str]], tmp_p
 
 def test_deterministic_asks_torch_for_it() -> None:
     """On a CPU runs are equal anyway; on a GPU it is this switch that makes them so."""
-    code = "import torch; from minibert.config import RunConfig; from minibert.device import choose; "
+    code = "import torch; from minibert.config import RunConfig; from minibert.runtime.device import choose; "
     code += "choose(RunConfig(deterministic={})); print(torch.are_deterministic_algorithms_enabled())"
     for wanted in (True, False):
         done = subprocess.run([sys.executable, "-c", code.format(wanted)], capture_output=True, text=True, check=True)
@@ -450,7 +454,7 @@ def test_deterministic_asks_torch_for_it() -> None:
 
 def scarce(monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> list[int]:
     """Forward passes of more than `most` tokens fail as they do without memory; returns the sizes that passed."""
-    from minibert.model import BertForSequenceClassification
+    from minibert.model.bert import BertForSequenceClassification
 
     logits = BertForSequenceClassification.logits
     sizes: list[int] = []
@@ -600,7 +604,7 @@ def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leak
 
 def test_nothing_is_unpickled() -> None:
     """No module that can run code from a file is ever imported or called."""
-    for path in (ROOT / "minibert").glob("*.py"):
+    for path in (ROOT / "minibert").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

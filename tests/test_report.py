@@ -18,11 +18,11 @@ from huggingface_hub import ModelCard
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import minibert
-from minibert import report
-from minibert.card import write_card
-from minibert.charts import Series, chart, esc, finite, rounded, short, spread, ticks
-from minibert.problem import MULTI, REGRESSION, SINGLE
-from minibert.report import Finished
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE
+from minibert.reporting import html_report as report
+from minibert.reporting.charts import Series, chart, esc, finite, rounded, short, spread, ticks
+from minibert.reporting.html_report import Finished
+from minibert.reporting.model_card import write_card
 
 ARTEFACTS = Path(__file__).parent / "artefacts"
 EVIL = '<script>alert("x")</script><img src=http://127.0.0.1:9/x onerror=alert(1)></style>'

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from minibert import resume
 from minibert.errors import UserError
+from minibert.training import resume
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fuzz
@@ -47,10 +47,11 @@ def work(arguments: list[str], fatal: int, counter: Any, message: Any) -> None:
     """
     import torch
 
-    from minibert import checkpoint, train
     from minibert.cli import run_command
     from minibert.errors import UserError
     from minibert.finetune import main
+    from minibert.model import checkpoint
+    from minibert.training import loop as train
 
     torch.set_num_threads(1)
 
@@ -235,7 +236,7 @@ def test_what_changed_is_refused_by_name(tiny: Callable[..., Path], rows: Path, 
 
 def test_changed_code_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint of one version of the source, and a run of another."""
-    monkeypatch.setattr(resume, "__file__", str(tmp_path / "resume.py"))
+    monkeypatch.setattr(resume, "__file__", str(tmp_path / "training" / "resume.py"))
     digests = []
     for source in ("x = 1", "x = 2"):
         (tmp_path / "module.py").write_text(source)

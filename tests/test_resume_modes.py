@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 from trainings import CPU, FIXED
 
-from minibert import flat, optim, run, train
+from minibert import run
 from minibert.cli import given_settings
-from minibert.device import Hardware
+from minibert.runtime.device import Hardware
+from minibert.training import flat_adamw as flat
+from minibert.training import loop as train
+from minibert.training import optimizer as optim
 
 pytestmark = pytest.mark.usefixtures("references_of_kernels")
 WORDS = "the a of good bad film very not free call now you money".split()

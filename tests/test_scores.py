@@ -14,11 +14,11 @@ import pytest
 import torch
 import transformers
 
-from minibert.batching import plan_epoch
-from minibert.checkpoint import load_model
+from minibert.batching.plans import plan_epoch
 from minibert.config import RunConfig
-from minibert.data import load_data
-from minibert.model import BertForSequenceClassification
+from minibert.data.examples import load_data
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import load_model
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 import minibert
-from minibert import search
 from minibert.cli import parse_run_config
 from minibert.errors import UserError
+from minibert.runs import search
 
 TEXTS = [f"{'good film very' if number % 2 else 'bad spam not'} {number}" for number in range(60)]
 LABELS = ["good" if number % 2 else "bad" for number in range(60)]

@@ -22,13 +22,13 @@ from sklearn.metrics import f1_score, log_loss, mean_squared_error
 
 import minibert
 from minibert.cli import run_command
-from minibert.columns import Columns
 from minibert.config import RunConfig
-from minibert.data import Examples, RunData
+from minibert.data.columns import Columns
+from minibert.data.examples import Examples, RunData
 from minibert.errors import UserError
 from minibert.finetune import main
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
-from minibert.seeds import collapsed, constant_baseline, summarise_seeds
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.runs.seeds import collapsed, constant_baseline, summarise_seeds
 
 
 @dataclass

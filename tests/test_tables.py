@@ -13,11 +13,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minibert import sources, tables
-from minibert.columns import find_columns
 from minibert.config import RunConfig
+from minibert.data.columns import find_columns
+from minibert.data import sources, tables
+from minibert.data.tables import read_table, stream_table
 from minibert.errors import UserError
-from minibert.tables import read_table, stream_table
 
 
 @pytest.mark.parametrize(

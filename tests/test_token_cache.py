@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors import SafetensorError
 
-from minibert import token_cache
-from minibert.tokens import Tokenizer, Tokens
+from minibert.batching import token_cache
+from minibert.batching.tokens import Tokenizer, Tokens
 
 TEXTS = ["one", "two words", "", "naïve 😀"]
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import transformers
 
+from minibert.batching.tokens import Tokenizer, Tokens
 from minibert.errors import UserError
-from minibert.tokens import Tokenizer, Tokens
 
 ODD = [
     "",

@@ -19,10 +19,10 @@ from conftest import needed
 from interrupted import interrupted
 
 import minibert.run
-import minibert.trackers
+import minibert.runs.trackers
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.trackers import Tracker, check_tracker, curve_values, final_values
+from minibert.runs.trackers import Tracker, check_tracker, curve_values, final_values
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers' own libraries
 
@@ -178,14 +178,14 @@ def artifacts_in(records: list[Any]) -> Iterator[Any]:
 
 
 def test_a_missing_package_is_said_before_anything_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(minibert.trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(minibert.runs.trackers, "find_spec", lambda name: None)
     for name in ("tensorboard", "wandb", "mlflow"):
         with pytest.raises(UserError, match=f"--report-to {name}: .* pip install {name}$"):
             check_tracker(RunConfig(report_to=name))
         with pytest.raises(UserError, match=f"--report-to {name}"):
             minibert.finetune(["a", "b"], [0, 1], report_to=name, model="/none", output=str(tmp_path / "x"))
     folder = ModuleSpec("wandb", None, is_package=True)  # what Python takes a folder for that wandb left
-    monkeypatch.setattr(minibert.trackers, "find_spec", lambda name: folder)
+    monkeypatch.setattr(minibert.runs.trackers, "find_spec", lambda name: folder)
     with pytest.raises(UserError, match="wandb is not installed"):
         check_tracker(RunConfig(report_to="wandb"))
     check_tracker(RunConfig())

@@ -13,19 +13,19 @@ import pytest
 import torch
 import transformers
 
-from minibert import frozen
-from minibert.checkpoint import load_model
+from minibert.batching.dataset import Dataset, evaluate
+from minibert.batching.tokens import Tokens, offsets_of
 from minibert.config import RunConfig
-from minibert.dataset import Dataset, evaluate
-from minibert.device import Hardware
 from minibert.errors import UserError
-from minibert.model import BertForSequenceClassification
-from minibert.optim import freeze
-from minibert.problem import SINGLE, Problem
-from minibert.resume import load_checkpoint, save_checkpoint
-from minibert.tokens import Tokens, offsets_of
-from minibert.train import Training
-from minibert.vocabulary import CompactVocabulary
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import load_model
+from minibert.problem.problem import SINGLE, Problem
+from minibert.runtime.device import Hardware
+from minibert.training import frozen
+from minibert.training.compact_vocabulary import CompactVocabulary
+from minibert.training.loop import Training
+from minibert.training.optimizer import freeze
+from minibert.training.resume import load_checkpoint, save_checkpoint
 
 CPU = Hardware(torch.device("cpu"), "fp32", "sdpa", "eager")
 BASE = RunConfig(epochs=2, batch_size=8, learning_rate=1e-3, seed=3, quiet=True)

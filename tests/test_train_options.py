@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from trainings import CPU, EAGER, FIXED, dataset, training
 
-from minibert import distributed, train
-from minibert.device import Hardware
-from minibert.model import BertForSequenceClassification, Layer
-from minibert.ops import DropoutMasks
-from minibert.problem import SINGLE
-from minibert.train import Step, Training
+from minibert.model.bert import BertForSequenceClassification, Layer
+from minibert.model.ops import DropoutMasks
+from minibert.problem.problem import SINGLE
+from minibert.runtime import distributed
+from minibert.runtime.device import Hardware
+from minibert.training import loop as train
+from minibert.training.loop import Step, Training
 
 pytestmark = pytest.mark.usefixtures("references_of_kernels")
 KERNELS = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)

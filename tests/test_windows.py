@@ -13,17 +13,17 @@ import pytest
 import torch
 
 import minibert
-from minibert import token_cache
-from minibert.checkpoint import load_model
+from minibert.batching import token_cache
+from minibert.batching.dataset import Dataset, evaluate
+from minibert.batching.tokens import Tokenizer, Tokens
 from minibert.config import RunConfig
-from minibert.dataset import Dataset, evaluate
-from minibert.device import choose
 from minibert.errors import UserError
-from minibert.model import BertForSequenceClassification
-from minibert.ops import DropoutMasks
-from minibert.problem import SINGLE, Problem
-from minibert.tokens import Tokenizer, Tokens
-from minibert.train import Training
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import load_model
+from minibert.model.ops import DropoutMasks
+from minibert.problem.problem import SINGLE, Problem
+from minibert.runtime.device import choose
+from minibert.training.loop import Training
 
 TEXTS = ["a b c", "", " ".join("abcdefghijklmnopqrstuvwxyz"), "z " * 70, "good film"]
 

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from minibert.checkpoint import load_model
+from minibert.batching.dataset import Dataset
+from minibert.batching.tokens import Tokens, offsets_of
 from minibert.config import RunConfig
-from minibert.dataset import Dataset
-from minibert.device import Hardware
-from minibert.model import BertForSequenceClassification
-from minibert.problem import MULTI, REGRESSION, SINGLE, Problem
-from minibert.tokens import Tokens, offsets_of
-from minibert.train import Training
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import load_model
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.runtime.device import Hardware
+from minibert.training.loop import Training
 
 CPU = torch.device("cpu")
 EAGER = Hardware(CPU, "fp32", "sdpa", "eager")

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from minibert.batching.dataset import Dataset
+from minibert.batching.tokens import Tokens
 from minibert.config import RunConfig
-from minibert.dataset import Dataset
-from minibert.device import choose, fit_attention, keep_freed_memory
-from minibert.problem import SINGLE, Problem
-from minibert.tokens import Tokens
-from minibert.train import Training
-from minibert.vocabulary import CompactVocabulary
+from minibert.problem.problem import SINGLE, Problem
+from minibert.runtime.device import choose, fit_attention, keep_freed_memory
+from minibert.training.compact_vocabulary import CompactVocabulary
+from minibert.training.loop import Training
 
 from .clock import Windows, peak_gigabytes
 from .workloads import Encoded, Setting, Workload, bert_config, encode, random_model, tflops

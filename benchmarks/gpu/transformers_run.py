@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minibert.batching import plan_evaluation
-from minibert.tokens import Tokens, offsets_of
+from minibert.batching.plans import plan_evaluation
+from minibert.batching.tokens import Tokens, offsets_of
 
 from .clock import synchronize
 from .transformers_steps import avoid_cudnn_attention, batches, make_step, pad

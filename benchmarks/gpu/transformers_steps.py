@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minibert.tokens import Tokens, places_of
-from minibert.train import planned_batches
+from minibert.batching.tokens import Tokens, places_of
+from minibert.training.loop import planned_batches
 
 from .clock import Windows, peak_gigabytes, synchronize
 from .minibert_steps import LOG_LINES, run_config

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minibert.checkpoint import save_model
+from minibert.batching.tokens import Tokenizer, Tokens, offsets_of
 from minibert.config import BertConfig
-from minibert.model import BertForSequenceClassification
-from minibert.tokens import Tokenizer, Tokens, offsets_of
+from minibert.model.bert import BertForSequenceClassification
+from minibert.model.checkpoint import save_model
 
 from .texts import TOKENIZER_FILES, VOCABULARY_SIZE, Corpus, load_corpus
 

@@ -1,0 +1,1 @@
+"""Answers of a trained model: labels, embeddings, explanations, files of predictions."""

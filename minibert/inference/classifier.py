@@ -1,0 +1,245 @@
+"""A trained model as people use it: texts in, labels with probabilities out."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minibert.batching.dataset import Dataset, evaluate
+from minibert.batching.plans import collate, halving, plan_evaluation
+from minibert.batching.tokens import Tokenizer, Tokens
+from minibert.config import PROBLEM_TYPES, TRUNCATIONS, BertConfig, RunConfig
+from minibert.data.lists import as_texts
+from minibert.errors import UserError
+from minibert.model.bert import BertForSequenceClassification, BertModel, PackedInput
+from minibert.model.checkpoint import OWN_HEAD, load_model, model_folder, save_model
+from minibert.problem.problem import REGRESSION, SINGLE, Problem
+from minibert.runtime.device import Hardware, choose, fit_attention
+
+POOLINGS = ("mean", "cls", "pooler")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one text: the label (a list of labels if multi-label, a number if regression)."""
+
+    label: Any
+    score: float  # probability of the label; the value itself if regression
+    probabilities: dict[str, float]
+
+
+@dataclass(repr=False)
+class TextEncoder:
+    """A BERT with its tokenizer: sentence embeddings, with or without a classification head."""
+
+    model: BertModel | BertForSequenceClassification
+    tokenizer: Tokenizer
+    max_length: int
+    truncation: str
+    hardware: Hardware
+    window_stride: int | None = field(default=None, kw_only=True)
+
+    def __repr__(self) -> str:
+        size, device = self.model.config.hidden_size, self.hardware.device
+        return f"TextEncoder({size} dimensions, texts up to {self.max_length} tokens, on {device})"
+
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tokens:
+        if pairs is not None:
+            refuse_pairs(self.model.config)
+        return self.tokenizer.encode(texts, pairs, self.max_length, self.truncation, self.window_stride)
+
+    def embed(self, texts: Iterable[Any], pairs: Sequence[str] | None = None, pooling: str = "mean") -> np.ndarray:
+        """[n, hidden_size] float32: the mean of a text's token rows, its [CLS] row, or BERT's pooler output."""
+        if pooling not in POOLINGS:
+            raise UserError(f"pooling {pooling!r}: give one of {', '.join(POOLINGS)}")
+        tokens = self.encode(*as_texts(texts, pairs))
+        vectors = np.empty((len(tokens), self.model.config.hidden_size), dtype=np.float32)
+        with torch.inference_mode(), self.hardware.computing(), self.hardware.autocast():
+
+            def computed(rows: np.ndarray) -> np.ndarray:
+                x = self.hardware.place(collate(tokens, rows))
+                return pooled(self.model, x, pooling).float().cpu().numpy()
+
+            plan = plan_evaluation(tokens.lengths, batch_tokens=self.hardware.evaluation_tokens)
+            for rows, found in halving(plan, computed):
+                vectors[rows] = found
+        return tokens.mean_of_windows(vectors)
+
+
+def pooled(model: BertModel | BertForSequenceClassification, x: PackedInput, pooling: str) -> Tensor:
+    """Packed input -> [B, H]"""
+    if pooling == "mean":
+        hidden = model.encoder(x, None).float()  # [T, H]
+        lengths = x.packing.cu_seqlens.diff().long()
+        owner = torch.repeat_interleave(lengths)  # [T] the text of each token
+        return hidden.new_zeros(len(lengths), hidden.shape[1]).index_add_(0, owner, hidden) / lengths[:, None]
+    first = model.encoder.first_tokens(x, None)
+    return model.pooler(first) if pooling == "pooler" else first
+
+
+@dataclass(repr=False)
+class Classifier(TextEncoder):
+    """A trained classifier: model, tokenizer and what the labels are."""
+
+    model: BertForSequenceClassification
+    problem: Problem
+
+    def __repr__(self) -> str:
+        labels = ", ".join(self.problem.labels[:6]) + (", ..." if len(self.problem.labels) > 6 else "")
+        return f"Classifier({self.problem.kind}: {labels}; texts up to {self.max_length} tokens)"
+
+    def logits(self, texts: Iterable[Any], pairs: Sequence[str] | None = None) -> np.ndarray:
+        """[n, num_labels] float32, in the order of `texts`; a text may be a (first, second) tuple."""
+        tokens = self.encode(*as_texts(texts, pairs))
+        return finite(evaluate(self.model, Dataset(tokens, np.zeros(tokens.texts)), self.hardware))
+
+    def predict(
+        self, texts: Iterable[Any], pairs: Sequence[str] | None = None, temperature: bool = True
+    ) -> list[Prediction]:
+        """A `Prediction` for each text; `temperature=False` gives the probabilities as trained, same labels."""
+        problem = self.problem if temperature else self.problem.without_temperature()
+        probabilities = problem.probabilities(self.logits(texts, pairs))
+        decisions = problem.decisions(probabilities)
+        scores = probabilities[np.arange(len(probabilities)), problem.foremost(probabilities)]
+        return [
+            Prediction(decision, float(score), dict(zip(problem.labels, map(float, row), strict=True)))
+            for decision, score, row in zip(decisions, scores, probabilities, strict=True)
+        ]
+
+    def save(self, folder: str | Path) -> None:
+        """Write a model folder that transformers and `minibert.load` read; a warning where transformers cannot."""
+        self.write(folder)
+        if self.model.mlp_size:
+            warnings.warn(OWN_HEAD, stacklevel=2)
+
+    def write(self, folder: str | Path) -> None:
+        """What `save` writes."""
+        folder = Path(os.path.expanduser(folder))
+        save_model(
+            folder,
+            self.model,
+            self.problem.labels,
+            problem_type=self.problem.kind,
+            max_length=self.max_length,
+            truncation=self.truncation,
+            window_stride=self.window_stride,
+            thresholds=self.problem.thresholds,
+            temperature=self.problem.temperature,
+        )
+        self.tokenizer.save(folder, self.max_length)
+
+
+def finite(logits: np.ndarray) -> np.ndarray:
+    """The logits themselves; UserError where they say nothing, though argmax would make a label of them."""
+    if not np.isfinite(logits).all():
+        raise UserError("the model gives NaN or infinity; its training has diverged (lower --learning-rate)")
+    return logits
+
+
+def load(folder: str | Path, device: str = "auto", temperature: bool = True) -> Classifier:
+    """Load a folder that `finetune` or `Classifier.save` wrote, or any BERT classifier in transformers' form.
+
+    `temperature=False` leaves out the saved temperature: probabilities as trained, same labels.
+    """
+    path = model_folder(folder)
+    model, report = load_model(path, BertForSequenceClassification)
+    if any(name.startswith("classifier.") for name in report.new):
+        raise UserError(f"{folder}: this model has no classification head; train one with python -m minibert.finetune")
+    if report.new:
+        raise UserError(f"{folder}: lacks {report.new[0]}; give a classifier of texts, or train one on this model")
+    hardware = _hardware(device, model.config)
+    tokenizer = fitting_tokenizer(path, path, model.config)
+    ours = _saved_settings(model.config)
+    problem = _saved_problem(model.config, model.num_labels, ours, path)
+    problem = problem if temperature else problem.without_temperature()
+    length, truncation, stride = _saved_length(model.config)
+    model.to(hardware.device)
+    return Classifier(model, tokenizer, length, truncation, hardware, problem, window_stride=stride)
+
+
+def load_encoder(folder: str | Path, device: str = "auto", max_length: int | None = None) -> TextEncoder:
+    """Load any BERT for embeddings; `max_length` in tokens, default as trained, or 512 or the model's limit."""
+    path = model_folder(folder)
+    model, _ = load_model(path, BertModel)
+    hardware = _hardware(device, model.config)
+    length, truncation, stride = _saved_length(model.config)
+    if max_length is not None and not 8 <= max_length <= model.config.max_position_embeddings:
+        raise UserError(f"--max-length {max_length}: give 8 to {model.config.max_position_embeddings}")
+    tokenizer = fitting_tokenizer(path, path, model.config)
+    model.to(hardware.device)
+    return TextEncoder(model, tokenizer, max_length or length, truncation, hardware, window_stride=stride)
+
+
+def _hardware(device: str, config: BertConfig) -> Hardware:
+    """Where and how a model that is not trained computes."""
+    flags, longest = RunConfig(device=device, engine="eager"), config.max_position_embeddings
+    return fit_attention(choose(flags), flags, config.hidden_size // config.num_attention_heads, longest, longest)
+
+
+def fitting_tokenizer(folder: Path, model: Path, config: BertConfig) -> Tokenizer:
+    """The tokenizer of a folder, all of whose ids the model knows."""
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}; "
+            f"use the tokenizer of {model}"
+        )
+    return tokenizer
+
+
+def refuse_pairs(config: BertConfig) -> None:
+    """UserError for a model that cannot tell the texts of a pair apart."""
+    if config.type_vocab_size < 2:
+        raise UserError("this model reads single texts (its type_vocab_size is 1); join the two, or take another model")
+
+
+def _saved_settings(config: BertConfig) -> dict[str, Any]:
+    """What minibert put into config.json, or nothing for another's model."""
+    ours = config.source.get("minibert")
+    return ours if isinstance(ours, dict) else {}
+
+
+def _saved_length(config: BertConfig) -> tuple[int, str, int | None]:
+    """max_length, truncation and window_stride as trained."""
+    ours = _saved_settings(config)
+    length, limit = ours.get("max_length"), config.max_position_embeddings
+    truncation = ours.get("truncation")
+    if not (isinstance(length, int) and 8 <= length <= limit):
+        length = min(512, limit)
+    stride = ours.get("window_stride")
+    stride = stride if isinstance(stride, int) and stride > 0 else None
+    return length, truncation if truncation in TRUNCATIONS else "head", stride
+
+
+def _saved_problem(config: BertConfig, num_labels: int, ours: dict[str, Any], folder: Path) -> Problem:
+    kind = config.source.get("problem_type") or (REGRESSION if num_labels == 1 else SINGLE)
+    if kind not in PROBLEM_TYPES:
+        raise UserError(f"{folder}/config.json: problem_type {kind!r} is not one of {', '.join(PROBLEM_TYPES)}")
+    labels = saved_labels(config, num_labels)
+    if len(set(labels)) < len(labels):
+        raise UserError(f"{folder}/config.json: id2label gives two labels the same name")
+    thresholds, temperature = ours.get("thresholds", []), ours.get("temperature", 1.0)
+    if not isinstance(thresholds, list) or len(thresholds) not in (0, num_labels) or not all(map(_number, thresholds)):
+        raise UserError(f"{folder}/config.json: thresholds are not a number for each label")
+    if not _number(temperature) or temperature <= 0:
+        raise UserError(f"{folder}/config.json: temperature {str(temperature)[:40]} is not a positive number")
+    return Problem(kind, labels, thresholds, float(temperature))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e9
+
+
+def saved_labels(config: BertConfig, num_labels: int) -> list[str]:
+    """The label names of config.json by number, LABEL_0, LABEL_1, ... where it has none."""
+    names = config.source.get("id2label")
+    names = names if isinstance(names, dict) else {}
+    return [str(names.get(str(i), f"LABEL_{i}")) for i in range(num_labels)]

@@ -1,0 +1,1 @@
+"""BERT, its operations on packed texts, and checkpoints."""

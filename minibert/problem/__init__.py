@@ -1,0 +1,1 @@
+"""What is learned: loss, decisions, metrics and calibration of each problem type."""

@@ -1,0 +1,132 @@
+"""What a run says on the terminal."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from minibert import __version__
+from minibert.config import RunConfig
+from minibert.model.checkpoint import OWN_HEAD, LoadReport
+from minibert.runtime.device import Hardware, duration
+from minibert.runtime.files import printable
+from minibert.training.loop import Training
+
+Say = Callable[[str], None]
+# The metrics worth a place on the terminal, where a problem has them; metrics.json has all.
+MAIN_METRICS = """accuracy micro_f1 macro_f1 weighted_f1 subset_accuracy mcc roc_auc pearson spearman mse mae
+loss""".split()
+CLASSES, NAME_LENGTH = 30, 40  # of the table of classes
+
+
+def silence(line: str) -> None:
+    """Say nothing, as --quiet asks."""
+
+
+def aloud(line: str) -> None:
+    """Print a line, above the progress bar. A run goes on where nobody reads any more, as after `| head`."""
+    try:
+        with tqdm.external_write_mode():
+            print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe(say: Say, config: RunConfig, report: LoadReport, hardware: Hardware, frozen: int, given: bool) -> None:
+    """The head of a run: what computes, and which model; `inspection` says the rest."""
+    say(f"minibert {__version__} · {hardware}")
+    say(f"model   {config.model}{'' if given else ', as no --model is given'}")
+    say(f"        {report}")
+    if frozen >= 0:
+        say(f"frozen  embeddings and {frozen} layers")
+
+
+class Progress:
+    """A line for each evaluation, so that a run shows that it moves where there is no terminal for a bar."""
+
+    def __init__(self, say: Say, training: Training) -> None:
+        self.say, self.training = say, training
+        self.started, self.first = time.monotonic(), training.state.step
+        self.loss = ""
+
+    def log(self, line: dict[str, Any]) -> None:
+        """A line of train_log.jsonl."""
+        if line.get("loss") is not None:
+            self.loss = f"loss {line['loss']:.4f} · "
+        name = f"validation_{self.training.metric}"
+        if name not in line:
+            return
+        value = "-" if line[name] is None else f"{line[name]:.4f}"
+        if line["step"] == 0:
+            self.say(f"linear probe alone: {name.replace('_', ' ', 1)} {value}")
+            return
+        best = " (best so far)" if self.training.state.best_step == line["step"] else ""
+        taken, total = time.monotonic() - self.started, self.training.total_steps
+        left = taken / max(line["step"] - self.first, 1) * (total - line["step"])
+        times = f"{duration(taken)}, {duration(left)} left" if line["step"] < total else duration(taken)
+        where = f"epoch {line['epoch']:<3.3g} step {line['step']} of {total}"
+        self.say(f"{where} · {self.loss}{name.replace('_', ' ', 1)} {value}{best} · {times}")
+
+
+def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, pairs: bool, verdict: str) -> None:
+    """The end of a run: metrics, a row for each class, speed, and what to do next."""
+    say("")
+    say(verdict)
+    for part in ("validation", "test"):
+        if part in metrics:
+            numbers = [f"{name} {shown(metrics[part][name])}" for name in MAIN_METRICS if name in metrics[part]]
+            say(f"{part:<11}" + " · ".join(numbers))
+    if "linear_probe" in metrics:
+        probe = metrics["linear_probe"]["validation"]
+        numbers = [f"{name} {shown(probe[name])}" for name in MAIN_METRICS if name in probe]
+        say(f"{'probe':<11}" + " · ".join(numbers) + " (the linear probe alone, on validation)")
+    for line in metrics["train"]["advice"]:
+        say(line)
+    if "at_threshold_0.5" in metrics.get("validation", {}):
+        say("           thresholds: the best F1 of each label on validation, kept in config.json for predict")
+    part = "test" if "test" in metrics else "validation"
+    for line in class_lines(part, metrics.get(part, {}).get("per_class", {})):
+        say(line)
+    timing = metrics["speed"]
+    say(
+        f"\ntrained in {timing['train_seconds']:.1f} s, {timing['examples_per_second']:.0f} examples/s, "
+        f"{timing['tokens_per_second']:.0f} tokens/s · whole run {timing['total_seconds']:.1f} s"
+    )
+    say(f"saved to {output} · loaded again, its logits differ by {metrics['reload_max_difference']:.1g}")
+    if mlp_size:
+        say(OWN_HEAD)
+    say(f"\nreport:  {output / 'report.html'}")
+    second = ' --text-pair "Its second text"' if pairs else ""
+    say(f'predict: python -m minibert.predict {shlex.quote(str(output))} --text "A text to classify"{second}')
+
+
+def class_lines(part: str, per_class: dict[str, dict[str, Any]]) -> list[str]:
+    """The final table: a row for each class, of very many for the first ones."""
+    if not per_class:
+        return []
+    names = [terminal_name(name) for name in list(per_class)[:CLASSES]]
+    width = max(map(len, [*names, f"{part} rows"])) + 2
+    lines = [f"\n{part + ' rows':<{width}} precision  recall      f1  support"]
+    for name, row in zip(names, per_class.values(), strict=False):
+        numbers = " ".join(f"{row[key]:>{space}.4f}" for key, space in (("precision", 9), ("recall", 7), ("f1", 7)))
+        lines.append(f"{name:<{width}} {numbers} {row['support']:>8}")
+    rest = len(per_class) - CLASSES
+    return [*lines, f"... and {rest} more in metrics.json"] if rest > 0 else lines
+
+
+def terminal_name(label: str) -> str:
+    """A label on one line, without what a terminal would obey, and not longer than a column."""
+    name = " ".join(printable(label).split())
+    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
+
+
+def shown(value: float | None) -> str:
+    """A metric as the terminal has it: a dash where it is undefined."""
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,1 @@
+"""One run, several seeds, a search: folders, records, trackers."""

@@ -1,0 +1,132 @@
+"""What a run will cost, measured on a few of its own steps: seconds and memory.
+
+Seconds are proportional to tokens; each kind of work (a training step, an evaluation, frozen layers) has its own rate.
+Memory is the peak after the run's largest batch, or scaled up from a smaller one where that would take too long.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from minibert.batching.dataset import Dataset, evaluate
+from minibert.config import RunConfig
+from minibert.runtime.device import duration, peak_memory
+from minibert.training.loop import Step, Training, planned_batches, total_steps
+
+TIMED_BATCHES = 4
+PATIENCE = 20.0  # seconds, after which no further batch is timed
+SAMPLE_ROWS = 256  # whose evaluation is timed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run is expected to take on this machine."""
+
+    steps: int
+    tokens_per_epoch: int
+    seconds: float
+    train_seconds: float
+    seconds_per_step: float
+    peak_memory_bytes: int
+    memory_of: str  # "process" or "GPU"
+    measured_steps: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def line(self) -> str:
+        memory = f"{self.peak_memory_bytes / 2**30:.1f} GiB of {'GPU ' * (self.memory_of == 'GPU')}memory at its peak"
+        each = f"{self.steps} steps of {self.seconds_per_step:.3g} s"
+        return f"cost    about {duration(self.seconds)}: {each}, and evaluation; about {memory}"
+
+
+def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: float, setup_bytes: int) -> Cost:
+    """Train on a few batches of `training`, which is spoilt by it.
+
+    lengths: of the texts of each part of the run, of which `training` may hold a sample; setup_seconds, setup_bytes:
+    what is spent once, before training.
+    """
+    config, train = training.config, training.data["train"]
+    batches = [part for rows in planned_batches(train.lengths, config) for part in training.within_budget(rows)]
+    sizes = np.array([int(train.lengths[rows].sum()) for rows in batches])
+    order = np.argsort(sizes)
+    trained = sum(p.numel() * p.element_size() for _, p in training.trained_parameters())
+    base = peak_memory(training.hardware.device) + 3 * trained  # with gradients and the optimiser's moments
+    run_batch = _batch_runner(training)
+    run_batch(batches[order[len(order) // 2]])  # not timed: the first step also makes all that
+    seconds, timed = 0.0, []
+    for place in np.linspace(0, len(order) - 1, TIMED_BATCHES + 2)[1:-1].round().astype(int):
+        if training.fixed is not None:
+            run_batch(batches[order[place]])  # the first of its shape is captured, which takes far longer than a step
+        seconds += run_batch(batches[order[place]])
+        timed.append(order[place])
+        if seconds > PATIENCE:
+            break
+    rate = seconds / float(sizes[timed].sum())
+    largest = _within_patience(batches[order[-1]], train, rate)
+    run_batch(largest)
+    peak = peak_memory(training.hardware.device)
+    share = int(train.lengths[largest].sum()) / int(sizes[order[-1]])
+    if share < 1:
+        peak = max(peak, base + int((peak - base) / share))
+    steps_per_epoch = math.ceil(len(planned_batches(lengths["train"], config)) / config.gradient_accumulation_steps)
+    steps = total_steps(steps_per_epoch, config)
+    tokens = {part: int(each.sum()) for part, each in lengths.items()}
+    train_seconds = rate * tokens["train"] * steps / steps_per_epoch
+    evaluations = math.ceil(steps / (config.eval_steps or steps_per_epoch))
+    read_again = tokens.get("validation", 0) * evaluations + tokens.get("test", 0)
+    return Cost(
+        steps=steps,
+        tokens_per_epoch=tokens["train"],
+        seconds=round(setup_seconds + train_seconds + _evaluation_rate(training) * read_again, 4),
+        train_seconds=round(train_seconds, 4),
+        seconds_per_step=round(train_seconds / steps, 4),
+        peak_memory_bytes=peak + setup_bytes + 2 * trained,  # and the best weights, old and new for a moment
+        memory_of="GPU" if training.hardware.device.type == "cuda" else "process",
+        measured_steps=len(timed) + 2,
+    )
+
+
+def sample_rows(lengths: np.ndarray, config: RunConfig) -> np.ndarray:
+    """Rows enough for `measure`: some of every length, and those of the largest batch."""
+    order = np.argsort(lengths, kind="stable")
+    spread = order[np.linspace(0, len(order) - 1, min(len(order), 6 * config.batch_size)).astype(np.int64)]
+    return np.unique(np.concatenate([spread, order[-config.batch_size :]]))
+
+
+def _batch_runner(training: Training) -> Callable[[np.ndarray], float]:
+    """A function that trains on one batch of row numbers and returns the seconds it took."""
+    device, lengths = training.hardware.device, training.data["train"].lengths
+
+    def run(rows: np.ndarray) -> float:
+        started = time.perf_counter()
+        training._step(Step([rows], float(len(rows)), int(lengths[rows].sum()), len(rows)))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    return run
+
+
+def _within_patience(rows: np.ndarray, train: Dataset, rate: float) -> np.ndarray:
+    """As many rows of a batch as can be trained on in time, one at least."""
+    ends = np.cumsum(train.lengths[rows])
+    return rows[: max(1, int(np.searchsorted(ends, PATIENCE / rate, side="right")))]
+
+
+def _evaluation_rate(training: Training) -> float:
+    """Seconds a token of evaluation."""
+    data = training.data.get("validation", training.data["train"])
+    if data.frozen is None:  # else it is a sample already
+        data = data.take(np.linspace(0, len(data) - 1, min(len(data), SAMPLE_ROWS)).astype(np.int64))
+    started = time.perf_counter()
+    evaluate(training.model, data, training.hardware)
+    return (time.perf_counter() - started) / int(data.lengths.sum())

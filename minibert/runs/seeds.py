@@ -1,0 +1,222 @@
+"""--seeds: one run for each seed on the same split, what they say together, and the best one named.
+
+A seed's run is a full run folder, `seed-N`. `seeds.json` is written after each, so --resume knows what is done.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minibert.config import RunConfig
+from minibert.data.examples import RunData
+from minibert.errors import UserError
+from minibert.problem.problem import MULTI, REGRESSION, Problem
+from minibert.reporting.console import MAIN_METRICS, Say, shown
+from minibert.runtime.files import atomic, read_json, write_json
+from minibert.training.loop import LOWER_IS_BETTER
+from minibert.training.resume import CHECKPOINTS, STATE_FILE, check_same_run, remove_checkpoint
+
+SUMMARY_FILE = "seeds.json"
+NEAR_BASELINE = 0.05  # a run that gains less than this share of what the constant answer leaves has learned nothing
+FAR_BELOW = 0.5  # a run that gains less than this share of the median run's gain is far below the others
+
+
+def seed_folder(output: Path, seed: int) -> Path:
+    return output / f"seed-{seed}"
+
+
+def remove_runs(output: Path, keep: Path | None = None) -> None:
+    """Take away what an earlier run with --seeds left in `output`, except the folder to keep."""
+    for folder in output.glob("seed-*"):
+        if folder != keep and (folder / "run.json").is_file():  # only what is ours
+            shutil.rmtree(folder)
+    (output / SUMMARY_FILE).unlink(missing_ok=True)
+
+
+def run_seeds(
+    config: RunConfig, data: RunData, fingerprint: dict[str, Any], run: Callable[[RunConfig], object], say: Say
+) -> Path:
+    """Run once with each seed, write `seeds.json`, print the table; returns the best run's folder.
+
+    `fingerprint` is what the runs must have in common with those that --resume finds finished.
+    """
+    assert config.output is not None
+    output, seeds = Path(config.output), [int(seed) for seed in config.seeds]
+    common = {key: value for key, value in fingerprint.items() if key not in ("seed", "seeds")}
+    common = json.loads(json.dumps(common))  # as the summary holds it
+    finished = _finished(output, common) if config.resume else set()
+    runs: list[dict[str, Any]] = []
+    for number, seed in enumerate(seeds, start=1):
+        folder = seed_folder(output, seed)
+        say(f"\nseed {seed} ({number} of {len(seeds)}){': finished before' if seed in finished else ''}")
+        if seed not in finished:
+            try:
+                run(_of_seed(config, seed, folder))
+            except KeyboardInterrupt:
+                say(f"for all seeds: the same command with --resume --output {output}")
+                raise
+            finally:
+                if number == 1 and not config.resume and not isinstance(sys.exception(), UserError):
+                    remove_runs(output, keep=folder)  # not before: a mistake leaves an earlier run alone
+        runs.append({"seed": seed, "folder": folder.name, **_results(folder)})
+        summary = summarise_seeds(runs, data, config.metric) | {"settings": common}
+        write_json(output / SUMMARY_FILE, summary)
+        if not config.keep_checkpoint:
+            remove_checkpoint(folder)  # only now: without it, a run that is not in the summary would be lost
+    show(say, summary)
+    return seed_folder(output, summary["best_seed"])
+
+
+def _of_seed(config: RunConfig, seed: int, folder: Path) -> RunConfig:
+    name = f"{config.run_name or folder.parent.name}-{folder.name}"
+    killed = (folder / CHECKPOINTS / STATE_FILE).is_file() or not (folder / "metrics.json").exists()
+    resume = config.resume and killed and folder.is_dir()
+    return replace(config, seeds=(), seed=seed, output=str(folder), resume=resume, run_name=name, keep_checkpoint=True)
+
+
+def _finished(output: Path, settings: dict[str, Any]) -> set[int]:
+    """The seeds that an earlier seeds.json names; UserError where it is of other flags or data."""
+    path = output / SUMMARY_FILE
+    if not path.is_file():
+        return set()
+    try:
+        summary = read_json(path)
+        saved, seeds = dict(summary["settings"]), {int(run["seed"]) for run in summary["runs"]}
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not a summary of seeds; remove it and give --resume again") from None
+    check_same_run(saved, settings)
+    return {seed for seed in seeds if (seed_folder(output, seed) / "metrics.json").is_file()}
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """The plain numbers of a run's metrics, by part."""
+    metrics = read_json(folder / "metrics.json")
+    return {
+        part: {name: value for name, value in metrics[part].items() if not isinstance(value, dict | list)}
+        for part in ("validation", "test")
+        if part in metrics
+    }
+
+
+def summarise_seeds(runs: list[dict[str, Any]], data: RunData, metric: str | None = None) -> dict[str, Any]:
+    """What `seeds.json` holds: mean and spread of each metric, the best seed, and warnings."""
+    metric = metric or data.problem.default_metric
+    parts = [part for part in ("validation", "test") if part in runs[0]]
+    summary: dict[str, Any] = {"seeds": [run["seed"] for run in runs], "metric": metric}
+    summary |= {"best_seed": _best_seed(runs, metric), "chosen_by": "validation" if "validation" in parts else None}
+    warnings = []
+    if parts:
+        part = parts[0]
+        baseline = constant_baseline(data, part)[metric]
+        values = [run[part][metric] for run in runs]
+        summary["baseline"] = {"part": part, metric: baseline}
+        for run, problem in zip(runs, collapsed(values, baseline, metric in LOWER_IS_BETTER), strict=True):
+            if problem:
+                warnings.append(f"seed {run['seed']} {problem} ({part} {metric} {shown(run[part][metric])})")
+    summary["warnings"] = warnings
+    for part in parts:
+        summary[part] = {name: _spread([run[part][name] for run in runs]) for name in runs[0][part]}
+    return summary | {"runs": runs}
+
+
+def _best_seed(runs: list[dict[str, Any]], metric: str) -> int:
+    """By the validation metric; the first seed where there is no validation: test rows must not choose."""
+    if "validation" not in runs[0]:
+        return int(runs[0]["seed"])
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    known = [run for run in runs if run["validation"][metric] is not None] or runs[:1]
+    return int(max(known, key=lambda run: sign * (run["validation"][metric] or 0))["seed"])
+
+
+def _spread(values: list[float | None]) -> dict[str, Any]:
+    """Mean and sample standard deviation; None where a run has no value or one run shows no spread."""
+    known = [value for value in values if value is not None]
+    whole = bool(known) and len(known) == len(values)
+    return {
+        "mean": statistics.fmean(known) if whole else None,
+        "std": statistics.stdev(known) if whole and len(known) > 1 else None,
+        "values": values,
+    }
+
+
+def constant_baseline(data: RunData, part: str) -> dict[str, Any]:
+    """The metrics of an answer that never looks at the text: label frequencies or the mean of the training rows."""
+    problem = Problem(data.problem.kind, data.problem.labels)
+    targets_of = {name: problem.targets(examples.labels or []) for name, examples in data.parts.items()}
+    train, targets = targets_of["train"], targets_of[part]
+    if problem.kind == REGRESSION:
+        constant = train.mean(keepdims=True)
+    else:
+        counts = train.sum(0) if problem.kind == MULTI else np.bincount(train, minlength=len(problem.labels))
+        share = (counts + 1e-3) / (len(train) + 1e-2)
+        constant = np.log(share / (1 - share)) if problem.kind == MULTI else np.log(share)
+
+    def answers(rows: np.ndarray) -> np.ndarray:
+        return np.tile(constant.astype(np.float32), (len(rows), 1))
+
+    if "validation" in targets_of:  # as a run's thresholds are
+        problem.tune(answers(targets_of["validation"]), targets_of["validation"])
+    return problem.metrics(answers(targets), targets)
+
+
+def collapsed(values: list[float | None], baseline: float | None, lower_is_better: bool) -> list[str]:
+    """For each run, what is wrong with it, or "": no better than a constant answer, or far below the other runs.
+
+    Where the constant answer is perfect, as on rows of one class, there is nothing to be better than.
+    """
+    sign = -1 if lower_is_better else 1
+    base = baseline or 0.0  # a correlation with a constant is undefined: as good as none
+    perfect = 0.0 if lower_is_better else 1.0
+    if base == perfect and baseline is not None:
+        return [""] * len(values)
+    gains = [float("-inf") if value is None else sign * (value - base) for value in values]
+    median = statistics.median(gains)
+    reasons = []
+    for gain in gains:
+        if gain <= NEAR_BASELINE * sign * (perfect - base):
+            reasons.append(f"collapsed: about as good as a constant answer ({base:.4f})")
+        else:
+            reasons.append("is far below the others" if gain < FAR_BELOW * median else "")
+    return reasons
+
+
+def show(say: Say, summary: dict[str, Any]) -> None:
+    """A table for each part, warnings, and which seed was the best."""
+    for part in ("validation", "test"):
+        if part in summary:
+            say("\n" + "\n".join(table_lines(part, summary)))
+    for warning in summary["warnings"]:
+        say(f"warning: {warning}")
+    why = f"by validation {summary['metric']}" if summary["chosen_by"] else "the first: no validation rows to choose by"
+    say(f"best seed: {summary['best_seed']} ({why})")
+
+
+def table_lines(part: str, summary: dict[str, Any]) -> list[str]:
+    """A row for each seed, then mean and standard deviation."""
+    names = [name for name in MAIN_METRICS if name in summary[part]]
+    rows = {f"seed {run['seed']}": [run[part][name] for name in names] for run in summary["runs"]}
+    rows |= {key: [summary[part][name][key] for name in names] for key in ("mean", "std")}
+    first = max(map(len, [part, *rows]))
+    widths = [max(len(name), 8) + 2 for name in names]
+    lines = [f"{part:<{first}}" + "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
+    for label, values in rows.items():
+        cells = (f"{shown(value):>{width}}" for value, width in zip(values, widths, strict=True))
+        lines.append(f"{label:<{first}}{''.join(cells)}")
+    return lines
+
+
+def copy_run(folder: Path, output: Path) -> None:
+    """Copy the files of a run, all but its checkpoint, to `output`: it is then a run folder of its own."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            with atomic(output / path.name) as temporary:
+                shutil.copyfile(path, temporary)

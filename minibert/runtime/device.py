@@ -1,0 +1,265 @@
+"""Where and how a run computes: device, precision, attention and engine, each chosen once with a reason."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from typing import TypeVar
+
+import torch
+
+from minibert.config import RunConfig
+from minibert.errors import UserError
+from minibert.model.bert import PackedInput
+from minibert.runtime import distributed
+
+Result = TypeVar("Result")
+# Of a gradient, relative to its norm: how far an engine may be from plain torch. MiniLM: 0.015, 0.002, -, 1e-6
+TOLERANCE = {"bf16": 0.05, "fp16": 0.02, "tf32": 0.02, "fp32": 1e-3}
+# What `--engine auto` takes on a GPU. Graphs and their kernels have never run on one: until a committed file under
+# benchmarks/results shows them right and faster there, they are asked for by name. Then this becomes "graph".
+GPU_ENGINE = "eager"
+SHORT = 128  # tokens of the longest text up to which `auto` takes our attention for flash: two launches against five
+CUDA_ERROR_MEMORY_ALLOCATION = 2  # cudaErrorMemoryAllocation
+OUT_OF_MEMORY = (
+    "CUDA out of memory",  # torch's allocator
+    "CUDA error: out of memory",  # a call of the CUDA runtime
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",  # cuDNN 9
+    "Triton Error [CUDA]: out of memory",
+    "can't allocate memory",  # torch's allocator on a CPU
+    "not enough memory",  # the same on Windows
+    "Cannot allocate memory",  # the system's ENOMEM
+    "std::bad_alloc",
+    "could not create a memory object",  # oneDNN
+)
+RESERVED_BLOCK, RESERVED_BLOCKS = 512 << 20, 8  # address space of the heap that is marked for huge pages
+
+
+@dataclass(frozen=True)
+class Hardware:
+    device: torch.device
+    precision: str
+    attention: str
+    engine: str
+    kernels: bool = False  # those of minibert_kernels, in the engine `graph`
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Matrix products in bf16 or fp16; LayerNorm, softmax and loss stay in fp32."""
+        if self.precision in ("bf16", "fp16"):
+            dtype = torch.bfloat16 if self.precision == "bf16" else torch.float16
+            return torch.autocast(self.device.type, dtype)
+        return nullcontext()
+
+    def computing(self) -> AbstractContextManager[object]:
+        """Around training steps and embeddings: on a CPU, without oneDNN, which is no faster for them in fp32.
+
+        It keeps its buffers for every shape it has seen, and batches have many: 200 MB of MiniLM's.
+        """
+        plain = self.device.type == "cpu" and self.engine in ("eager", "compile")
+        mkldnn = torch.backends.mkldnn
+        return mkldnn.flags(enabled=False, allow_tf32=mkldnn.allow_tf32) if plain else nullcontext()
+
+    def place(self, x: PackedInput) -> PackedInput:
+        """A batch on the device, laid out for the attention kernel."""
+        return x.to(self.device, self.attention)
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """Tokens of a batch outside training: on a CPU as many as the cache holds, on a GPU enough to fill it."""
+        return 2048 if self.device.type == "cpu" else 1 << 16
+
+    def __str__(self) -> str:
+        return f"{self.device.type} · {self.precision} · {self.attention} attention · {self.engine} engine"
+
+
+def choose(config: RunConfig) -> Hardware:
+    """Resolve the `auto` flags; what was asked for by name and cannot run here is a UserError that says why.
+
+    The engine `auto` is eager on a CPU and GPU_ENGINE on a GPU. Any other engine tries itself before the first step
+    (see `FixedSteps.fault`); where it fails, training is eager if it was not asked for by name.
+    """
+    cuda = torch.cuda.is_available()
+    if config.deterministic:
+        be_deterministic()
+    if config.device == "cuda" and not cuda:
+        raise UserError("--device cuda: torch finds no usable GPU here; use --device cpu, or mend the driver")
+    device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
+    if device.type == "cuda":  # with a mask, its gradients may be NaN since torch 2.11 (pytorch issue 196678)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    precision = _precision(config, device)
+    engine = _engine(config, device)
+    kernels = engine == "graph" and config.kernels and find_spec("triton") is not None
+    return Hardware(device, precision, _attention(config, device, precision), engine, kernels)
+
+
+def _attention(config: RunConfig, device: torch.device, precision: str) -> str:
+    able = (
+        device.type == "cuda" and precision in ("bf16", "fp16") and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    if config.attention == "auto":
+        return "flash" if able else "sdpa"
+    if config.attention == "flash" and not able:
+        raise UserError(
+            "--attention flash: needs a GPU of compute capability 8.0 or more (A100, H100, RTX 30 and later) "
+            "and --precision bf16 or fp16; use sdpa"
+        )
+    if config.attention == "triton" and (device.type != "cuda" or find_spec("triton") is None):
+        raise UserError("--attention triton: needs an NVIDIA GPU and Triton (pip install triton); use sdpa")
+    if config.attention == "triton" and precision not in ("bf16", "fp16"):
+        raise UserError(f"--attention triton: made for --precision bf16 or fp16, not {precision}; use sdpa")
+    return config.attention
+
+
+def _engine(config: RunConfig, device: torch.device) -> str:
+    if config.engine == "auto":
+        able = device.type == "cuda" and config.kernels and find_spec("triton") is not None
+        return GPU_ENGINE if able and _cannot(config, device, GPU_ENGINE) is None else "eager"
+    reason = _cannot(config, device, config.engine)
+    if reason is not None:
+        raise UserError(f"--engine {config.engine}: {reason}; use eager")
+    return config.engine
+
+
+def _cannot(config: RunConfig, device: torch.device, engine: str) -> str | None:
+    """Why an engine cannot run here, or None."""
+    if engine == "eager":
+        return None
+    if engine == "graph" and device.type != "cuda":
+        return "CUDA graphs need an NVIDIA GPU"
+    if engine == "compile" and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "torch.compile needs a C++ compiler on the CPU; install g++"
+    if engine == "compile" and device.type == "cuda" and find_spec("triton") is None:
+        return "needs Triton (pip install triton)"
+    if distributed.world() > 1:
+        return "for one process, not under torchrun"
+    if engine == "compile":
+        return None
+    if config.freeze not in ("none", "embeddings", "0") and config.cache_frozen:
+        return "frozen layers are computed once, outside a step"
+    if config.activation_checkpointing:
+        return "activation checkpointing looks at the generator's state, which no graph can"
+    if config.truncation == "window":
+        return "windows are pooled in steps of changing shape"
+    return None
+
+
+def fit_attention(hardware: Hardware, config: RunConfig, head_size: int, max_length: int, longest: int) -> Hardware:
+    """The same hardware for one model and its texts; UserError where a kernel asked for by name does not fit."""
+    triton_fits = head_size in (32, 64) and max_length <= 512
+    if hardware.attention == "triton" and not triton_fits:
+        raise UserError(
+            f"--attention triton: made for heads of 32 or 64 and texts up to 512 tokens, not {head_size} and "
+            f"{max_length}; use flash or sdpa"
+        )
+    in_half = hardware.precision in ("bf16", "fp16")  # in fp32 our kernel does without tensor cores
+    if config.attention == "auto" and hardware.kernels and in_half and triton_fits and longest <= SHORT:
+        return replace(hardware, attention="triton")
+    if hardware.attention == "flash" and (head_size % 8 or head_size > 256):
+        if config.attention == "flash":
+            raise UserError(f"--attention flash: heads must be a multiple of 8 up to 256, not {head_size}; use sdpa")
+        return replace(hardware, attention="sdpa")
+    return hardware
+
+
+def eager(hardware: Hardware, config: RunConfig) -> Hardware:
+    """What is left where an engine of fixed shapes does not work: torch's own operations alone."""
+    attention = "sdpa" if config.attention == "auto" else hardware.attention
+    return replace(hardware, engine="eager", kernels=False, attention=attention)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on a GPU or a CPU.
+
+    By its type or code, else by its words, for most libraries throw a plain RuntimeError. A Triton kernel that needs
+    more shared memory than a GPU has (OutOfResources) is another matter: smaller batches do not help.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    if getattr(error, "error_code", None) == CUDA_ERROR_MEMORY_ALLOCATION:  # of torch.AcceleratorError
+        return True
+    return any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held so far: of the GPU's memory, or by this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024
+
+
+def duration(seconds: float) -> str:
+    """Rounded to what a person plans with."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def attempt(compute: Callable[[], Result]) -> Result | None:
+    """What `compute` gives, or None where memory runs out; what it left behind is given back."""
+    try:
+        return compute()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    gc.collect()  # only now: the exception held on to every tensor of the attempt
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def be_deterministic() -> None:
+    """Only kernels that give the same bits each time; the CPU's do anyway, given the same number of threads."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on the GPU
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _precision(config: RunConfig, device: torch.device) -> str:
+    if device.type == "cpu":
+        if config.precision not in ("auto", "fp32"):
+            raise UserError(f"--precision {config.precision}: the CPU computes in fp32; leave the flag out")
+        return "fp32"
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    return precision
+
+
+def keep_freed_memory() -> None:
+    """Let the allocator keep what a step frees for the next one, in huge pages, instead of giving it back.
+
+    A step allocates the same buffers every time; without this a good part of it goes into page faults and look-ups of
+    4 kB pages. Only with glibc on Linux; elsewhere this does nothing. No memory is taken before it is used.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is None or not hasattr(libc, "mallopt"):  # musl has none
+        return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first large allocation
+    m_trim_threshold, m_mmap_threshold, madv_hugepage, page = -1, -3, 14, 4096
+    libc.mallopt(m_mmap_threshold, 1 << 30)
+    libc.mallopt(m_trim_threshold, -1)  # never: freeing the blocks below would cut off what they marked
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    # Grow the heap, mark it, and give it back to the allocator: what is allocated later lies in the marked part.
+    blocks = [address for address in (libc.malloc(RESERVED_BLOCK) for _ in range(RESERVED_BLOCKS)) if address]
+    for address in blocks:
+        libc.madvise(-(-address // page) * page, RESERVED_BLOCK - page, madv_hugepage)
+    for address in blocks:
+        libc.free(address)
