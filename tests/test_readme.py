@@ -167,7 +167,7 @@ def test_figures_of_reference_scores() -> None:
 def test_promises_name_tests() -> None:
     """Each promise stands beside a test that exists."""
     promised = README.split("## What is promised")[1].split("\n## ")[0]
-    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     rows = [row for row in promised.splitlines() if row.startswith("| ")][1:]
     for row in rows:
         named = re.findall(r"`(test_\w+)`", row)

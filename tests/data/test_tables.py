@@ -14,8 +14,8 @@ import pyarrow.parquet
 import pytest
 
 from minibert.config import RunConfig
-from minibert.data.columns import find_columns
 from minibert.data import sources, tables
+from minibert.data.columns import find_columns
 from minibert.data.tables import read_table, stream_table
 from minibert.errors import UserError
 

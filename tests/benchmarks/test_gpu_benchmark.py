@@ -20,7 +20,7 @@ from minibert.batching.plans import collate
 from minibert.errors import UserError
 from minibert.training import loop as train
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMOKE = """
 import json, sys, tempfile
 from pathlib import Path

@@ -21,7 +21,7 @@ from minibert.errors import UserError
 from minibert.export import export, open_session, session_logits, verify
 from minibert.inference import onnx as onnx_graph
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 TEXTS = ["win a free prize now", "see you at the film", "x", "", "the good and the bad " * 9]
 
 

@@ -21,7 +21,7 @@ import torch
 from minibert.errors import UserError
 from minibert.training import resume
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import fuzz
 
 SERVER = multiprocessing.get_context("forkserver")  # its children have all modules loaded, so a start costs little

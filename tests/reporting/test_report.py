@@ -24,7 +24,7 @@ from minibert.reporting.charts import Series, chart, esc, finite, rounded, short
 from minibert.reporting.html_report import Finished
 from minibert.reporting.model_card import write_card
 
-ARTEFACTS = Path(__file__).parent / "artefacts"
+ARTEFACTS = Path(__file__).parents[1] / "artefacts"
 EVIL = '<script>alert("x")</script><img src=http://127.0.0.1:9/x onerror=alert(1)></style>'
 NAMES = {"spam": f"<b>spam</b> | `{EVIL}`", "ham": "---\nham & \"co\": 'é' ✓ \u202e"}
 

@@ -35,7 +35,7 @@ def command(films: Path, film_model: Path, output: Path, tracker: str, *more: st
 
 def finetune(*arguments: Any, env: dict[str, str] | None = None) -> Path:
     output: Path = arguments[2]
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": root, **(env or {})}
     done = subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=600, env=environment, cwd=output.parent

@@ -21,7 +21,7 @@ if os.environ.get("CI") != "true":  # which installs it
     pytest.importorskip("triton")
 
 WAYS = ("forward", "backward")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LAYERS = 12
 KERNELS = {
     *(f"{file}.{way}_kernel" for file in ("embedding", "first_token", "gelu", "head", "layer_norm") for way in WAYS),

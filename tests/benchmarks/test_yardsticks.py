@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture
 def yardsticks(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
     return importlib.import_module("yardsticks")
 
 

@@ -23,7 +23,7 @@ from minibert.model.checkpoint import load_model
 
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
     return importlib.import_module("scores")
 
 
@@ -84,7 +84,7 @@ def test_verdicts(scores: Any) -> None:
 def test_kept_runs_are_not_repeated(
     scores: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
     monkeypatch.setattr(scores, "RESULTS", tmp_path / "scores.json")
     done = []
 
