@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import spearmanr
 from scores import ROOT, TASKS, Rows, Task, has_pairs, held_out, label_names, targets, write
-from sklearn.linear_model import LogisticRegressionCV, RidgeCV
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, RidgeCV
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.multiclass import OneVsRestClassifier
 
@@ -147,6 +147,28 @@ def logistic_regression(task: Task, parts: dict[str, Rows], folder: Path, seed: 
     return classifier.fit(x, y).predict(embedded("test"))
 
 
+def setfit(task: Task, parts: dict[str, Rows], folder: Path, seed: int) -> np.ndarray:
+    """SetFit (Tunstall et al. 2022), 20 pairs drawn for each text as in its paper; it has no pairs and no numbers."""
+    import datasets
+    import setfit as sf
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    encoder = Transformer(demo_weights(), max_seq_length=MAX_LENGTH)
+    body = SentenceTransformer(modules=[encoder, Pooling(encoder.get_word_embedding_dimension(), "mean")])
+    strategy = "one-vs-rest" if task.kind == "multi" else None
+    head = LogisticRegression(max_iter=1000)
+    model = sf.SetFitModel(body, OneVsRestClassifier(head) if strategy else head, strategy)
+    texts, labels = [row[0] for row in parts["train"]], targets(task, parts, "train").astype(int).tolist()
+    settings = sf.TrainingArguments(
+        output_dir=str(folder / "setfit"), num_iterations=20, num_epochs=1, batch_size=16, seed=seed, report_to="none"
+    )
+    rows = datasets.Dataset.from_dict({"text": texts, "label": labels})
+    trainer = sf.Trainer(model=model, args=settings, train_dataset=rows)
+    trainer.train()
+    return np.asarray(model.predict([row[0] for row in parts["test"]], as_numpy=True))
+
+
 def with_our_recipe(task: Task, parts: dict[str, Rows], folder: Path, seed: int) -> np.ndarray:
     return transformers(task, parts, folder, seed, *choose_recipe(WIDTH, len(parts["train"]), False))
 
@@ -156,6 +178,7 @@ TRAINERS: dict[str, Callable[[Task, dict[str, Rows], Path, int], np.ndarray]] = 
     "transformers, 5e-5 x 3": lambda *given: transformers(*given, *USUAL),
     "logistic regression on embeddings": logistic_regression,
     "transformers, our rate and epochs": with_our_recipe,
+    "SetFit": setfit,
     "minibert --search 20": lambda *given: minibert(*given, "--search", "20"),
 }
 
@@ -203,7 +226,7 @@ def run_missing(arguments: argparse.Namespace, runs: list[dict[str, Any]]) -> No
         for trainer in arguments.trainers
     ]
     for cell in cells:
-        if any(cell.items() <= run.items() for run in runs):
+        if any(cell.items() <= run.items() for run in runs) or not can_train(cell):
             continue
         if time.monotonic() - started > 60 * arguments.minutes:
             print("time is up", file=sys.stderr)
@@ -211,6 +234,12 @@ def run_missing(arguments: argparse.Namespace, runs: list[dict[str, Any]]) -> No
         runs.append({**cell, **in_own_process(cell), **environment()})
         print(json.dumps(runs[-1]), flush=True)
         write(arguments.results, {"runs": runs})
+
+
+def can_train(cell: dict[str, Any]) -> bool:
+    """SetFit is for few rows, and has neither pairs nor numbers."""
+    task = TASKS[cell["task"]]
+    return cell["trainer"] != "SetFit" or (cell["size"] == "few" and task.kind != "regression" and not has_pairs(task))
 
 
 def in_own_process(cell: dict[str, Any]) -> dict[str, Any]:
