@@ -28,7 +28,7 @@ from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import save_model
 from minibert.run import demo_weights
 
-TRAIN = "--epochs 1 --batch-size 128 --max-length 64 --device cpu --quiet --no-token-cache".split()
+TRAIN = "--epochs 1 --batch-size 128 --max-length 64 --device cpu --quiet".split()
 
 
 def main() -> None:

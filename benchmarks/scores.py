@@ -283,7 +283,7 @@ def minibert_command(task: Task, folder: Path, seed: int) -> list[str]:
         flags["label_delimiter"] = "|"
     words = [word for key, value in flags.items() for word in ("--" + key.replace("_", "-"), str(value))]
     words += ["--head-init", "random"]
-    return [sys.executable, "-m", "minibert.finetune", *words, "--no-token-cache", "--quiet"]
+    return [sys.executable, "-m", "minibert.finetune", *words, "--quiet"]
 
 
 def has_pairs(task: Task) -> bool:

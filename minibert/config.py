@@ -259,7 +259,6 @@ class RunConfig:
     cls_only: bool = flag(True, "compute the last layer for the [CLS] row only (exact)", group="speed")
     compact_vocabulary: bool = flag(True, "train only the embedding rows that occur (exact)", group="speed")
     cache_frozen: bool = flag(True, "compute frozen layers once for each text (exact)", group="speed")
-    token_cache: bool = flag(True, "keep encoded files on disk for the next run", group="speed")
     deterministic: bool = flag(False, "equal bits from run to run on a GPU too; slower there", group="speed")
 
     # stopping

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from minibert import __version__
-from minibert.batching import token_cache
 from minibert.batching.dataset import Dataset, evaluate
 from minibert.batching.tokens import Tokenizer
 from minibert.cli import checked_values
@@ -562,11 +561,10 @@ def length_limit(config: RunConfig, bert: BertConfig) -> int:
 
 def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict[str, Dataset]:
     assert config.max_length is not None
-    encode = partial(token_cache.encode, tokenizer) if config.token_cache else tokenizer.encode
     known = {} if data.encoded is None else data.encoded
     for part, examples in data.parts.items():
         if part not in known:
-            known[part] = encode(
+            known[part] = tokenizer.encode(
                 examples.texts, examples.pairs, config.max_length, config.truncation, config.window_stride
             )
     return {

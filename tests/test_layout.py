@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +50,10 @@ def test_our_kernels_folder_does_not_disturb_transformers() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
     code = "from transformers import BertModel"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_tests_write_into_nobodys_home() -> None:
+    """Nor does what they start, which gets the same variables."""
+    home = Path(os.environ["MINIBERT_TESTS_HOME"])
+    assert Path.home() == home != Path(pwd.getpwuid(os.getuid()).pw_dir)
+    assert Path(os.environ["HF_HOME"]).is_relative_to(home)

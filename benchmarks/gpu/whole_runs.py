@@ -30,7 +30,7 @@ def finetune(setting: Setting, model: str, **flags: Any) -> dict[str, Any]:
     if setting.smoke:
         flags |= {"max_train_samples": 64, "epochs": 1, "max_length": 32}
     output = setting.scratch / "run"
-    command = ["-m", "minibert.finetune", "--no-token-cache", "--quiet", "--output", str(output)]
+    command = ["-m", "minibert.finetune", "--quiet", "--output", str(output)]
     for name, value in flags.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     wall = seconds_of(command)

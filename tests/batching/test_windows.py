@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import minibert
-from minibert.batching import token_cache
 from minibert.batching.dataset import Dataset, evaluate
 from minibert.batching.tokens import Tokenizer, Tokens
 from minibert.config import RunConfig
@@ -114,17 +113,6 @@ def test_training_learns_from_the_loss_of_the_mean_in_parts_that_fit(model: tupl
     assert torch.allclose(gradients[0], gradients[1], atol=1e-6) and gradients[0].abs().max() > 1e-3
     x = training.data["train"].batch(np.arange(5))
     assert bert.logits(x, DropoutMasks(0, 0)).shape == (5, 2)
-
-
-def test_windows_survive_the_token_cache(
-    model: tuple[Any, Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(token_cache, "SMALLEST", 1)
-    fresh = [token_cache.encode(model[1], TEXTS, None, 12, "window", stride) for stride in (4, 5, 4)]
-    assert fresh[0].windows is not None and fresh[2].windows is not None and fresh[1].windows is not None
-    assert np.array_equal(fresh[0].windows, fresh[2].windows) and np.array_equal(fresh[0].ids, fresh[2].ids)
-    assert len(fresh[0]) != len(fresh[1]) and np.array_equal(fresh[0].full_lengths, fresh[2].full_lengths)
 
 
 @pytest.mark.parametrize("freeze", ["none", "1", "all"])

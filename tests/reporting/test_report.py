@@ -67,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         outputs[kind] = folder / f"{kind}<script>"
         recipe = ["--epochs", "8", "--lr", "3e-3", "--batch-size", "16", "--max-length", "32", "--test-split", "0.2"]
         arguments = ["--train", str(path), "--model", str(model), "--output", str(outputs[kind]), "--quiet"]
-        main([*arguments, *flags, *recipe, "--validation-split", "0.3", "--no-token-cache"])
+        main([*arguments, *flags, *recipe, "--validation-split", "0.3"])
     return outputs
 
 
