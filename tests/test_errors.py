@@ -20,7 +20,7 @@ from minibert import predict, run
 from minibert.batching.tokens import Tokenizer
 from minibert.cli import checked_values
 from minibert.config import BertConfig, RunConfig
-from minibert.data import tables
+from minibert.data import delimited
 from minibert.data.tables import read_table
 from minibert.embed import main as embed
 from minibert.errors import UserError
@@ -172,7 +172,7 @@ def test_archives_of_several_or_packed_files(tmp_path: Path) -> None:
 
 
 def test_a_quote_that_takes_in_the_rest_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "LONGEST_LINE", 100)
+    monkeypatch.setattr(delimited, "LONGEST_LINE", 100)
     (tmp_path / "a.csv").write_text('text,label\n"a,b\n' + "c,d\n" * 50)
     limit = csv.field_size_limit()
     try:

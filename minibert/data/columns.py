@@ -10,7 +10,7 @@ from pathlib import Path
 
 from minibert.config import RunConfig
 from minibert.data.labels import FLAGS, is_missing, is_number
-from minibert.data.tables import Table, again, describe_bad
+from minibert.data.rows import Table, again, describe_bad
 from minibert.errors import UserError
 from minibert.problem.problem import label_text
 from minibert.runtime.files import read_json

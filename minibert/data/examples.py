@@ -24,8 +24,9 @@ from minibert.data.columns import (
     refuse_unlike_training,
 )
 from minibert.data.labels import guess_kind, indicator_length, is_missing, read_label, respelled, second_thoughts
+from minibert.data.rows import BadRow, Table, bad_rows_error, describe_bad
 from minibert.data.splits import split
-from minibert.data.tables import BadRow, Table, bad_rows_error, describe_bad, read_table, stream_table
+from minibert.data.tables import read_table, stream_table
 from minibert.errors import UserError
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem, sorted_labels
 from minibert.runtime.files import one_line, valid_unicode

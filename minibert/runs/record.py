@@ -21,7 +21,7 @@ from minibert.batching.dataset import Dataset
 from minibert.batching.tokens import Tokenizer
 from minibert.config import PATHS, BertConfig, RunConfig
 from minibert.data.examples import Examples, RunData
-from minibert.data.tables import BadRow
+from minibert.data.rows import BadRow
 from minibert.errors import UserError
 from minibert.runtime.device import Hardware
 from minibert.runtime.files import file_hash, read_json

@@ -26,8 +26,9 @@ from minibert.data.examples import (
     stream_labelled,
     text_keys,
 )
+from minibert.data.rows import Table
 from minibert.data.splits import split as split_rows
-from minibert.data.tables import Table, stream_table
+from minibert.data.tables import stream_table
 from minibert.errors import UserError
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights, sorted_labels
 

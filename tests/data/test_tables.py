@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from minibert.config import RunConfig
-from minibert.data import sources, tables
+from minibert.data import delimited, sources
 from minibert.data.columns import find_columns
 from minibert.data.tables import read_table, stream_table
 from minibert.errors import UserError
@@ -385,7 +385,7 @@ def test_of_an_archive_the_one_data_file_is_read(tmp_path: Path) -> None:
 def test_a_quoted_tsv_is_found_out_though_the_sample_ends_inside_quotes(tmp_path: Path) -> None:
     rows = [f"a text\tof row {i}" for i in range(20_000)]
     path = write(tmp_path, '"text"\t"label"\n' + "".join(f'"{row}"\t"x"\n' for row in rows), "a.tsv")
-    assert path.stat().st_size > tables.SAMPLE and read_table(path).columns["text"] == rows
+    assert path.stat().st_size > delimited.SAMPLE and read_table(path).columns["text"] == rows
 
 
 @pytest.mark.parametrize("name", ["rows.txt", "rows.txt.gz", "rows.txt.zip"])
