@@ -22,7 +22,7 @@ from trainers import SHARED
 from minibert.batching.plans import collate, plan_epoch
 from minibert.batching.tokens import Tokenizer
 from minibert.config import RunConfig
-from minibert.data.examples import load_data
+from minibert.data.loading import load_data
 from minibert.data.tables import read_table
 from minibert.run import demo_weights
 

@@ -295,7 +295,7 @@ def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
         if "\0" in str(value):  # no path or name holds one
             raise ValueError
         if isinstance(value, dict) and field.name == "class_weights":
-            from minibert.problem.problem import label_text  # imports numpy
+            from minibert.data.labels import label_text
 
             return json.dumps({label_text(label): weight for label, weight in value.items()}, default=float)
         return kind(value)

@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> None:
     import numpy as np
 
     from minibert.data.columns import trained_columns
-    from minibert.data.examples import stream_examples
     from minibert.inference.classifier import load_encoder
+    from minibert.inference.stream import stream_examples
 
     encoder = load_encoder(arguments.model, arguments.device, arguments.max_length)
     trained = trained_columns(arguments.model)

@@ -31,8 +31,8 @@ def main(argv: Sequence[str]) -> None:
     import numpy as np
 
     from minibert.data.columns import trained_columns
-    from minibert.data.examples import stream_labelled
     from minibert.inference.classifier import load
+    from minibert.inference.stream import stream_labelled
 
     classifier = load(arguments.run, arguments.device)
     problem = classifier.problem

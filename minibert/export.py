@@ -195,7 +195,7 @@ def _change(problem: Problem, before: np.ndarray, after: np.ndarray) -> str:
 
 def _comparison_texts(classifier: Classifier, arguments: Any) -> Iterator[Examples]:
     from minibert.data.columns import trained_columns
-    from minibert.data.examples import stream_examples, stream_labelled
+    from minibert.inference.stream import stream_examples, stream_labelled
     from minibert.run import DEMO_DATA
 
     if arguments.file:

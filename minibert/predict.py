@@ -205,7 +205,8 @@ def predicted_chunks(classifier: Classifier, arguments: argparse.Namespace) -> I
 
 def read_chunks(arguments: argparse.Namespace) -> Iterator[Examples]:
     from minibert.data.columns import trained_columns
-    from minibert.data.examples import Examples, stream_examples
+    from minibert.data.examples import Examples
+    from minibert.inference.stream import stream_examples
 
     if arguments.text is not None:
         yield Examples("--text", arguments.text, arguments.text_pair, lines=list(range(1, len(arguments.text) + 1)))

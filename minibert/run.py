@@ -24,9 +24,9 @@ from minibert.batching.dataset import Dataset, evaluate
 from minibert.batching.tokens import Tokenizer
 from minibert.cli import checked_values
 from minibert.config import PATHS, BertConfig, RunConfig
-from minibert.data.examples import Examples, RunData, load_data, prepare
+from minibert.data.examples import Examples, examples_from_lists
 from minibert.data.labels import respelled
-from minibert.data.lists import examples_from_lists
+from minibert.data.loading import RunData, load_data, prepare
 from minibert.errors import UserError
 from minibert.inference import predictions
 from minibert.inference.classifier import Classifier, finite, fitting_tokenizer, load, refuse_pairs, saved_labels

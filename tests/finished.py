@@ -10,7 +10,8 @@ from minibert.batching.dataset import Dataset
 from minibert.batching.tokens import Tokens, offsets_of
 from minibert.config import RunConfig
 from minibert.data.columns import Columns
-from minibert.data.examples import Examples, RunData
+from minibert.data.examples import Examples
+from minibert.data.loading import RunData
 from minibert.problem.calibration import calibration_metrics
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.reporting.html_report import Finished

@@ -228,8 +228,9 @@ def read_model(folder: Path) -> None:
 def read_data(folder: Path) -> None:
     """All that finetune does with a file before it trains, and the table of predictions."""
     from minibert.config import RunConfig
-    from minibert.data.examples import load_data, stream_examples
+    from minibert.data.loading import load_data
     from minibert.inference import predictions
+    from minibert.inference.stream import stream_examples
 
     path = next(path for path in folder.iterdir() if path.name.startswith("rows."))
     for header in (True, False):

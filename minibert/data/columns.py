@@ -9,11 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minibert.config import RunConfig
-from minibert.data.labels import FLAGS, is_missing, is_number
+from minibert.data.labels import (
+    FLAGS,
+    is_missing,
+    is_number,
+    label_text,
+)
 from minibert.data.rows import Table, again, describe_bad
 from minibert.errors import UserError
-from minibert.problem.problem import label_text
-from minibert.runtime.files import read_json
+from minibert.runtime.files import one_line, read_json
 
 # What people call their columns, in the order of trust, as `_plain_name` writes them.
 TEXT_NAMES = """text sentence review review_text reviewtext question_text message sms tweet comment comment_text content
@@ -33,6 +37,9 @@ PAIR_NAMES = (
     ("#1_string", "#2_string"),
 )
 KNOWN_NAMES = {*TEXT_NAMES, *LABEL_NAMES, *(name for pair in PAIR_NAMES for name in pair)}
+
+
+ROOM_FOR_ROW = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -255,3 +262,16 @@ def refuse_unlike_training(columns: Columns, path: str, trained: Columns) -> Non
     flags = "--text-column and --text-pair-column" if trained.pair else "--text-column"
     has = "one text" if columns.pair is None else "two texts"
     raise UserError(f"{path}: {has} a row ({columns}), unlike training ({' + '.join(trained.texts())}); give {flags}")
+
+
+def doubtful_header(first: Table, config: RunConfig, header: bool) -> str:
+    """What to say where a first row is taken for names none of which is known: it may be a row that would be lost."""
+    if not header or not first.delimited or not first.lines or known_names(first, config):
+        return ""
+    row = shown_row(first)
+    return f"{first.path}: the first row ({row}) is taken for the columns' names; --no-header if it is data"
+
+
+def shown_row(first: Table) -> str:
+    row = ", ".join(str(cells[0]) for cells in first.columns.values() if cells)
+    return one_line(row if len(row) <= ROOM_FOR_ROW else row[: ROOM_FOR_ROW - 3] + "...")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from minibert.problem.problem import MULTI, REGRESSION, SINGLE, label_text
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE
+from minibert.runtime.files import valid_unicode
 
 # A whole number as pandas writes it into a column with gaps, or as transformers names a class that has no name.
 WHOLE = re.compile(r"(?:LABEL_)?(-?(?:0|[1-9][0-9]*))(?:\.0+)?")
@@ -201,3 +203,23 @@ def _python_list(text: str) -> list[Any]:
         raise ValueError(text)
     items: list[Any] = ast.literal_eval(text.strip())
     return items
+
+
+def label_text(value: Any) -> str:
+    """A label's name: text without outer blanks; 1.0 and true from typed files as people write them."""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return valid_unicode(str(value)).strip()
+
+
+def sorted_labels(names: set[str]) -> list[str]:
+    """Numbers in the order of numbers, anything else in the order of text."""
+    try:
+        numbers = {name: float(name) for name in names}
+    except ValueError:
+        return sorted(names)
+    if any(map(math.isnan, numbers.values())):  # which has no place in an order
+        return sorted(names)
+    return sorted(names, key=lambda name: (numbers[name], name))

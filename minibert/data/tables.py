@@ -15,8 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from minibert.config import RunConfig
 from minibert.data.delimited import read_delimited
-from minibert.data.rows import BadRow, Table, bad_rows_error, check_width, numbered_lines, rows_to_columns, tables_of
+from minibert.data.rows import (
+    BadRow,
+    Table,
+    bad_rows_error,
+    check_width,
+    numbered_lines,
+    rows_to_columns,
+    tables_of,
+)
 from minibert.data.sources import encoding_of, open_bytes, open_text, reading, suffix_of
 from minibert.errors import UserError
 from minibert.runtime.files import one_line, refuse_special
@@ -25,6 +34,9 @@ LARGEST_JSON = 2 << 30  # bytes: a JSON array, like packed Parquet, can only be 
 NOT_AN_OBJECT = 'expected an object such as {"text": ..., "label": ...}'
 PLAIN_SAMPLE = 50  # lines looked at to tell `LABEL text` lines from plain texts
 LINE_LABEL = re.compile(r"([A-Za-z]\w*:[\w-]+|__label__\S+)[ \t]")  # as in TREC and in fastText
+
+
+HEADER_ROWS = 200  # looked at to tell whether there is a header
 
 
 def read_table(
@@ -242,3 +254,8 @@ def _unpacked(path: Path) -> bytes:
     if len(content) == LARGEST_JSON:
         raise UserError(f"{path}: too large to be unpacked in memory; unpack it first")
     return content
+
+
+def first_rows(path: str, config: RunConfig) -> Table:
+    """The first rows, a header among them as a row of cells."""
+    return next(stream_table(path, header=False, encoding=config.encoding, rows=HEADER_ROWS, on_bad_rows="skip"))

@@ -17,7 +17,7 @@ from minibert.batching.dataset import Dataset, evaluate
 from minibert.batching.plans import collate, halving, plan_evaluation
 from minibert.batching.tokens import Tokenizer, Tokens
 from minibert.config import PROBLEM_TYPES, TRUNCATIONS, BertConfig, RunConfig
-from minibert.data.lists import as_texts
+from minibert.data.examples import as_texts
 from minibert.errors import UserError
 from minibert.model.bert import BertForSequenceClassification, BertModel, PackedInput
 from minibert.model.checkpoint import OWN_HEAD, load_model, model_folder, save_model

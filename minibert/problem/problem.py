@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from minibert.errors import UserError
 from minibert.problem import metrics
-from minibert.runtime.files import parse_json, read_json, valid_unicode
+from minibert.runtime.files import parse_json, read_json
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -153,26 +153,6 @@ class Problem:
             result["loss"] = float(losses.mean()) if len(losses) else None
         broken = {name for name, value in result.items() if isinstance(value, float) and not math.isfinite(value)}
         return {name: None if name in broken else value for name, value in result.items()}
-
-
-def label_text(value: Any) -> str:
-    """A label's name: text without outer blanks; 1.0 and true from typed files as people write them."""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return valid_unicode(str(value)).strip()
-
-
-def sorted_labels(names: set[str]) -> list[str]:
-    """Numbers in the order of numbers, anything else in the order of text."""
-    try:
-        numbers = {name: float(name) for name in names}
-    except ValueError:
-        return sorted(names)
-    if any(map(math.isnan, numbers.values())):  # which has no place in an order
-        return sorted(names)
-    return sorted(names, key=lambda name: (numbers[name], name))
 
 
 def class_weights(problem: Problem, choice: str, targets: np.ndarray) -> np.ndarray | None:

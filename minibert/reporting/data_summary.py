@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from minibert.batching.tokens import Tokens
-from minibert.data.examples import Examples, RunData, text_keys
+from minibert.data.examples import Examples, text_keys
+from minibert.data.loading import RunData
 from minibert.problem.problem import MULTI, REGRESSION
 from minibert.runtime.files import printable
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from minibert.batching.dataset import Dataset
 from minibert.config import RunConfig
-from minibert.data.examples import RunData
+from minibert.data.loading import RunData
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.reporting.charts import (
     Bars,

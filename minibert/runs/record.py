@@ -20,7 +20,8 @@ from minibert import __version__
 from minibert.batching.dataset import Dataset
 from minibert.batching.tokens import Tokenizer
 from minibert.config import PATHS, BertConfig, RunConfig
-from minibert.data.examples import Examples, RunData
+from minibert.data.examples import Examples
+from minibert.data.loading import RunData
 from minibert.data.rows import BadRow
 from minibert.errors import UserError
 from minibert.runtime.device import Hardware

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from minibert.config import RunConfig
-from minibert.data.examples import RunData
+from minibert.data.loading import RunData
 from minibert.errors import UserError
 from minibert.problem.problem import MULTI, REGRESSION, Problem
 from minibert.reporting.console import MAIN_METRICS, Say, shown

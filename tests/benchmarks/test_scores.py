@@ -16,7 +16,7 @@ import transformers
 
 from minibert.batching.plans import plan_epoch
 from minibert.config import RunConfig
-from minibert.data.examples import load_data
+from minibert.data.loading import load_data
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
 

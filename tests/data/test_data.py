@@ -16,21 +16,15 @@ import pytest
 from minibert.cli import checked_values
 from minibert.config import RunConfig
 from minibert.data.columns import Columns, as_trained, find_columns, trained_columns
-from minibert.data.examples import (
-    Examples,
-    RunData,
-    examples_from_table,
-    load_data,
-    prepare,
-    stream_examples,
-    stream_labelled,
-    text_keys,
-)
+from minibert.data.examples import Examples, examples_from_table, text_keys
+from minibert.data.labels import sorted_labels
+from minibert.data.loading import RunData, load_data, prepare
 from minibert.data.rows import Table
 from minibert.data.splits import split as split_rows
 from minibert.data.tables import stream_table
 from minibert.errors import UserError
-from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights, sorted_labels
+from minibert.inference.stream import stream_examples, stream_labelled
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights
 
 
 def split(data: Examples, problem: Problem, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -463,7 +457,7 @@ def test_evaluation_finds_label_columns_and_skips_a_chunk_of_bad_rows(
 ) -> None:
     problem = Problem(MULTI, ["loud", "rude"])
     path = write(tmp_path / "a.csv", FLAGS + ",1,1\n")
-    monkeypatch.setattr("minibert.data.examples.stream_table", partial(stream_table, rows=20))
+    monkeypatch.setattr("minibert.inference.stream.stream_table", partial(stream_table, rows=20))
     streamed = list(stream_labelled(path, problem, RunConfig(on_bad_rows="skip")))
     assert [len(examples) for examples in streamed] == [20, 0] and "skipped 1 row" in capsys.readouterr().err
     assert (streamed[0].labels or [])[:4] == [[], ["rude"], ["loud"], ["loud", "rude"]]

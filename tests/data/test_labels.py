@@ -20,10 +20,11 @@ import minibert
 from minibert.cli import checked_values
 from minibert.config import RunConfig
 from minibert.data.columns import Columns
-from minibert.data.examples import Examples, RunData, load_data, prepare, stream_labelled
+from minibert.data.examples import Examples, examples_from_lists
 from minibert.data.labels import respelled, second_thoughts
-from minibert.data.lists import examples_from_lists
+from minibert.data.loading import RunData, load_data, prepare
 from minibert.errors import UserError
+from minibert.inference.stream import stream_labelled
 from minibert.problem.metrics import tune_thresholds
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights
 
@@ -339,8 +340,7 @@ def test_a_label_of_every_row_has_a_positive_balanced_weight() -> None:
 def test_order_and_spelling_of_labels_are_the_same_in_every_process() -> None:
     """Sets of strings have another order in each."""
     code = """
-from minibert.data.labels import respelled
-from minibert.problem.problem import sorted_labels
+from minibert.data.labels import respelled, sorted_labels
 print(respelled(["1"], {"True", "true", "TRUE", "False"}), sorted_labels({"3.5", "1.5", "nan", "2.5", "-inf"}))
 print(sorted_labels({"10", "9", "-1"}))
 """

@@ -13,7 +13,7 @@ import pytest
 from minibert.batching.tokens import Tokenizer
 from minibert.cli import run_command
 from minibert.config import RunConfig
-from minibert.data.examples import load_data
+from minibert.data.loading import load_data
 from minibert.errors import UserError
 from minibert.finetune import main
 from minibert.predict import main as predict

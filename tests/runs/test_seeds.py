@@ -24,7 +24,8 @@ import minibert
 from minibert.cli import run_command
 from minibert.config import RunConfig
 from minibert.data.columns import Columns
-from minibert.data.examples import Examples, RunData
+from minibert.data.examples import Examples
+from minibert.data.loading import RunData
 from minibert.errors import UserError
 from minibert.finetune import main
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem

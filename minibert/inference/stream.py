@@ -1,0 +1,127 @@
+"""Texts to predict, embed or measure, chunk by chunk, so that what is read may be larger than memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from minibert.config import RunConfig
+from minibert.data.columns import (
+    Columns,
+    as_trained,
+    column_names,
+    doubtful_header,
+    find_columns,
+    guessed_text,
+    has_header,
+    refuse_guessed_label,
+    refuse_unlike_training,
+    shown_row,
+)
+from minibert.data.examples import Examples, count_rows, examples_from_table, rows_may_lack_labels, usable, with_names
+from minibert.data.labels import indicator_length, respelled
+from minibert.data.rows import BadRow, Table, describe_bad
+from minibert.data.tables import first_rows, stream_table
+from minibert.errors import UserError
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+
+
+def stream_examples(
+    path: str, config: RunConfig, with_labels: bool = False, trained: Columns | None = None, alike: bool = True
+) -> Iterator[Examples]:
+    """Rows of a file, chunk by chunk, so that it may be larger than memory; the first chunk decides on the columns.
+
+    `trained`: where the model's training found its texts, for the columns that no flag names. `alike`: single texts
+    for a model of pairs are an error, as are pairs for one of single texts.
+    """
+    _, config, header = _opened(path, config, trained)
+    trained = trained if alike else None
+
+    def checked(examples: Examples, columns: Columns) -> Examples:
+        if with_labels:
+            return usable(examples, config, rows_may_lack_labels(columns, config))
+        skips = config.on_bad_rows == "skip"
+        return usable(examples, config, may_lack_labels=True) if skips else examples  # a blank text has an answer, too
+
+    yield from _stream(path, header, config, trained, with_labels, checked)
+
+
+def stream_labelled(
+    path: str, problem: Problem, config: RunConfig, trained: Columns | None = None
+) -> Iterator[Examples]:
+    """`stream_examples` with labels that a trained model knows, for `evaluate`."""
+    first, config, header = _opened(path, config, trained)
+    several = problem.kind == MULTI and len(problem.labels) > 1
+    if several and not config.label_column and set(problem.labels) <= column_names(first, header):
+        config = replace(config, label_column=tuple(problem.labels))
+
+    def named(examples: Examples, columns: Columns) -> Examples:
+        places = columns.label if len(columns.label) > 1 else ()
+        if places and (missing := [name for name in problem.labels if name not in places]):
+            raise UserError(f"{path}: no column {', '.join(map(repr, missing[:5]))}, which the model has for a label")
+        examples = usable(examples, config, rows_may_lack_labels(columns, config))
+        if not places and indicator_length(examples.labels or []) == len(problem.labels):
+            places = tuple(problem.labels)
+        examples = with_names(examples, problem.kind, places, config)
+        if problem.kind == REGRESSION:
+            return examples
+        return replace(examples, labels=respelled(examples.labels or [], problem.labels))
+
+    for examples in _stream(path, header, config, trained, True, named):
+        check_labels_known(examples, problem)
+        yield examples
+
+
+def _opened(path: str, config: RunConfig, trained: Columns | None) -> tuple[Table, RunConfig, bool]:
+    """(first rows, flags with training's columns, whether there is a header), with a note where that is doubtful."""
+    first = first_rows(path, config)
+    config, header = as_trained(config, trained, first)
+    doubt = doubtful_header(first, config, header)
+    if not header and has_header(first, config):
+        doubt = f"{path}: the first row ({shown_row(first)}) is read as data, for training's file had no header"
+    if doubt:
+        print(f"note: {doubt}", file=sys.stderr)
+    return first, config, header
+
+
+def _stream(
+    path: str,
+    header: bool,
+    config: RunConfig,
+    trained: Columns | None,
+    need_label: bool,
+    checked: Callable[[Examples, Columns], Examples],
+) -> Iterator[Examples]:
+    columns: Columns | None = None
+    bad: list[BadRow] = []
+    count = 0
+    for table in stream_table(path, header=header, encoding=config.encoding, on_bad_rows=config.on_bad_rows):
+        if columns is None:
+            columns = find_columns(table, config, need_label)
+            if not need_label and (guess := guessed_text(columns, table, config)):
+                print(f"note: {guess}", file=sys.stderr)
+            if trained is not None:
+                refuse_unlike_training(columns, path, trained)
+                if need_label:
+                    refuse_guessed_label(columns, path, config, trained, header)
+        examples = checked(examples_from_table(table, columns, need_label), columns)
+        bad += examples.bad
+        count += len(examples)
+        yield examples
+    if bad and not count:
+        raise UserError(f"{path}: no row can be used; {describe_bad(bad)}")
+    if bad:
+        print(f"skipped {count_rows(bad)} of {path}, {describe_bad(bad)}", file=sys.stderr)
+
+
+def check_labels_known(examples: Examples, problem: Problem) -> None:
+    known = set(problem.labels)
+    for line, value in zip(examples.lines, examples.labels or [], strict=True):
+        names = {value} if problem.kind == SINGLE else set(value) if problem.kind == MULTI else set()
+        if names - known:
+            unknown, some = min(names - known), ", ".join(problem.labels[:8])
+            more = f" and {len(known) - 8} more" if len(known) > 8 else ""
+            hint = "; --label-delimiter takes several labels apart" if problem.kind == MULTI else ""
+            where = f"{examples.source}, line {line}"
+            raise UserError(f"{where}: label {unknown!r} is unknown to the model; it knows {some}{more}{hint}")
