@@ -330,7 +330,7 @@ def finish(
     classifier.write(output)
     for part, values in logits.items():
         path, examples = output / f"predictions-{part}.csv", job.data.parts[part]
-        predictions.write_file(path, examples, job.data.problem, values, job.sets[part].targets)
+        predictions.write_predictions(path, examples, job.data.problem, values, job.sets[part].targets)
     state = training.state
     log = log_lines(output)
     best_step = state.step if state.best_value is None else state.best_step  # 0: the head as it was fitted

@@ -619,7 +619,7 @@ def test_a_file_of_predictions_is_the_same_in_pieces(tmp_path: Path, monkeypatch
     logits, targets = np.random.default_rng(0).normal(size=(25, 2)).astype(np.float32), np.arange(25) % 2
     for size in (1000, 10, 25):
         monkeypatch.setattr(predictions, "CHUNK", size)
-        predictions.write_file(tmp_path / f"{size}.csv", examples, Problem(SINGLE, ["a", "b"]), logits, targets)
+        predictions.write_predictions(tmp_path / f"{size}.csv", examples, Problem(SINGLE, ["a", "b"]), logits, targets)
     whole = (tmp_path / "1000.csv").read_text()
     assert whole.count("\n") == 26
     assert whole == (tmp_path / "10.csv").read_text() == (tmp_path / "25.csv").read_text()

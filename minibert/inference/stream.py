@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from minibert.data.columns import (
 from minibert.data.examples import Examples, count_rows, examples_from_table, rows_may_lack_labels, usable, with_names
 from minibert.data.labels import indicator_length, respelled
 from minibert.data.rows import BadRow, Table, describe_bad
+from minibert.data.sources import LONGEST_LINE, known_encoding
 from minibert.data.tables import first_rows, stream_table
 from minibert.errors import UserError
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
@@ -125,3 +127,26 @@ def check_labels_known(examples: Examples, problem: Problem) -> None:
             hint = "; --label-delimiter takes several labels apart" if problem.kind == MULTI else ""
             where = f"{examples.source}, line {line}"
             raise UserError(f"{where}: label {unknown!r} is unknown to the model; it knows {some}{more}{hint}")
+
+
+def stream_lines(read: Callable[[], bytes], encoding: str) -> Iterator[Examples]:
+    """The lines that are there, as soon as they are; blank ones too, so that line n is answered by row n."""
+    source, rest, count = "standard input", "", 0
+    decoder = codecs.getincrementaldecoder(known_encoding(encoding))()
+    data = b"\n"
+    while data:
+        data = read()
+        try:
+            *lines, rest = (rest + decoder.decode(data, final=not data)).split("\n")
+        except UnicodeError:
+            raise UserError(f"{source}, after line {count}: not {encoding} text; give --encoding") from None
+        if len(rest) > LONGEST_LINE:
+            raise UserError(
+                f"{source}, line {count + len(lines) + 1}: longer than {LONGEST_LINE >> 20} million characters"
+            )
+        if lines:
+            numbers = list(range(count + 1, count + len(lines) + 1))
+            yield Examples(source, [line.removesuffix("\r") for line in lines], lines=numbers)
+            count += len(lines)
+    if rest:
+        yield Examples(source, [rest], lines=[count + 1])

@@ -25,8 +25,15 @@ from minibert.errors import UserError
 from minibert.evaluate import main as evaluate_main
 from minibert.finetune import main as finetune_main
 from minibert.inference.explain import explain, marked, word_spans
-from minibert.inference.predictions import columns, plain_cell, safe_cell, write_csv
-from minibert.predict import described, stream_lines
+from minibert.inference.predictions import (
+    Predicted,
+    plain_cell,
+    prediction_columns,
+    readable_decision,
+    safe_cell,
+    write_csv,
+)
+from minibert.inference.stream import stream_lines
 from minibert.predict import main as predict_main
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 
@@ -82,10 +89,10 @@ def rows_of(text: str) -> list[dict[str, str]]:
 
 def test_a_decision_in_a_line() -> None:
     single, multi = Problem(SINGLE, ["ham", "spam"]), Problem(MULTI, ["joy", "fear", "pride"])
-    assert described("spam", np.array([0.25, 0.75]), single) == "spam\t0.7500"
-    assert described(["joy", "pride"], np.array([0.5, 0.1, 0.625]), multi) == "joy 0.5000, pride 0.6250"
-    assert described([], np.array([0.1, 0.1, 0.1]), multi) == "(none)"
-    assert described(0.18853259086608887, np.array([0.1885]), Problem(REGRESSION, ["score"])) == "0.1885"
+    assert readable_decision("spam", np.array([0.25, 0.75]), single) == "spam\t0.7500"
+    assert readable_decision(["joy", "pride"], np.array([0.5, 0.1, 0.625]), multi) == "joy 0.5000, pride 0.6250"
+    assert readable_decision([], np.array([0.1, 0.1, 0.1]), multi) == "(none)"
+    assert readable_decision(0.18853259086608887, np.array([0.1885]), Problem(REGRESSION, ["score"])) == "0.1885"
 
 
 def test_texts_top_k_and_the_planted_word(planted: Path) -> None:
@@ -169,7 +176,7 @@ def test_formulas_are_harmless_and_come_back() -> None:
     examples = Examples("list", FORMULAS, None, ["-1"] * len(FORMULAS), list(range(len(FORMULAS))))
     logits = np.eye(2, dtype=np.float32)[np.arange(len(FORMULAS)) % 2]
     file = io.StringIO(newline="")
-    table = columns(examples, problem, logits, np.zeros(len(FORMULAS), np.int64))
+    table = prediction_columns(Predicted(examples, logits), problem, np.zeros(len(FORMULAS), np.int64))
     write_csv(file, table, spreadsheet_safe=True)
     rows = rows_of(file.getvalue())
     assert [plain_cell(row["text"]) for row in rows] == FORMULAS
@@ -204,12 +211,17 @@ def test_columns_of_other_problems() -> None:
     examples = Examples("list", ["x", "y"], lines=[1, 2])
     multi = Problem(MULTI, ["a", "b", "c"], thresholds=[0.5, 0.9, 0.01], temperature=2.0)
     logits = np.array([[2.0, 2.0, -8.0], [-20.0, -20.0, -20.0]], dtype=np.float32)
-    table = columns(examples, multi, logits, top_k=2)
+    predicted = Predicted(examples, logits)
+    table = prediction_columns(predicted, multi, top_k=2)
     assert table["predicted"] == [["a", "c"], []]
     assert table["top_1"][0] == "a" and table["top_2"][0] == "b" and "probability_a" not in table
     assert table["top_1_probability"][0] == pytest.approx(1 / (1 + np.exp(-1)))
-    assert list(columns(examples, Problem(REGRESSION, ["score"]), logits[:, :1])) == ["row", "text", "predicted"]
-    assert set(columns(examples, multi, logits, top_k=9)) == set(columns(examples, multi, logits, top_k=3))
+    assert list(prediction_columns(Predicted(examples, logits[:, :1]), Problem(REGRESSION, ["score"]))) == [
+        "row",
+        "text",
+        "predicted",
+    ]
+    assert set(prediction_columns(predicted, multi, top_k=9)) == set(prediction_columns(predicted, multi, top_k=3))
 
 
 def test_saved_thresholds_and_temperature_are_applied(tiny: Callable[..., Path]) -> None:
