@@ -229,7 +229,7 @@ def read_data(folder: Path) -> None:
     """All that finetune does with a file before it trains, and the table of predictions."""
     from minibert.config import RunConfig
     from minibert.data.loading import load_data
-    from minibert.inference import predictions
+    from minibert.inference.predictions import Predicted, prediction_columns, write_csv
     from minibert.inference.stream import stream_examples
 
     path = next(path for path in folder.iterdir() if path.name.startswith("rows."))
@@ -243,7 +243,8 @@ def read_data(folder: Path) -> None:
     logits = np.zeros((len(examples), len(data.problem.labels)), np.float32)
     data.problem.metrics(logits, targets)
     table = io.StringIO(newline="")
-    predictions.write_csv(table, predictions.columns(examples, data.problem, logits, targets), spreadsheet_safe=True)
+    columns = prediction_columns(Predicted(examples, logits), data.problem, targets)
+    write_csv(table, columns, spreadsheet_safe=True)
     table.getvalue().encode("utf-8", "backslashreplace")
 
 
