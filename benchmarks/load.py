@@ -22,7 +22,7 @@ import torch
 from steps import environment
 from tokens import write_questions
 
-from minibert.batching.tokens import Tokenizer
+from minibert.batching.tokenizer import Tokenizer
 from minibert.config import BertConfig
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import save_model

@@ -24,7 +24,8 @@ from steps import environment
 from trainers import sms_spam, transformers_optimizer
 
 from minibert.batching.dataset import Dataset
-from minibert.batching.tokens import Tokenizer, Tokens, offsets_of
+from minibert.batching.tokenizer import Tokenizer
+from minibert.batching.tokens import Tokens, offsets_of
 from minibert.config import BertConfig, RunConfig
 from minibert.model.bert import BertForSequenceClassification
 from minibert.problem.problem import SINGLE, Problem

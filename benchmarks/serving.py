@@ -24,7 +24,7 @@ from steps import environment
 from trainers import sms_spam
 
 import minibert
-from minibert.batching.tokens import Tokenizer
+from minibert.batching.tokenizer import Tokenizer
 from minibert.export import export, open_session, quantise, session_logits
 from minibert.inference.classifier import Classifier
 from minibert.model.bert import BertForSequenceClassification

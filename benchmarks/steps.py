@@ -24,7 +24,7 @@ import torch
 import transformers
 from trainers import BATCH, TRAINERS, Texts, sms_spam
 
-from minibert.batching.tokens import Tokenizer
+from minibert.batching.tokenizer import Tokenizer
 from minibert.run import demo_weights
 
 WARM_UP = 4  # of so many batches one is trained on before the clock runs

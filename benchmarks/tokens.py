@@ -19,8 +19,9 @@ import numpy as np
 from steps import environment
 from trainers import SHARED
 
-from minibert.batching.plans import collate, plan_epoch
-from minibert.batching.tokens import Tokenizer
+from minibert.batching.dataset import collate
+from minibert.batching.plans import plan_epoch
+from minibert.batching.tokenizer import Tokenizer
 from minibert.config import RunConfig
 from minibert.data.loading import load_data
 from minibert.data.tables import read_table

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from minibert.batching.dataset import Dataset
-from minibert.batching.tokens import Tokenizer
+from minibert.batching.tokenizer import Tokenizer
 from minibert.config import RunConfig
 from minibert.model.bert import BertForSequenceClassification, ops
 from minibert.model.checkpoint import load_model

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from minibert import __version__
-from minibert.batching.dataset import Dataset, evaluate
-from minibert.batching.tokens import Tokenizer
+from minibert.batching.dataset import Dataset
+from minibert.batching.tokenizer import Tokenizer
 from minibert.cli import checked_values
 from minibert.config import PATHS, BertConfig, RunConfig
 from minibert.data.examples import Examples, examples_from_lists
@@ -29,7 +29,8 @@ from minibert.data.labels import respelled
 from minibert.data.loading import RunData, load_data, prepare
 from minibert.errors import UserError
 from minibert.inference import predictions
-from minibert.inference.classifier import Classifier, finite, fitting_tokenizer, load, refuse_pairs, saved_labels
+from minibert.inference.classifier import Classifier, fitting_tokenizer, load, refuse_pairs, saved_labels
+from minibert.inference.logits import evaluate, finite
 from minibert.model.averaging_layer import add_averaging_layer, saved_averages
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import LoadReport, load_model, model_folder, saved_mlp_size, saved_num_labels

@@ -173,7 +173,7 @@ def weights() -> bytes:
 
 @cache
 def tokenizer() -> bytes:
-    from minibert.batching.tokens import Tokenizer
+    from minibert.batching.tokenizer import Tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "vocab.txt").write_text("\n".join(WORDS) + "\n")

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minibert.batching.plans import collate
+from minibert.batching.dataset import collate
 from minibert.batching.tokens import Tokens
 from minibert.config import BertConfig, RunConfig
 from minibert.model.bert import BertForSequenceClassification

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from trainings import FIXED, training
 
 from minibert import predict, run
-from minibert.batching.tokens import Tokenizer
+from minibert.batching.tokenizer import Tokenizer
 from minibert.cli import checked_values
 from minibert.config import BertConfig, RunConfig
 from minibert.data import delimited

@@ -26,7 +26,6 @@ import pytest
 import torch
 
 from minibert import run
-from minibert.batching.plans import halving
 from minibert.cli import run_command
 from minibert.config import RunConfig
 from minibert.data.examples import Examples
@@ -36,6 +35,7 @@ from minibert.inference import predictions
 from minibert.model import checkpoint
 from minibert.problem.problem import SINGLE, Problem
 from minibert.runtime import files
+from minibert.runtime.memory import halving
 from minibert.training import loop as train
 from minibert.training.optimizer import Optimizer
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minibert.batching.tokens import Tokenizer, Tokens, offsets_of
+from minibert.batching.tokenizer import Tokenizer
+from minibert.batching.tokens import Tokens, offsets_of
 from minibert.config import BertConfig
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import save_model

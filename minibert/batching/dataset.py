@@ -1,4 +1,4 @@
-"""The encoded examples of a part of the data, as batches, and what a model makes of them."""
+"""Encoded examples with their targets, and the packed tensors of a batch of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minibert.batching.plans import collate, halving, plan_evaluation
+from minibert.batching.plans import Batch
 from minibert.batching.tokens import Tokens, places_of
-from minibert.model.bert import BertForSequenceClassification, PackedInput
-from minibert.runtime import distributed
-from minibert.runtime.device import Hardware
-from minibert.training.frozen import FrozenActivations
+from minibert.model.bert import PackedInput
+from minibert.model.ops import Packing
 
 
 @dataclass
@@ -60,24 +58,28 @@ class Dataset:
         return torch.from_numpy(self.targets[rows]).to(device, non_blocking=True)
 
 
-def evaluate(
-    model: BertForSequenceClassification, data: Dataset, hardware: Hardware, together: bool = False
-) -> np.ndarray:
-    """Logits [n, L] of every example, in their order; computed in batches of like length.
+@dataclass
+class FrozenActivations:
+    """What the frozen layers leave of each text."""
 
-    `together`: all processes call this at once; each computes its share and gets all logits.
-    Windows are batched as if each were a text, so that even a book needs no more memory than other texts.
-    """
-    logits = np.zeros((len(data.tokens), model.num_labels), dtype=np.float32)
-    batches = plan_evaluation(data.tokens.lengths, batch_tokens=hardware.evaluation_tokens)
+    start_layer: int  # the first layer that is not frozen
+    values: np.ndarray  # [total tokens, H], or [n, H] where every layer is frozen; fp32
+    offsets: np.ndarray  # [n + 1] rows of each text
 
-    def computed(rows: np.ndarray) -> np.ndarray:
-        with hardware.autocast():
-            return model.logits(hardware.place(data.rows(rows))).float().cpu().numpy()
+    def batch(self, rows: np.ndarray, lengths: np.ndarray) -> PackedInput:
+        """The packed input of some texts, from the first unfrozen layer on."""
+        hidden = torch.from_numpy(np.take(self.values, places_of(self.offsets, rows), axis=0))
+        return PackedInput(Packing.from_lengths(lengths), hidden=hidden, start_layer=self.start_layer)
 
-    with torch.inference_mode():
-        for rows, found in halving(
-            batches[distributed.rank() :: distributed.world()] if together else batches, computed
-        ):
-            logits[rows] = found
-    return data.tokens.mean_of_windows(distributed.sum_array(logits) if together else logits)
+
+def collate(tokens: Tokens, rows: Batch) -> PackedInput:
+    """Pack the tokens of some examples into one batch, in the order of `rows`."""
+    lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
+    index = places_of(tokens.offsets, rows)
+    position = index - np.repeat(tokens.offsets[rows], lengths)  # [T]
+    return PackedInput(
+        packing=Packing.from_lengths(lengths),
+        input_ids=torch.from_numpy(tokens.ids[index].astype(np.int64)),
+        position_ids=torch.from_numpy(position),
+        token_type_ids=None if tokens.type_ids is None else torch.from_numpy(tokens.type_ids[index].astype(np.int64)),
+    )

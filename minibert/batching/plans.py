@@ -1,4 +1,4 @@
-"""Which examples share a batch, and the packed tensors of one.
+"""Which examples share a batch.
 
 Any examples may share a batch, as their tokens are packed; batches of like length are hardly faster to compute, and
 some tasks learn less from them (README has the figures). Batches by tokens hold as many examples as fit a budget.
@@ -8,24 +8,12 @@ Every plan is a pure function of (lengths, sizes, seed, epoch).
 from __future__ import annotations
 
 import heapq
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from typing import TypeVar
 
 import numpy as np
-import torch
-
-from minibert.batching.tokens import Tokens, places_of
-from minibert.errors import UserError
-from minibert.model.bert import PackedInput
-from minibert.model.ops import Packing
-from minibert.runtime.device import attempt
 
 POOL = 16  # batches of like length come from so many batches of random examples
 
 Batch = np.ndarray  # [B] int64, row numbers of the examples
-Result = TypeVar("Result")
 
 
 def plan_epoch(
@@ -76,25 +64,6 @@ def cut(order: np.ndarray, lengths: np.ndarray, batch_size: int | None, batch_to
     return batches
 
 
-def halving(batches: Iterable[Batch], compute: Callable[[Batch], Result]) -> Iterator[tuple[Batch, Result]]:
-    """`compute` of each batch; one that does not fit into memory is computed in halves, and so are those after it."""
-    most: int | None = None  # examples a batch, once memory has run out
-    queue = deque(batches)
-    while queue:
-        rows = queue.popleft()
-        if most is not None and len(rows) > most:
-            queue.extendleft(reversed([rows[start : start + most] for start in range(0, len(rows), most)]))
-            continue
-        result = attempt(partial(compute, rows))
-        if result is not None:
-            yield rows, result
-        elif len(rows) == 1:
-            raise UserError("not enough memory for one example; use a smaller --max-length or model")
-        else:
-            most = len(rows) // 2
-            queue.appendleft(rows)
-
-
 def split(rows: Batch, lengths: np.ndarray, parts: int) -> list[Batch]:
     """Cut a batch into parts of about equal tokens, some empty if it has fewer rows: each keeps the order of `rows`.
 
@@ -109,16 +78,3 @@ def split(rows: Batch, lengths: np.ndarray, parts: int) -> list[Batch]:
         owner[i] = part
         heapq.heapreplace(loads, (load + int(lengths[rows[i]]), part))
     return [rows[owner == part] for part in range(parts)]
-
-
-def collate(tokens: Tokens, rows: Batch) -> PackedInput:
-    """Pack the tokens of some examples into one batch, in the order of `rows`."""
-    lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
-    index = places_of(tokens.offsets, rows)
-    position = index - np.repeat(tokens.offsets[rows], lengths)  # [T]
-    return PackedInput(
-        packing=Packing.from_lengths(lengths),
-        input_ids=torch.from_numpy(tokens.ids[index].astype(np.int64)),
-        position_ids=torch.from_numpy(position),
-        token_type_ids=None if tokens.type_ids is None else torch.from_numpy(tokens.type_ids[index].astype(np.int64)),
-    )

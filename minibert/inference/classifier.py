@@ -13,16 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minibert.batching.dataset import Dataset, evaluate
-from minibert.batching.plans import collate, halving, plan_evaluation
-from minibert.batching.tokens import Tokenizer, Tokens
+from minibert.batching.dataset import Dataset, collate
+from minibert.batching.plans import plan_evaluation
+from minibert.batching.tokenizer import Tokenizer
+from minibert.batching.tokens import Tokens
 from minibert.config import PROBLEM_TYPES, TRUNCATIONS, BertConfig, RunConfig
 from minibert.data.examples import as_texts
 from minibert.errors import UserError
+from minibert.inference.logits import evaluate, finite
 from minibert.model.bert import BertForSequenceClassification, BertModel, PackedInput
 from minibert.model.checkpoint import OWN_HEAD, load_model, model_folder, save_model
 from minibert.problem.problem import REGRESSION, SINGLE, Problem
 from minibert.runtime.device import Hardware, choose, fit_attention
+from minibert.runtime.memory import halving
 
 POOLINGS = ("mean", "cls", "pooler")
 
@@ -135,13 +138,6 @@ class Classifier(TextEncoder):
             temperature=self.problem.temperature,
         )
         self.tokenizer.save(folder, self.max_length)
-
-
-def finite(logits: np.ndarray) -> np.ndarray:
-    """The logits themselves; UserError where they say nothing, though argmax would make a label of them."""
-    if not np.isfinite(logits).all():
-        raise UserError("the model gives NaN or infinity; its training has diverged (lower --learning-rate)")
-    return logits
 
 
 def load(folder: str | Path, device: str = "auto", temperature: bool = True) -> Classifier:

@@ -12,7 +12,7 @@ import numpy as np
 from minibert.problem.problem import REGRESSION, SINGLE, Problem
 
 if TYPE_CHECKING:
-    from minibert.batching.tokens import Tokenizer
+    from minibert.batching.tokenizer import Tokenizer
     from minibert.inference.classifier import Classifier
 
 TEXTS_AT_ONCE = 32  # whose variants, one for each word, are in memory together

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from minibert.batching.dataset import Dataset, evaluate
+from minibert.batching.dataset import Dataset
 from minibert.config import RunConfig
+from minibert.inference.logits import evaluate
 from minibert.runtime.device import duration, peak_memory
 from minibert.training.loop import Step, Training, planned_batches, total_steps
 

@@ -18,7 +18,7 @@ import torch
 
 from minibert import __version__
 from minibert.batching.dataset import Dataset
-from minibert.batching.tokens import Tokenizer
+from minibert.batching.tokenizer import Tokenizer
 from minibert.config import PATHS, BertConfig, RunConfig
 from minibert.data.examples import Examples
 from minibert.data.loading import RunData

@@ -9,36 +9,22 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from minibert.batching.plans import collate, halving, plan_evaluation
+from minibert.batching.dataset import FrozenActivations, collate
+from minibert.batching.plans import plan_evaluation
 from minibert.batching.tokens import Tokens, places_of
-from minibert.model.bert import BertForSequenceClassification, PackedInput
-from minibert.model.ops import Packing
+from minibert.model.bert import BertForSequenceClassification
 from minibert.runtime import distributed
 from minibert.runtime.device import Hardware
+from minibert.runtime.memory import halving
 
 MEMORY_SHARE = 0.25  # of the machine's memory for activations; more goes to a memory-mapped file
 DISK_SHARE = 0.5  # of the free space for that file; more is not kept at all
-
-
-@dataclass
-class FrozenActivations:
-    """What the frozen layers leave of each text."""
-
-    start_layer: int  # the first layer that is not frozen
-    values: np.ndarray  # [total tokens, H], or [n, H] where every layer is frozen; fp32
-    offsets: np.ndarray  # [n + 1] rows of each text
-
-    def batch(self, rows: np.ndarray, lengths: np.ndarray) -> PackedInput:
-        """The packed input of some texts, from the first unfrozen layer on."""
-        hidden = torch.from_numpy(np.take(self.values, places_of(self.offsets, rows), axis=0))
-        return PackedInput(Packing.from_lengths(lengths), hidden=hidden, start_layer=self.start_layer)
 
 
 def compute(

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minibert.batching.dataset import Dataset, evaluate
+from minibert.batching.dataset import Dataset
 from minibert.batching.plans import cut, plan_epoch, split
 from minibert.batching.tokens import places_of
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.inference.logits import evaluate
 from minibert.model.bert import BertForSequenceClassification, PackedInput
 from minibert.model.ops import DropoutMasks, chunk_bounds
 from minibert.problem.problem import Problem

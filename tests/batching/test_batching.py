@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from minibert.batching.plans import collate, plan_epoch, plan_evaluation
+from minibert.batching.dataset import collate
+from minibert.batching.plans import plan_epoch, plan_evaluation
 from minibert.batching.tokens import Tokens, offsets_of
 
 LENGTHS = np.random.default_rng(0).integers(3, 120, 1003)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import transformers
 
-from minibert.batching.tokens import Tokenizer, Tokens
+from minibert.batching.tokenizer import Tokenizer
+from minibert.batching.tokens import Tokens
 from minibert.errors import UserError
 
 ODD = [

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import minibert
-from minibert.batching.dataset import Dataset, evaluate
-from minibert.batching.tokens import Tokenizer, Tokens
+from minibert.batching.dataset import Dataset
+from minibert.batching.tokenizer import Tokenizer
+from minibert.batching.tokens import Tokens
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.inference.logits import evaluate
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
 from minibert.model.ops import DropoutMasks

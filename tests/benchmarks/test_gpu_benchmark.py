@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from minibert.batching.plans import collate
+from minibert.batching.dataset import collate
 from minibert.errors import UserError
 from minibert.training import loop as train
 

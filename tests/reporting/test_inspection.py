@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minibert.batching.tokens import Tokenizer
+from minibert.batching.tokenizer import Tokenizer
 from minibert.cli import run_command
 from minibert.config import RunConfig
 from minibert.data.loading import load_data

@@ -14,7 +14,7 @@ import torch
 from test_engine import CPU, made_tokens
 from test_graph_step import assert_equal_bits, references, state, steps_of, training_of  # noqa: F401 (a fixture)
 
-from minibert.batching.plans import collate
+from minibert.batching.dataset import collate
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.model.bert import BertForSequenceClassification

@@ -19,8 +19,7 @@ from conftest import skip_without_interpreter
 from torch._dynamo.exc import TorchDynamoException
 from torch.nn import functional as F
 
-from minibert.batching.dataset import Dataset
-from minibert.batching.plans import collate
+from minibert.batching.dataset import Dataset, collate
 from minibert.batching.tokens import Tokens
 from minibert.config import RunConfig
 from minibert.errors import UserError

@@ -17,9 +17,8 @@ from test_engine import CPU, SIZES, made_targets, made_tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from minibert.batching.dataset import Dataset
-from minibert.batching.plans import collate
-from minibert.batching.tokens import Tokenizer
+from minibert.batching.dataset import Dataset, collate
+from minibert.batching.tokenizer import Tokenizer
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.model.bert import BertForSequenceClassification

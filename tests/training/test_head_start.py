@@ -13,9 +13,10 @@ import torch
 import transformers
 
 import minibert
-from minibert.batching.dataset import Dataset, evaluate
-from minibert.batching.tokens import Tokenizer
+from minibert.batching.dataset import Dataset
+from minibert.batching.tokenizer import Tokenizer
 from minibert.config import RunConfig
+from minibert.inference.logits import evaluate
 from minibert.model.averaging_layer import add_averaging_layer
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model

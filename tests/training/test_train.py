@@ -13,10 +13,11 @@ import pytest
 import torch
 import transformers
 
-from minibert.batching.dataset import Dataset, evaluate
+from minibert.batching.dataset import Dataset
 from minibert.batching.tokens import Tokens, offsets_of
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.inference.logits import evaluate
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
 from minibert.problem.problem import SINGLE, Problem

@@ -1,0 +1,44 @@
+"""Logits of encoded texts, computed in batches of like length."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from minibert.batching.dataset import Dataset
+from minibert.batching.plans import plan_evaluation
+from minibert.errors import UserError
+from minibert.model.bert import BertForSequenceClassification
+from minibert.runtime import distributed
+from minibert.runtime.device import Hardware
+from minibert.runtime.memory import halving
+
+
+def evaluate(
+    model: BertForSequenceClassification, data: Dataset, hardware: Hardware, together: bool = False
+) -> np.ndarray:
+    """Logits [n, L] of every example, in their order; computed in batches of like length.
+
+    `together`: all processes call this at once; each computes its share and gets all logits.
+    Windows are batched as if each were a text, so that even a book needs no more memory than other texts.
+    """
+    logits = np.zeros((len(data.tokens), model.num_labels), dtype=np.float32)
+    batches = plan_evaluation(data.tokens.lengths, batch_tokens=hardware.evaluation_tokens)
+
+    def computed(rows: np.ndarray) -> np.ndarray:
+        with hardware.autocast():
+            return model.logits(hardware.place(data.rows(rows))).float().cpu().numpy()
+
+    with torch.inference_mode():
+        for rows, found in halving(
+            batches[distributed.rank() :: distributed.world()] if together else batches, computed
+        ):
+            logits[rows] = found
+    return data.tokens.mean_of_windows(distributed.sum_array(logits) if together else logits)
+
+
+def finite(logits: np.ndarray) -> np.ndarray:
+    """The logits themselves; UserError where they say nothing, though argmax would make a label of them."""
+    if not np.isfinite(logits).all():
+        raise UserError("the model gives NaN or infinity; its training has diverged (lower --learning-rate)")
+    return logits

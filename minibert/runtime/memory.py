@@ -1,0 +1,36 @@
+"""What is done where memory runs out."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+
+from minibert.errors import UserError
+from minibert.runtime.device import attempt
+
+Result = TypeVar("Result")
+
+
+def halving(
+    batches: Iterable[np.ndarray], compute: Callable[[np.ndarray], Result]
+) -> Iterator[tuple[np.ndarray, Result]]:
+    """`compute` of each batch; one that does not fit into memory is computed in halves, and so are those after it."""
+    most: int | None = None  # examples a batch, once memory has run out
+    queue = deque(batches)
+    while queue:
+        rows = queue.popleft()
+        if most is not None and len(rows) > most:
+            queue.extendleft(reversed([rows[start : start + most] for start in range(0, len(rows), most)]))
+            continue
+        result = attempt(partial(compute, rows))
+        if result is not None:
+            yield rows, result
+        elif len(rows) == 1:
+            raise UserError("not enough memory for one example; use a smaller --max-length or model")
+        else:
+            most = len(rows) // 2
+            queue.appendleft(rows)
