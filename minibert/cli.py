@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from minibert import __version__
 from minibert.config import RunConfig, auto_or_number, flag_name
 from minibert.errors import UserError
-from minibert.runtime.files import one_line, refuse_special
+from minibert.runtime.files import check_regular_file, one_line
 
 # Flags of transformers' Trainer and its scripts that have no counterpart of the same meaning, and what to do.
 NOT_NEEDED = "leave it out"
@@ -250,7 +250,7 @@ def column_config(arguments: argparse.Namespace) -> RunConfig:
 def read_config_file(path: str) -> dict[str, Any]:
     """The keys of a TOML file as fields of `RunConfig`; an unknown key or a value of the wrong kind is an error."""
     try:
-        refuse_special(Path(path))
+        check_regular_file(Path(path))
         if Path(path).stat().st_size > LARGEST_CONFIG:
             raise ValueError(f"larger than {LARGEST_CONFIG >> 10} kB")
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.errors import UserError
-from minibert.runtime.files import atomic, refuse_output
+from minibert.runtime.files import atomic, check_output_path
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     add_column_flags(parser)
     arguments = parser.parse_args(list(argv))
     output = Path(arguments.output)
-    refuse_output(output, arguments.file)
+    check_output_path(output, arguments.file)
     import numpy as np
 
     from minibert.data.columns import trained_columns

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.errors import UserError
-from minibert.runtime.files import refuse_output, write_json
+from minibert.runtime.files import check_output_path, write_json
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     add_column_flags(parser, labels=True)
     arguments = parser.parse_args(list(argv))
     if arguments.output:
-        refuse_output(Path(arguments.output), arguments.file)
+        check_output_path(Path(arguments.output), arguments.file)
     import numpy as np
 
     from minibert.data.columns import trained_columns

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.runtime.files import refuse_output
+from minibert.runtime.files import check_output_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(os.path.expanduser(arguments.run))
     output = Path(arguments.output or folder / ("model-int8.onnx" if arguments.int8 else "model.onnx"))
     if arguments.output:
-        refuse_output(output, arguments.file)
+        check_output_path(output, arguments.file)
     if not arguments.output and not folder.is_dir():
         raise UserError(f"--output: is needed where RUN is no folder here ({arguments.run})")
     from minibert.inference.classifier import load

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from minibert.cli import TEXT_FLAGS, Parser, add_column_flags, column_config, run_command
 from minibert.config import flag_name
 from minibert.errors import UserError
-from minibert.runtime.files import atomic, refuse_output
+from minibert.runtime.files import atomic, check_output_path
 
 if TYPE_CHECKING:
     from minibert.data.columns import Columns
@@ -98,7 +98,7 @@ def output_format(arguments: argparse.Namespace) -> str:
             raise UserError(f"--output {path}: end the name in .csv, .jsonl or .parquet")
         if arguments.format not in (None, result):
             raise UserError(f"--format {arguments.format}: --output {path} says {result}; leave one of the two out")
-        refuse_output(path, arguments.file)
+        check_output_path(path, arguments.file)
         if result == "parquet" and find_spec("pyarrow") is None:
             raise UserError(f"--output {path}: writing Parquet needs pyarrow; pip install pyarrow")
     if arguments.spreadsheet_safe and result != "csv":

@@ -25,12 +25,12 @@ from minibert.batching.tokenizer import Tokenizer
 from minibert.cli import checked_values
 from minibert.config import PATHS, BertConfig, RunConfig
 from minibert.data.examples import Examples, examples_from_lists
-from minibert.data.labels import respelled
+from minibert.data.labels import normalize_spelling
 from minibert.data.loading import RunData, load_data, prepare
 from minibert.errors import UserError
 from minibert.inference import predictions
-from minibert.inference.classifier import Classifier, fitting_tokenizer, load, refuse_pairs, saved_labels
-from minibert.inference.logits import evaluate, finite
+from minibert.inference.classifier import Classifier, check_pairs, fitting_tokenizer, load, saved_labels
+from minibert.inference.logits import check_finite, compute_logits
 from minibert.model.averaging_layer import add_averaging_layer, saved_averages
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import LoadReport, load_model, model_folder, saved_mlp_size, saved_num_labels
@@ -243,7 +243,7 @@ def get_ready(config: RunConfig, data: RunData) -> Job:
     config = replace(config, model=config.model or demo_weights())
     tokenizer, model, report = load_pretrained(config, data.problem)
     if data.columns.pair:
-        refuse_pairs(model.config)
+        check_pairs(model.config)
     head = f"mlp:{model.mlp_size}" if model.mlp_size else "linear"
     config = replace(config, head=head, max_length=length_limit(config, model.config))
     automatic = tuple(name for name in ("learning_rate", "epochs") if getattr(config, name) is None)
@@ -489,7 +489,7 @@ def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, Ber
     bert = BertConfig.from_file(folder / "config.json")
     tokenizer = fitting_tokenizer(model_folder(config.tokenizer) if config.tokenizer else folder, folder, bert)
     saved = saved_labels(bert, saved_num_labels(bert))
-    same = problem.kind == REGRESSION or respelled(saved, problem.labels) == problem.labels
+    same = problem.kind == REGRESSION or normalize_spelling(saved, problem.labels) == problem.labels
     fits = len(saved) == len(problem.labels) and same
     mlp_size = saved_mlp_size(bert) if fits and config.head is None else config.mlp_size()
     model, report = load_model(
@@ -601,8 +601,8 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
             data = training.data[part]
             known = training.best_logits if part == "validation" else None
             if known is None:
-                known = evaluate(training.model, data, training.hardware, together=True)
-            logits[part] = known = finite(known)
+                known = compute_logits(training.model, data, training.hardware, together=True)
+            logits[part] = known = check_finite(known)
             if part == "validation":
                 if training.config.temperature:
                     problem.temperature = fit_temperature(problem, known, data.targets)

@@ -35,7 +35,7 @@ from minibert.inference import predictions
 from minibert.model import checkpoint
 from minibert.problem.problem import SINGLE, Problem
 from minibert.runtime import files
-from minibert.runtime.memory import halving
+from minibert.runtime.memory import split_on_oom
 from minibert.training import loop as train
 from minibert.training.optimizer import Optimizer
 
@@ -386,14 +386,14 @@ def test_diverged_weights_are_not_the_best(
     arguments: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Argmax of NaN is the first class, which may well be right more often than the model that was."""
-    evaluate, seen = train.evaluate, [0]
+    compute_logits, seen = train.compute_logits, [0]
 
     def later_nan(*given: Any, **options: Any) -> np.ndarray:
         seen[0] += 1
-        found = evaluate(*given, **options)
+        found = compute_logits(*given, **options)
         return found if seen[0] == 1 else np.full_like(found, np.nan)
 
-    monkeypatch.setattr(train, "evaluate", later_nan)
+    monkeypatch.setattr(train, "compute_logits", later_nan)
     assert (
         run_command(main, arguments(tmp_path / "run", *"--eval-steps 2 --metric accuracy --head-init random".split()))
         == 0
@@ -557,11 +557,11 @@ def test_halving_computes_every_row_once() -> None:
             raise MemoryError
         return rows * 2
 
-    found = list(halving([np.arange(10), np.arange(10, 25), np.array([25])], compute))
+    found = list(split_on_oom([np.arange(10), np.arange(10, 25), np.array([25])], compute))
     assert np.concatenate([rows for rows, _ in found]).tolist() == list(range(26))
     assert all(np.array_equal(result, rows * 2) for rows, result in found)
     with pytest.raises(UserError, match="one example"):
-        list(halving([np.arange(2)], lambda rows: [][1] if len(rows) > 2 else _fail()))
+        list(split_on_oom([np.arange(2)], lambda rows: [][1] if len(rows) > 2 else _fail()))
 
 
 def _fail() -> Any:

@@ -45,7 +45,7 @@ class Dataset:
         order = np.argsort(self.tokens.lengths[windows], kind="stable")
         x = self.rows(windows[order])
         shares = (owner[order] == np.arange(len(rows))[:, None]).astype(np.float32)  # [texts, windows]
-        x.window_shares = torch.from_numpy(shares / shares.sum(1, keepdims=True))
+        x.window_weights = torch.from_numpy(shares / shares.sum(1, keepdims=True))
         return x
 
     def rows(self, rows: np.ndarray) -> PackedInput:

@@ -34,7 +34,7 @@ def plan_epoch(
     if buckets and len(order):
         pool = POOL * (max(1, int(batch_tokens / lengths.mean())) if batch_tokens else batch_size)
         order = np.concatenate([by_length(order[i : i + pool], lengths) for i in range(0, len(order), pool)])
-    batches = cut(order, lengths, None if batch_tokens else batch_size, batch_tokens)
+    batches = cut_into_batches(order, lengths, None if batch_tokens else batch_size, batch_tokens)
     batches = [by_length(rows, lengths) for rows in batches]  # the order that attention works best on
     return [batches[i] for i in rng.permutation(len(batches))] if buckets else batches
 
@@ -47,10 +47,12 @@ def by_length(rows: Batch, lengths: np.ndarray) -> Batch:
 def plan_evaluation(lengths: np.ndarray, *, batch_tokens: int, batch_size: int = 256) -> list[Batch]:
     """Every example once, sorted by length, longest first so that memory runs out at once or never."""
     order = np.argsort(-lengths, kind="stable")
-    return cut(order, lengths, batch_size, batch_tokens)
+    return cut_into_batches(order, lengths, batch_size, batch_tokens)
 
 
-def cut(order: np.ndarray, lengths: np.ndarray, batch_size: int | None, batch_tokens: int | None) -> list[Batch]:
+def cut_into_batches(
+    order: np.ndarray, lengths: np.ndarray, batch_size: int | None, batch_tokens: int | None
+) -> list[Batch]:
     """Cut `order` into batches of at most `batch_size` examples and `batch_tokens` tokens, one example at least."""
     ends = np.cumsum(lengths[order])
     batches, start, before = [], 0, 0
@@ -64,7 +66,7 @@ def cut(order: np.ndarray, lengths: np.ndarray, batch_size: int | None, batch_to
     return batches
 
 
-def split(rows: Batch, lengths: np.ndarray, parts: int) -> list[Batch]:
+def split_by_tokens(rows: Batch, lengths: np.ndarray, parts: int) -> list[Batch]:
     """Cut a batch into parts of about equal tokens, some empty if it has fewer rows: each keeps the order of `rows`.
 
     The longest text first, each goes to the part with the fewest tokens so far.

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from minibert.batching.tokens import Tokens, gather_spans, keep_longest_first, kept_spans, offsets_of
 from minibert.config import TRUNCATIONS
 from minibert.errors import UserError
-from minibert.runtime.files import one_line, read_json, refuse_special, valid_unicode, write_json, write_text
+from minibert.runtime.files import check_regular_file, one_line, read_json, valid_unicode, write_json, write_text
 
 TOKENIZER, TOKENIZER_CONFIG, VOCABULARY = "tokenizer.json", "tokenizer_config.json", "vocab.txt"
 ADDED_TOKENS = "added_tokens.json"
@@ -28,9 +28,9 @@ NORMALIZER_OPTIONS = {
 }
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
 LONGEST_TOKEN = 1000  # characters of a word that WordPiece looks up; BERT's is 100
-MOST_PARTS = 50  # of a tokenizer's normalizer or pre-tokenizer
-HARMLESS = """BertNormalizer BertPreTokenizer ByteLevel CharDelimiterSplit Digits Lowercase Metaspace NFC NFD NFKC NFKD
-Nmt Precompiled Punctuation Strip StripAccents UnicodeScripts Whitespace WhitespaceSplit""".split()
+MAX_COMPONENTS = 50  # of a tokenizer's normalizer or pre-tokenizer
+ALLOWED_COMPONENTS = """BertNormalizer BertPreTokenizer ByteLevel CharDelimiterSplit Digits Lowercase Metaspace NFC NFD
+NFKC NFKD Nmt Precompiled Punctuation Strip StripAccents UnicodeScripts Whitespace WhitespaceSplit""".split()
 CHUNK = 20_000  # texts handed to Rust at once: enough for all cores, little enough memory
 
 
@@ -58,7 +58,7 @@ class Tokenizer:
         try:
             if (folder / TOKENIZER).is_file():
                 source = read_json(folder / TOKENIZER)
-                refuse_harmful(source)
+                check_components(source)
                 _set_options(source, config)
                 return cls(tokenizers.Tokenizer.from_str(json.dumps(source)), config)
             if (folder / VOCABULARY).is_file():
@@ -195,7 +195,7 @@ def _token_text(value: Any, default: str) -> str:
 
 def _from_vocabulary(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     """BERT's tokenizer as transformers builds it from a vocabulary and the options of tokenizer_config.json."""
-    refuse_special(path)
+    check_regular_file(path)
     with open(path, encoding="utf-8") as file:  # its lines end at newlines alone: a token may be any other separator
         words = [line.rstrip("\n") for line in file]
     if max(map(len, words), default=0) > LONGEST_TOKEN:
@@ -258,7 +258,7 @@ def _set_options(source: dict[str, Any], config: dict[str, Any]) -> None:
                 normalizer[name] = config[option]
 
 
-def refuse_harmful(source: Any) -> None:
+def check_components(source: Any) -> None:
     """Only parts that take time and memory in proportion to the text: a pattern may never end, replacements explode.
 
     source: a parsed tokenizer.json, perhaps a stranger's.
@@ -274,7 +274,7 @@ def refuse_harmful(source: Any) -> None:
             kind = part.get("type") if isinstance(part, dict) else part
             if kind == "Sequence" and isinstance(part.get(f"{stage}s"), list | type(None)):
                 pending += part.get(f"{stage}s") or part.get("pretokenizers") or []
-            elif kind not in HARMLESS or count > MOST_PARTS:
+            elif kind not in ALLOWED_COMPONENTS or count > MAX_COMPONENTS:
                 raise UserError(f"{TOKENIZER}: {stage} {str(kind)[:40]!r} is not of a BERT tokenizer")
     model = source.get("model")
     longest = model.get("max_input_chars_per_word", 100) if isinstance(model, dict) else 100

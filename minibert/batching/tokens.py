@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?": 128 of 510 tokens from the head, the rest the tail.
-HEAD_SHARE = 128 / 510
+HEAD_FRACTION = 128 / 510
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Tokens:
     ids: np.ndarray  # [total] int32
     offsets: np.ndarray  # [n + 1] int64
     type_ids: np.ndarray | None  # [total] uint8, 1 on the second text of a pair; None where there are no pairs
-    cut: np.ndarray  # [texts] int32: tokens that truncation dropped
+    truncated: np.ndarray  # [texts] int32: tokens that truncation cut off
     windows: np.ndarray | None = None  # [texts + 1] int64: text i is rows windows[i] to windows[i + 1]
     repeated: np.ndarray | None = None  # [texts] int32: tokens that a text's windows have more than the text
 
@@ -28,7 +28,7 @@ class Tokens:
 
     @property
     def texts(self) -> int:
-        return len(self.cut)
+        return len(self.truncated)
 
     @property
     def text_lengths(self) -> np.ndarray:
@@ -48,7 +48,7 @@ class Tokens:
     @property
     def full_lengths(self) -> np.ndarray:
         """Tokens of each text before truncation."""
-        return self.text_lengths + self.cut - (0 if self.repeated is None else self.repeated)
+        return self.text_lengths + self.truncated - (0 if self.repeated is None else self.repeated)
 
     def take(self, texts: np.ndarray) -> Tokens:
         rows, windows, repeated = texts, None, None
@@ -57,7 +57,7 @@ class Tokens:
             windows = offsets_of(np.diff(self.windows)[texts])
         index = places_of(self.offsets, rows)
         types = None if self.type_ids is None else self.type_ids[index]
-        return Tokens(self.ids[index], offsets_of(self.lengths[rows]), types, self.cut[texts], windows, repeated)
+        return Tokens(self.ids[index], offsets_of(self.lengths[rows]), types, self.truncated[texts], windows, repeated)
 
     @classmethod
     def joined(cls, parts: Sequence[Tokens]) -> Tokens:
@@ -69,7 +69,7 @@ class Tokens:
             np.concatenate([part.ids for part in parts]),
             offsets_of(lengths),
             np.concatenate(types) if types else None,
-            np.concatenate([part.cut for part in parts]),
+            np.concatenate([part.truncated for part in parts]),
             offsets_of(np.concatenate(windows)) if windows else None,
             np.concatenate(repeated) if repeated else None,
         )
@@ -112,7 +112,7 @@ def kept_spans(
     elif truncation == "tail":
         head = np.where(kept < lengths, 0, kept)
     else:
-        head = np.where(kept < lengths, np.round(kept * HEAD_SHARE).astype(np.int64), kept)
+        head = np.where(kept < lengths, np.round(kept * HEAD_FRACTION).astype(np.int64), kept)
     tail = kept - head
     return [(starts, head), (starts + lengths - tail, tail)]
 

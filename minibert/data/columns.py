@@ -241,7 +241,7 @@ def as_trained(config: RunConfig, trained: Columns | None, first: Table) -> tupl
     return known, header
 
 
-def refuse_guessed_label(columns: Columns, path: str, config: RunConfig, trained: Columns, header: bool) -> None:
+def check_label_column(columns: Columns, path: str, config: RunConfig, trained: Columns, header: bool) -> None:
     """UserError where only its content makes a column the labels, though training has a name for them.
 
     A file to measure by may have no labels at all, and what looks most like some is its column of numbers.
@@ -255,7 +255,7 @@ def refuse_guessed_label(columns: Columns, path: str, config: RunConfig, trained
     )
 
 
-def refuse_unlike_training(columns: Columns, path: str, trained: Columns) -> None:
+def check_same_kind(columns: Columns, path: str, trained: Columns) -> None:
     """UserError where a file gives one text a row to a model of two, or the other way round."""
     if (columns.pair is None) == (trained.pair is None):
         return

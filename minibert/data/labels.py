@@ -84,7 +84,7 @@ def read_label(value: Any, kind: str, places: Sequence[str], delimiter: str | No
     return label_text(value)
 
 
-def respelled(labels: list[Any], known: Iterable[str]) -> list[Any]:
+def normalize_spelling(labels: list[Any], known: Iterable[str]) -> list[Any]:
     """Labels (or lists of them) with each whole number spelled as in `known`: 1, 1.0, true and LABEL_1 are one."""
     known = set(known)
     longest_first = sorted(known, key=lambda name: (-len(name), name))
@@ -104,7 +104,7 @@ def _whole(name: str) -> str:
     return number[1] if number else TRUTH.get(name.lower(), name)
 
 
-def second_thoughts(labels: list[str]) -> list[str]:
+def label_warnings(labels: list[str]) -> list[str]:
     """What looks as if single labels were meant in another way."""
     names = set(labels)
     comma = sorted(name for name in names if DECIMAL_COMMA.fullmatch(name))

@@ -1,4 +1,4 @@
-"""Files or lists -> what a run trains on: columns, problem type and label names decided, rows split."""
+"""Files or lists -> what a run trains on: columns, problem type and label names decided, rows stratified_split."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from minibert.batching.tokens import Tokens
 from minibert.config import RunConfig, flag_name
 from minibert.data.columns import (
     Columns,
+    check_label_column,
+    check_same_kind,
     doubtful_header,
     find_columns,
     has_header,
     known_names,
-    refuse_guessed_label,
-    refuse_unlike_training,
 )
 from minibert.data.examples import (
     Examples,
@@ -29,9 +29,9 @@ from minibert.data.examples import (
     usable,
     with_names,
 )
-from minibert.data.labels import guess_kind, indicator_length, respelled, second_thoughts, sorted_labels
+from minibert.data.labels import guess_kind, indicator_length, label_warnings, normalize_spelling, sorted_labels
 from minibert.data.rows import BadRow, Table, describe_bad
-from minibert.data.splits import split
+from minibert.data.splits import stratified_split
 from minibert.data.tables import first_rows, read_table
 from minibert.errors import UserError
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
@@ -78,8 +78,8 @@ def _columns_like(columns: Columns, table: Table, config: RunConfig, header: boo
     if all(name in table.columns for name in columns.names()):
         return columns
     own = find_columns(table, config)
-    refuse_unlike_training(own, table.path, columns)
-    refuse_guessed_label(own, table.path, config, columns, header)
+    check_same_kind(own, table.path, columns)
+    check_label_column(own, table.path, config, columns, header)
     if len(columns.label) > 1 and own.label != columns.label:
         missing = [name for name in columns.label if name not in own.label]
         raise UserError(f"{table.path}: no column {', '.join(map(repr, missing))}, which training has for a label")
@@ -105,7 +105,7 @@ def _read(path: str, config: RunConfig, notes: list[str], headerless: Table | No
 
 
 def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, notes: list[str]) -> RunData:
-    """Check rows, name the labels, and split."""
+    """Check rows, name the labels, and stratified_split."""
     may_lack = rows_may_lack_labels(columns, config)
     parts = {part: usable(examples, config, may_lack) for part, examples in parts.items()}
     kind, why, places = _decide(parts["train"].labels or [], columns, config)
@@ -170,9 +170,9 @@ def _label_names(parts: dict[str, Examples], kind: str, places: tuple[str, ...],
 def _with_one_spelling(parts: dict[str, Examples], kind: str, notes: list[str]) -> dict[str, Examples]:
     """The same parts, a label that is a whole number spelled alike in all of them."""
     names = _all_names(parts, kind)
-    parts = {part: replace(rows, labels=respelled(rows.labels or [], names)) for part, rows in parts.items()}
+    parts = {part: replace(rows, labels=normalize_spelling(rows.labels or [], names)) for part, rows in parts.items()}
     if gone := sorted_labels(names - _all_names(parts, kind)):
-        notes.append(f"labels such as {gone[0]} are taken for {respelled(gone[:1], names)[0]}")
+        notes.append(f"labels such as {gone[0]} are taken for {normalize_spelling(gone[:1], names)[0]}")
     return parts
 
 
@@ -190,7 +190,7 @@ def _decision_notes(problem: Problem, why: str, train: Examples, config: RunConf
         return [f"{problem.kind}, {why}"]
     notes = [f"{problem.kind}, {why}: {len(names)} labels ({_some_names(names)})"]
     is_guess = problem.kind == SINGLE and config.problem_type == "auto"
-    return notes + (second_thoughts(train.labels or []) if is_guess else [])
+    return notes + (label_warnings(train.labels or []) if is_guess else [])
 
 
 def _some_names(labels: list[str]) -> str:
@@ -223,7 +223,7 @@ def _split_parts(parts: dict[str, Examples], problem: Problem, config: RunConfig
 def _sampled(examples: Examples, kind: str, most: int, config: RunConfig) -> Examples:
     """At most so many rows, with the labels' shares kept; the labels with most rows make up for those with few."""
     rows = [str(row) for row in range(len(examples))]  # equal texts may part: the others are not used
-    kept, _ = split(rows, examples.labels or [], kind, 1 - most / len(examples), config.split_seed)
+    kept, _ = stratified_split(rows, examples.labels or [], kind, 1 - most / len(examples), config.split_seed)
     sample = examples.take(kept)
     seen: Counter[str] = Counter()
     earlier = []  # rows before each that have the same label
@@ -234,5 +234,5 @@ def _sampled(examples: Examples, kind: str, most: int, config: RunConfig) -> Exa
 
 
 def _divided(examples: Examples, kind: str, share: float, config: RunConfig) -> tuple[Examples, Examples]:
-    kept, taken = split(text_keys(examples), examples.labels or [], kind, share, config.split_seed)
+    kept, taken = stratified_split(text_keys(examples), examples.labels or [], kind, share, config.split_seed)
     return examples.take(kept), examples.take(taken)

@@ -146,7 +146,7 @@ def _detected(path: Path) -> str:
         return next(iter(_likely(sample, UTF_16)), "utf-8")
     if _decodes(path, "utf-8"):
         return "utf-8"
-    _refuse_damaged_utf8(path)
+    _check_damaged_utf8(path)
     candidates = _likely(sample, LEGACY_ENCODINGS) if _non_ascii(sample) >= FEWEST_NON_ASCII else []
     return next((encoding for encoding in [*candidates, "cp1252"] if _decodes(path, encoding)), "latin-1")
 
@@ -179,7 +179,7 @@ def _decodes(path: Path, encoding: str) -> bool:
     return True
 
 
-def _refuse_damaged_utf8(path: Path) -> None:
+def _check_damaged_utf8(path: Path) -> None:
     """A few bad bytes among much good UTF-8: read as anything else, every accent of the file would be wrong."""
     good = bad = first = 0
     with open_bytes(path) as file:

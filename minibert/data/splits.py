@@ -11,7 +11,7 @@ import numpy as np
 from minibert.problem.problem import MULTI, REGRESSION
 
 
-def split(keys: Sequence[str], labels: Sequence[Any], kind: str, share: float, seed: int) -> tuple[Any, Any]:
+def stratified_split(keys: Sequence[str], labels: Sequence[Any], kind: str, share: float, seed: int) -> tuple[Any, Any]:
     """Row numbers (kept, taken), `share` of each class taken; rows of equal keys stay together.
 
     labels: a name, a list of names or a number for each row, as `kind` has it.

@@ -28,7 +28,7 @@ from minibert.data.rows import (
 )
 from minibert.data.sources import encoding_of, open_bytes, open_text, reading, suffix_of
 from minibert.errors import UserError
-from minibert.runtime.files import one_line, refuse_special
+from minibert.runtime.files import check_regular_file, one_line
 
 LARGEST_JSON = 2 << 30  # bytes: a JSON array, like packed Parquet, can only be read as a whole
 NOT_AN_OBJECT = 'expected an object such as {"text": ..., "label": ...}'
@@ -71,7 +71,7 @@ def stream_table(
     path = Path(path)
     if path.is_dir() or not path.exists():
         raise UserError(f"{path}: {'is a folder; give a file' if path.is_dir() else 'no such file'}")
-    refuse_special(path)
+    check_regular_file(path)
     with reading(path):
         suffix = suffix_of(path)
         if suffix == ".parquet":
@@ -161,12 +161,12 @@ def _json_rows(path: Path, value: Any) -> Any:
     if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0][:1]):
         return lists[0]  # {"version": ..., "data": [{...}, ...]}
     if len(lists) == len(parts):
-        _refuse_unequal(path, parts)
+        _check_equal_length(path, parts)
         return [dict(zip(value, row, strict=True)) for row in zip(*parts, strict=True)]
     if all(isinstance(part, dict) for part in parts):
         if _are_rows(value, parts):  # {"0": {"text": ..., "label": ...}, ...}
             return parts
-        _refuse_unequal(path, parts)
+        _check_equal_length(path, parts)
         return [{name: column.get(key) for name, column in value.items()} for key in parts[0]]
     return [value]
 
@@ -177,7 +177,7 @@ def _are_rows(value: dict[str, Any], parts: list[dict[str, Any]]) -> bool:
     return outer if outer != inner else len(parts) > len(parts[0])
 
 
-def _refuse_unequal(path: Path, columns: list[Any]) -> None:
+def _check_equal_length(path: Path, columns: list[Any]) -> None:
     if len({len(column) for column in columns}) > 1:
         raise UserError(f"{path}: the columns differ in length")
 

@@ -20,12 +20,12 @@ from minibert.batching.tokens import Tokens
 from minibert.config import PROBLEM_TYPES, TRUNCATIONS, BertConfig, RunConfig
 from minibert.data.examples import as_texts
 from minibert.errors import UserError
-from minibert.inference.logits import evaluate, finite
+from minibert.inference.logits import check_finite, compute_logits
 from minibert.model.bert import BertForSequenceClassification, BertModel, PackedInput
 from minibert.model.checkpoint import OWN_HEAD, load_model, model_folder, save_model
 from minibert.problem.problem import REGRESSION, SINGLE, Problem
 from minibert.runtime.device import Hardware, choose, fit_attention
-from minibert.runtime.memory import halving
+from minibert.runtime.memory import split_on_oom
 
 POOLINGS = ("mean", "cls", "pooler")
 
@@ -56,7 +56,7 @@ class TextEncoder:
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Tokens:
         if pairs is not None:
-            refuse_pairs(self.model.config)
+            check_pairs(self.model.config)
         return self.tokenizer.encode(texts, pairs, self.max_length, self.truncation, self.window_stride)
 
     def embed(self, texts: Iterable[Any], pairs: Sequence[str] | None = None, pooling: str = "mean") -> np.ndarray:
@@ -72,7 +72,7 @@ class TextEncoder:
                 return pooled(self.model, x, pooling).float().cpu().numpy()
 
             plan = plan_evaluation(tokens.lengths, batch_tokens=self.hardware.evaluation_tokens)
-            for rows, found in halving(plan, computed):
+            for rows, found in split_on_oom(plan, computed):
                 vectors[rows] = found
         return tokens.mean_of_windows(vectors)
 
@@ -102,7 +102,7 @@ class Classifier(TextEncoder):
     def logits(self, texts: Iterable[Any], pairs: Sequence[str] | None = None) -> np.ndarray:
         """[n, num_labels] float32, in the order of `texts`; a text may be a (first, second) tuple."""
         tokens = self.encode(*as_texts(texts, pairs))
-        return finite(evaluate(self.model, Dataset(tokens, np.zeros(tokens.texts)), self.hardware))
+        return check_finite(compute_logits(self.model, Dataset(tokens, np.zeros(tokens.texts)), self.hardware))
 
     def predict(
         self, texts: Iterable[Any], pairs: Sequence[str] | None = None, temperature: bool = True
@@ -111,7 +111,7 @@ class Classifier(TextEncoder):
         problem = self.problem if temperature else self.problem.without_temperature()
         probabilities = problem.probabilities(self.logits(texts, pairs))
         decisions = problem.decisions(probabilities)
-        scores = probabilities[np.arange(len(probabilities)), problem.foremost(probabilities)]
+        scores = probabilities[np.arange(len(probabilities)), problem.top_label(probabilities)]
         return [
             Prediction(decision, float(score), dict(zip(problem.labels, map(float, row), strict=True)))
             for decision, score, row in zip(decisions, scores, probabilities, strict=True)
@@ -191,7 +191,7 @@ def fitting_tokenizer(folder: Path, model: Path, config: BertConfig) -> Tokenize
     return tokenizer
 
 
-def refuse_pairs(config: BertConfig) -> None:
+def check_pairs(config: BertConfig) -> None:
     """UserError for a model that cannot tell the texts of a pair apart."""
     if config.type_vocab_size < 2:
         raise UserError("this model reads single texts (its type_vocab_size is 1); join the two, or take another model")

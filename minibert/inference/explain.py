@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from minibert.inference.classifier import Classifier
 
 TEXTS_AT_ONCE = 32  # whose variants, one for each word, are in memory together
-MARKED_SHARE = 0.2  # of the strongest effect: a weaker word is not marked
+MARKED_FRACTION = 0.2  # of the strongest effect: a weaker word is not marked
 LISTED_WORDS = 8
 
 
@@ -67,7 +67,7 @@ def _explain_few(
         shortened.append([_without(pairs[i], span, True) for i, span in found])
     without = classifier.logits(*shortened)
     owner = np.array([i for i, _ in found], dtype=np.int64)
-    label = classifier.problem.foremost(classifier.problem.probabilities(logits))[owner]
+    label = classifier.problem.top_label(classifier.problem.probabilities(logits))[owner]
     effects = log_odds(classifier.problem, logits[owner], label) - log_odds(classifier.problem, without, label)
     words: list[list[Word]] = [[] for _ in texts]
     for (i, (in_pair, start, end)), effect in zip(found, effects.tolist(), strict=True):
@@ -133,7 +133,7 @@ def _without(text: str, span: Span, in_pair: bool) -> str:
 
 def strongest(words: Sequence[Word]) -> list[Word]:
     """The words with the largest effects, for or against, the largest first; weak ones are left out."""
-    threshold = MARKED_SHARE * max((abs(word.effect) for word in words), default=0)
+    threshold = MARKED_FRACTION * max((abs(word.effect) for word in words), default=0)
     chosen = [word for word in words if word.effect and abs(word.effect) >= threshold]
     return sorted(chosen, key=lambda word: -abs(word.effect))[:LISTED_WORDS]
 

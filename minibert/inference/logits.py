@@ -11,10 +11,10 @@ from minibert.errors import UserError
 from minibert.model.bert import BertForSequenceClassification
 from minibert.runtime import distributed
 from minibert.runtime.device import Hardware
-from minibert.runtime.memory import halving
+from minibert.runtime.memory import split_on_oom
 
 
-def evaluate(
+def compute_logits(
     model: BertForSequenceClassification, data: Dataset, hardware: Hardware, together: bool = False
 ) -> np.ndarray:
     """Logits [n, L] of every example, in their order; computed in batches of like length.
@@ -30,14 +30,14 @@ def evaluate(
             return model.logits(hardware.place(data.rows(rows))).float().cpu().numpy()
 
     with torch.inference_mode():
-        for rows, found in halving(
+        for rows, found in split_on_oom(
             batches[distributed.rank() :: distributed.world()] if together else batches, computed
         ):
             logits[rows] = found
     return data.tokens.mean_of_windows(distributed.sum_array(logits) if together else logits)
 
 
-def finite(logits: np.ndarray) -> np.ndarray:
+def check_finite(logits: np.ndarray) -> np.ndarray:
     """The logits themselves; UserError where they say nothing, though argmax would make a label of them."""
     if not np.isfinite(logits).all():
         raise UserError("the model gives NaN or infinity; its training has diverged (lower --learning-rate)")

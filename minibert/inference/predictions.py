@@ -62,7 +62,7 @@ def prediction_columns(
     elif problem.kind != REGRESSION:
         table |= {f"probability_{name}": probabilities[:, i].tolist() for i, name in enumerate(problem.labels)}
     if words is not None and problem.kind == MULTI:
-        table["explained"] = [problem.labels[k] for k in problem.foremost(probabilities)]
+        table["explained"] = [problem.labels[k] for k in problem.top_label(probabilities)]
     if words is not None:
         table["words"] = ["; ".join(map(str, strongest(of_text))) for of_text in words]
     if targets is not None:
@@ -75,7 +75,7 @@ def prediction_records(predicted: Predicted, problem: Problem, *, top_k: int = 0
     examples, logits, words = predicted
     probabilities = problem.probabilities(logits)
     order = most_probable(probabilities, top_k) if top_k else None
-    foremost = problem.foremost(probabilities)
+    top_label = problem.top_label(probabilities)
     for i, decision in enumerate(problem.decisions(probabilities)):
         record: dict[str, Any] = {"row": examples.lines[i], "text": examples.texts[i]}
         if examples.pairs is not None:
@@ -89,7 +89,7 @@ def prediction_records(predicted: Predicted, problem: Problem, *, top_k: int = 0
         elif problem.kind != REGRESSION:
             record["probabilities"] = dict(zip(problem.labels, row, strict=True))
         if words is not None and problem.kind == MULTI:
-            record["explained"] = problem.labels[foremost[i]]
+            record["explained"] = problem.labels[top_label[i]]
         if words is not None:
             record["words"] = [word.to_dict() for word in words[i]]
         yield record
@@ -112,7 +112,7 @@ def readable_lines(predicted: Predicted, problem: Problem, *, top_k: int = 0) ->
         for k in most_probable(probabilities[i : i + 1], top_k)[0]:
             yield f"\t{probabilities[i, k]:.4f}\t{printable(problem.labels[k])}"
         if words is not None:
-            explained = printable(problem.labels[problem.foremost(probabilities[i : i + 1])[0]])
+            explained = printable(problem.labels[problem.top_label(probabilities[i : i + 1])[0]])
             yield f"\tfor {explained}: " + (", ".join(map(str, strongest(words[i]))) or "no word matters")
 
 

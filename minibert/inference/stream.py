@@ -11,17 +11,17 @@ from minibert.config import RunConfig
 from minibert.data.columns import (
     Columns,
     as_trained,
+    check_label_column,
+    check_same_kind,
     column_names,
     doubtful_header,
     find_columns,
     guessed_text,
     has_header,
-    refuse_guessed_label,
-    refuse_unlike_training,
     shown_row,
 )
 from minibert.data.examples import Examples, count_rows, examples_from_table, rows_may_lack_labels, usable, with_names
-from minibert.data.labels import indicator_length, respelled
+from minibert.data.labels import indicator_length, normalize_spelling
 from minibert.data.rows import BadRow, Table, describe_bad
 from minibert.data.sources import LONGEST_LINE, known_encoding
 from minibert.data.tables import first_rows, stream_table
@@ -68,7 +68,7 @@ def stream_labelled(
         examples = with_names(examples, problem.kind, places, config)
         if problem.kind == REGRESSION:
             return examples
-        return replace(examples, labels=respelled(examples.labels or [], problem.labels))
+        return replace(examples, labels=normalize_spelling(examples.labels or [], problem.labels))
 
     for examples in _stream(path, header, config, trained, True, named):
         check_labels_known(examples, problem)
@@ -104,9 +104,9 @@ def _stream(
             if not need_label and (guess := guessed_text(columns, table, config)):
                 print(f"note: {guess}", file=sys.stderr)
             if trained is not None:
-                refuse_unlike_training(columns, path, trained)
+                check_same_kind(columns, path, trained)
                 if need_label:
-                    refuse_guessed_label(columns, path, config, trained, header)
+                    check_label_column(columns, path, config, trained, header)
         examples = checked(examples_from_table(table, columns, need_label), columns)
         bad += examples.bad
         count += len(examples)

@@ -48,7 +48,7 @@ class PackedInput:
     token_type_ids: Tensor | None = None  # [T]; None is all 0
     hidden: Tensor | None = None  # [T, H] activations of layer `start_layer`, instead of ids; [B, H] after the last
     start_layer: int = 0
-    window_shares: Tensor | None = None  # [texts, B] where the B rows are windows: what each counts in its text's mean
+    window_weights: Tensor | None = None  # [texts, B] where the B rows are windows: what each counts in its text's mean
 
     def to(self, device: torch.device, kernel: str = "sdpa") -> PackedInput:
         """The same on a device, for the attention kernel that computes there."""
@@ -63,7 +63,7 @@ class PackedInput:
             position_ids=move(self.position_ids),
             token_type_ids=move(self.token_type_ids),
             hidden=move(self.hidden),
-            window_shares=move(self.window_shares),
+            window_weights=move(self.window_weights),
         )
 
 
@@ -309,9 +309,9 @@ class BertForSequenceClassification(nn.Module):
             logits = self.head(first_tokens, masks)
         else:
             logits = self.compiled_head(self, first_tokens, masks)
-        if x.window_shares is None:
+        if x.window_weights is None:
             return logits
-        return (x.window_shares[:, :, None] * logits.float()).sum(1)  # a sum in fp32, in the same order every time
+        return (x.window_weights[:, :, None] * logits.float()).sum(1)  # a sum in fp32, in the same order every time
 
     def head(self, first_tokens: Tensor, masks: DropoutMasks | None) -> Tensor:
         """[B, H] -> [B, L]"""

@@ -22,7 +22,7 @@ from minibert import __version__
 from minibert.config import MOST_LABELS, BertConfig
 from minibert.errors import UserError
 from minibert.model.bert import BertForSequenceClassification, BertModel
-from minibert.runtime.files import atomic, one_line, read_json, refuse_special, write_json, writing
+from minibert.runtime.files import atomic, check_regular_file, one_line, read_json, write_json, writing
 
 # Theirs -> ours, `{}` for the layer's number. A name with three rows of theirs is the fused query, key, value.
 NAMES = {
@@ -198,7 +198,7 @@ def _lies_in(folder: Path, path: Path) -> bool:
 def _read_file(path: Path) -> dict[str, Tensor]:
     tensors = {}
     try:
-        refuse_special(path)
+        check_regular_file(path)
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - a handle, not a dict
                 tensor = file.get_tensor(name)

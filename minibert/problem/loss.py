@@ -62,7 +62,7 @@ def fits_the_kernel(model: BertForSequenceClassification, x: PackedInput) -> boo
     """Whether the head is one linear layer on few enough labels, and each row a text of its own."""
     from minibert_kernels.head import MOST_LABELS
 
-    return model.classifier.dense is None and model.num_labels <= MOST_LABELS and x.window_shares is None
+    return model.classifier.dense is None and model.num_labels <= MOST_LABELS and x.window_weights is None
 
 
 def least_believed(problem: Problem, logits: Tensor) -> Tensor:

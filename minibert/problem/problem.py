@@ -110,7 +110,7 @@ class Problem:
         given = probabilities >= self.threshold_array()
         return [[self.labels[i] for i in np.flatnonzero(row)] for row in given]
 
-    def foremost(self, probabilities: np.ndarray) -> np.ndarray:
+    def top_label(self, probabilities: np.ndarray) -> np.ndarray:
         """[n, L] -> [n] numbers of the most probable label given, of none that is given the most probable."""
         if self.kind != MULTI:
             return probabilities.argmax(1)

@@ -78,7 +78,7 @@ class Inspection:
     parts: dict[str, PartInspection]
     shared: list[Shared]
     few_rows: dict[str, int]  # training rows of each class that has some, but fewer than FEW_ROWS
-    untaught: dict[str, list[str]]  # labels without a training row, by the parts that have them
+    labels_not_in_train: dict[str, list[str]]  # labels without a training row, by the parts that have them
     notes: list[str]  # what was decided without being asked
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def inspect(data: RunData, tokens: Mapping[str, Tokens], max_length: int, trunca
     names = [] if data.problem.kind == REGRESSION else data.problem.labels
     parts = {part: _inspect_part(rows, names, keys[part], tokens[part]) for part, rows in data.parts.items()}
     taught = parts["train"].classes
-    untaught = {
+    labels_not_in_train = {
         part: [name for name, count in inspected.classes.items() if count and not taught[name]]
         for part, inspected in parts.items()
     }
@@ -102,7 +102,7 @@ def inspect(data: RunData, tokens: Mapping[str, Tokens], max_length: int, trunca
         parts=parts,
         shared=_shared(data.parts, keys),
         few_rows=dict(sorted(((n, c) for n, c in taught.items() if 0 < c < FEW_ROWS), key=lambda item: item[1])),
-        untaught={part: labels for part, labels in untaught.items() if labels},
+        labels_not_in_train={part: labels for part, labels in labels_not_in_train.items() if labels},
         notes=list(data.notes),
     )
 
@@ -123,8 +123,8 @@ def _inspect_part(examples: Examples, names: list[str], keys: list[str], tokens:
         length_95_percent=int(np.percentile(lengths, 95)),
         length_longest=int(lengths.max()),
         histogram=histogram(lengths),
-        cut_rows=int((tokens.cut > 0).sum()),
-        cut_tokens=int(tokens.cut.sum()),
+        cut_rows=int((tokens.truncated > 0).sum()),
+        cut_tokens=int(tokens.truncated.sum()),
         duplicate_rows=len(keys) - len(set(keys)),
         conflicts=len(conflicts),
         conflict_examples=conflicts[:NAMED_IN_JSON],
@@ -247,7 +247,7 @@ def _doubt_lines(inspection: Inspection) -> list[str]:
     duplicates = ", ".join(f"{part} {p.duplicate_rows}" for part, p in inspection.parts.items() if p.duplicate_rows)
     if duplicates:
         doubts.append(f"rows that repeat an earlier row's text: {duplicates}")
-    for part, names in inspection.untaught.items():
+    for part, names in inspection.labels_not_in_train.items():
         doubts.append(f"labels of {part} that no training row teaches: {_some(names)}")
     if inspection.few_rows:
         some = _some([f"{name} ({count})" for name, count in inspection.few_rows.items()])

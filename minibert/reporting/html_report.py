@@ -310,7 +310,7 @@ def values_figure(run: Finished, targets: np.ndarray) -> Html:
 def lengths_figure(run: Finished) -> Html:
     """A histogram of the training texts' tokens, with the cut that --max-length makes."""
     tokens = run.sets["train"].tokens
-    whole, lost = tokens.full_lengths, tokens.cut
+    whole, lost = tokens.full_lengths, tokens.truncated
     limit = run.config.max_length or int(whole.max())
     highest = max(min(int(np.quantile(whole, 0.995)), 4 * limit), 8)
     edges = np.linspace(0, max(highest, limit if (lost > 0).any() else 0) + 1, 41)

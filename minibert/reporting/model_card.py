@@ -100,7 +100,7 @@ def data(run: Finished) -> str:
     rows = [
         [part, f"{len(examples):,}", markdown(Path(examples.source).name)] for part, examples in run.data.parts.items()
     ]
-    lengths, lost = run.sets["train"].tokens.full_lengths, run.sets["train"].tokens.cut
+    lengths, lost = run.sets["train"].tokens.full_lengths, run.sets["train"].tokens.truncated
     limit, truncation = run.config.max_length, run.config.truncation
     text = f"A text has {lengths.mean():.0f} tokens on average. "
     if truncation == "window":
@@ -200,7 +200,7 @@ def limits(run: Finished) -> str:
         worst = min(seen, key=lambda name: seen[name]["f1"])
         f1, rows = fixed(seen[worst]["f1"], 4), seen[worst]["support"]
         lines.append(f"Weakest class: {markdown(worst)}, F1 {f1} on {rows:,} rows.")
-    lost = run.sets["train"].tokens.cut
+    lost = run.sets["train"].tokens.truncated
     if (lost > 0).any():
         lines.append(
             f"Of a text longer than {run.config.max_length} tokens it reads only a part ({run.config.truncation})."

@@ -18,7 +18,7 @@ import torch
 
 from minibert.batching.dataset import Dataset
 from minibert.config import RunConfig
-from minibert.inference.logits import evaluate
+from minibert.inference.logits import compute_logits
 from minibert.runtime.device import duration, peak_memory
 from minibert.training.loop import Step, Training, planned_batches, total_steps
 
@@ -129,5 +129,5 @@ def _evaluation_rate(training: Training) -> float:
     if data.frozen is None:  # else it is a sample already
         data = data.take(np.linspace(0, len(data) - 1, min(len(data), SAMPLE_ROWS)).astype(np.int64))
     started = time.perf_counter()
-    evaluate(training.model, data, training.hardware)
+    compute_logits(training.model, data, training.hardware)
     return (time.perf_counter() - started) / int(data.lengths.sum())

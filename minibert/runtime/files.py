@@ -114,7 +114,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Parse a JSON file, or say which file cannot be read and why, in one line."""
     try:
-        refuse_special(path)
+        check_regular_file(path)
         if path.stat().st_size > LARGEST_SETTINGS:
             raise UserError(f"{path}: larger than {LARGEST_SETTINGS >> 20} MB; is it the right file?")
         return parse_json(path.read_text(encoding="utf-8"), path)
@@ -131,7 +131,7 @@ def parse_json(text: str, where: str | Path) -> Any:
         raise UserError(f"{where}: cannot be read as JSON ({one_line(error)})") from None
 
 
-def refuse_output(path: Path, source: str | None = None) -> None:
+def check_output_path(path: Path, source: str | None = None) -> None:
     """A file to write that cannot be, or that is the one to read: said before the work, not after it."""
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder; make it, or give another --output")
@@ -141,7 +141,7 @@ def refuse_output(path: Path, source: str | None = None) -> None:
         raise UserError(f"--output {path}: is the file to read; give another name")
 
 
-def refuse_special(path: Path) -> None:
+def check_regular_file(path: Path) -> None:
     """Pipes and devices may never end."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise UserError(f"{path}: not a regular file")

@@ -15,7 +15,7 @@ from minibert.runtime.device import attempt
 Result = TypeVar("Result")
 
 
-def halving(
+def split_on_oom(
     batches: Iterable[np.ndarray], compute: Callable[[np.ndarray], Result]
 ) -> Iterator[tuple[np.ndarray, Result]]:
     """`compute` of each batch; one that does not fit into memory is computed in halves, and so are those after it."""

@@ -21,7 +21,7 @@ from minibert.batching.tokens import Tokens, places_of
 from minibert.model.bert import BertForSequenceClassification
 from minibert.runtime import distributed
 from minibert.runtime.device import Hardware
-from minibert.runtime.memory import halving
+from minibert.runtime.memory import split_on_oom
 
 MEMORY_SHARE = 0.25  # of the machine's memory for activations; more goes to a memory-mapped file
 DISK_SHARE = 0.5  # of the free space for that file; more is not kept at all
@@ -55,7 +55,7 @@ def compute(
             return hidden.float().cpu().numpy()
 
         own = batches[distributed.rank() :: distributed.world()]
-        for rows, hidden in halving(own, computed):
+        for rows, hidden in split_on_oom(own, computed):
             values[places_of(offsets, rows)] = hidden
             progress.update(len(rows))
     return FrozenActivations(start_layer, distributed.sum_array(values), offsets)

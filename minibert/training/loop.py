@@ -21,11 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minibert.batching.dataset import Dataset
-from minibert.batching.plans import cut, plan_epoch, split
+from minibert.batching.plans import cut_into_batches, plan_epoch, split_by_tokens
 from minibert.batching.tokens import places_of
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.inference.logits import evaluate
+from minibert.inference.logits import compute_logits
 from minibert.model.bert import BertForSequenceClassification, PackedInput
 from minibert.model.ops import DropoutMasks, chunk_bounds
 from minibert.problem.problem import Problem
@@ -348,11 +348,11 @@ class Training:
     def _pieces(self, step: Step) -> list[np.ndarray]:
         """This process's part of the step's batches, each cut to what memory has been found to hold."""
         lengths = self.data["train"].lengths
-        own = [split(rows, lengths, distributed.world())[distributed.rank()] for rows in step.batches]
+        own = [split_by_tokens(rows, lengths, distributed.world())[distributed.rank()] for rows in step.batches]
         own = [rows for rows in own if len(rows)]
         if not self.state.most_tokens:
             return own
-        return [piece for rows in own for piece in cut(rows, lengths, None, self.state.most_tokens)]
+        return [piece for rows in own for piece in cut_into_batches(rows, lengths, None, self.state.most_tokens)]
 
     def _train_step(self, step: Step, pieces: list[np.ndarray]) -> tuple[Tensor, Tensor]:
         hardware, train = self.hardware, self.data["train"]
@@ -428,7 +428,7 @@ class Training:
         if self.data["train"].tokens.windows is None:
             return [rows]
         limit = self.config.batch_tokens or self.config.batch_size * int(self.data["train"].tokens.lengths.max())
-        return cut(rows, self.data["train"].lengths, None, limit)
+        return cut_into_batches(rows, self.data["train"].lengths, None, limit)
 
     def _remaining_steps(self) -> Iterator[Step]:
         """The steps from where the run stands to its end, epoch after epoch."""
@@ -459,7 +459,7 @@ class Training:
         self.optimizer.flush()
         self._settle()
         data = self.data["validation"]
-        logits = evaluate(self.model, data, self.hardware, together=True)
+        logits = compute_logits(self.model, data, self.hardware, together=True)
         self.problem.tune(logits, data.targets)
         metrics = self.problem.metrics(logits, data.targets)
         sound = bool(np.isfinite(logits).all())  # argmax makes something of NaN, but no diverged weights are the best

@@ -21,7 +21,7 @@ from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.model.checkpoint import write_tensors
 from minibert.runtime import distributed
-from minibert.runtime.files import one_line, refuse_special, writing
+from minibert.runtime.files import check_regular_file, one_line, writing
 from minibert.training.loop import State, Training
 
 CHECKPOINTS = Path("checkpoints", "last")  # in a run's folder
@@ -67,7 +67,7 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
     """Put a run back where its checkpoint stood; UserError if data, flags or version are not the same."""
     path = folder / STATE_FILE
     try:
-        refuse_special(path)
+        check_regular_file(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             saved = dict(json.loads(metadata["fingerprint"]))

@@ -59,7 +59,7 @@ def test_ids_equal_transformers(
             types = ours.type_ids[ours.offsets[i] : ours.offsets[i + 1]].tolist()
             assert types == expected["token_type_ids"][i]
     whole = theirs(ODD, pairs, truncation=False)["input_ids"]
-    assert ours.cut.tolist() == [len(w) - len(e) for w, e in zip(whole, expected["input_ids"], strict=True)]
+    assert ours.truncated.tolist() == [len(w) - len(e) for w, e in zip(whole, expected["input_ids"], strict=True)]
 
 
 @pytest.mark.parametrize("lower", [True, False], ids=["uncased", "cased"])
@@ -177,7 +177,7 @@ def test_head_tail_of_a_pair_keeps_both_ends_of_each(minilm: Path) -> None:
     head = tokenizer.encode([first], [second], 43, "head")
     both = tokenizer.encode([first], [second], 43, "head_tail")
     assert both.type_ids is not None and head.type_ids is not None
-    assert both.type_ids.tolist() == head.type_ids.tolist() and both.cut.tolist() == head.cut.tolist()
+    assert both.type_ids.tolist() == head.type_ids.tolist() and both.truncated.tolist() == head.truncated.tolist()
     kept = [piece.tolist() for piece in np.split(both.ids, np.flatnonzero(np.diff(both.type_ids)) + 1)]
     for ids, text in zip((kept[0][1:-1], kept[1][:-1]), whole, strict=True):
         front = round(len(ids) * 128 / 510)

@@ -18,7 +18,7 @@ from minibert.batching.tokenizer import Tokenizer
 from minibert.batching.tokens import Tokens
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.inference.logits import evaluate
+from minibert.inference.logits import compute_logits
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
 from minibert.model.ops import DropoutMasks
@@ -47,7 +47,7 @@ def test_windows_cover_every_token_and_stay_within_the_limit(model: tuple[Any, T
     whole = rows(tokenizer.encode(TEXTS, None, 512))
     tokens = tokenizer.encode(TEXTS, None, 12, "window", 4)
     assert tokens.windows is not None and tokens.windows.tolist() == [0, 1, 2, 7, 23, 24]
-    assert tokens.lengths.max() == 12 and tokens.texts == 5 and (tokens.cut == 0).all()
+    assert tokens.lengths.max() == 12 and tokens.texts == 5 and (tokens.truncated == 0).all()
     assert tokens.full_lengths.tolist() == [len(ids) for ids in whole]
     letters = whole[2][1:-1]
     assert [ids[1:-1] for ids in rows(tokens)[2:7]] == [letters[start : start + 10] for start in (0, 4, 8, 12, 16)]
@@ -73,9 +73,9 @@ def test_of_a_pair_the_longer_text_is_windowed_and_the_other_stands_in_each(mode
         decoded = [model[1].backend.decode(ids, skip_special_tokens=False) for ids in rows(tokens)]
         kept = [text.split("[SEP]")[0 if first else 1].replace("[CLS]", "").strip() for text in decoded]
         assert set(kept) == {"x y"} and len(kept) == 4
-        assert tokens.full_lengths.tolist() == [17] and tokens.cut.tolist() == [0]
+        assert tokens.full_lengths.tolist() == [17] and tokens.truncated.tolist() == [0]
     both = model[1].encode(["a " * 50], ["b " * 40], 23, "window", 5)
-    assert both.cut.tolist() == [30] and both.full_lengths.tolist() == [93] and both.lengths.max() == 23
+    assert both.truncated.tolist() == [30] and both.full_lengths.tolist() == [93] and both.lengths.max() == 23
 
 
 def test_evaluation_is_the_mean_over_windows_computed_one_by_one(model: tuple[Any, Tokenizer]) -> None:
@@ -89,10 +89,10 @@ def test_evaluation_is_the_mean_over_windows_computed_one_by_one(model: tuple[An
         whole_batch = bert.logits(dataset.batch(np.array([3, 0, 2]))).numpy()
     bounds = list(zip(tokens.windows, tokens.windows[1:], strict=False))
     expected = np.stack([np.mean(each[a:b], axis=0) for a, b in bounds])
-    assert np.abs(evaluate(bert, dataset, hardware) - expected).max() < 1e-5
+    assert np.abs(compute_logits(bert, dataset, hardware) - expected).max() < 1e-5
     assert np.abs(whole_batch - expected[[3, 0, 2]]).max() < 1e-5
     taken = dataset.take(np.array([2, 4]))
-    assert np.abs(evaluate(bert, taken, hardware) - expected[[2, 4]]).max() < 1e-5
+    assert np.abs(compute_logits(bert, taken, hardware) - expected[[2, 4]]).max() < 1e-5
 
 
 def test_training_learns_from_the_loss_of_the_mean_in_parts_that_fit(model: tuple[Any, Tokenizer]) -> None:

@@ -20,7 +20,7 @@ from minibert.data.examples import Examples, examples_from_table, text_keys
 from minibert.data.labels import sorted_labels
 from minibert.data.loading import RunData, load_data, prepare
 from minibert.data.rows import Table
-from minibert.data.splits import split as split_rows
+from minibert.data.splits import stratified_split
 from minibert.data.tables import stream_table
 from minibert.errors import UserError
 from minibert.inference.stream import stream_examples, stream_labelled
@@ -28,7 +28,7 @@ from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem, class_w
 
 
 def split(data: Examples, problem: Problem, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    return split_rows(text_keys(data), data.labels or [], problem.kind, share, seed)
+    return stratified_split(text_keys(data), data.labels or [], problem.kind, share, seed)
 
 
 def table(**columns: list[Any]) -> Table:

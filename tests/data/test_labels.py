@@ -21,7 +21,7 @@ from minibert.cli import checked_values
 from minibert.config import RunConfig
 from minibert.data.columns import Columns
 from minibert.data.examples import Examples, examples_from_lists
-from minibert.data.labels import respelled, second_thoughts
+from minibert.data.labels import label_warnings, normalize_spelling
 from minibert.data.loading import RunData, load_data, prepare
 from minibert.errors import UserError
 from minibert.inference.stream import stream_labelled
@@ -110,7 +110,7 @@ def test_one_of_two_in_two_columns(written: Callable[[list[int]], Any]) -> None:
 
 
 def test_decimal_commas_draw_a_remark() -> None:
-    assert "'1,5' look like numbers; write them with a point" in second_thoughts(["1,5", "2", "2,25"] * 4)[0]
+    assert "'1,5' look like numbers; write them with a point" in label_warnings(["1,5", "2", "2,25"] * 4)[0]
 
 
 def test_real_multi_label_data(shared_data: Path) -> None:
@@ -144,7 +144,7 @@ def test_150_classes_one_of_them_only_in_test(tiny: Callable[..., Path], tmp_pat
         quiet=True,
     )
     check = json.loads((output / "check.json").read_text())
-    assert check["untaught"] == ({} if multi else {"test": ["n4"]})  # several labels: another row has it too
+    assert check["labels_not_in_train"] == ({} if multi else {"test": ["n4"]})  # several labels: another row has it too
     metrics = json.loads((output / "metrics.json").read_text())
     names = json.loads((output / "config.json").read_text())["label2id"]
     assert len(names) == len(metrics["test"]["per_class"]) == (CLASSES if not multi else len(names))
@@ -188,9 +188,9 @@ def test_a_whole_number_is_one_label_however_it_is_written(tmp_path: Path) -> No
 
 def test_what_is_no_other_spelling_of_a_number_stays() -> None:
     names = ["1", "01", "1.5", "1.0.0", "one", "-1.0", "v1.0", ".0"]
-    assert respelled(names, names) == names
-    assert respelled(["1.0", "-1", "one"], names) == ["1", "-1.0", "one"]
-    assert respelled([["1.0", "1"], [], ["one", "1.0"]], names) == [["1"], [], ["1", "one"]]
+    assert normalize_spelling(names, names) == names
+    assert normalize_spelling(["1.0", "-1", "one"], names) == ["1", "-1.0", "one"]
+    assert normalize_spelling([["1.0", "1"], [], ["one", "1.0"]], names) == [["1"], [], ["1", "one"]]
 
 
 def test_a_file_of_numbers_fits_a_model_whose_classes_have_no_names(tmp_path: Path) -> None:
@@ -226,13 +226,13 @@ def test_a_head_for_the_same_labels_is_kept(
 
 
 def test_labels_that_differ_in_case_draw_a_remark() -> None:
-    assert "'Spam' and 'spam' differ only in upper and lower case" in second_thoughts(["spam", "Spam", "ham"] * 4)[0]
+    assert "'Spam' and 'spam' differ only in upper and lower case" in label_warnings(["spam", "Spam", "ham"] * 4)[0]
 
 
 @pytest.mark.parametrize("blank", ["nan", "NULL", "N/A", "-"])
 def test_labels_that_may_mean_nothing_draw_a_remark(blank: str) -> None:
-    assert f"label {blank!r} is taken for a name" in second_thoughts(["yes", "no", blank] * 4)[0]
-    assert second_thoughts(["yes", "no"] * 4) == []
+    assert f"label {blank!r} is taken for a name" in label_warnings(["yes", "no", blank] * 4)[0]
+    assert label_warnings(["yes", "no"] * 4) == []
 
 
 @pytest.mark.parametrize("several", [set, frozenset, np.array, list, tuple])
@@ -340,8 +340,8 @@ def test_a_label_of_every_row_has_a_positive_balanced_weight() -> None:
 def test_order_and_spelling_of_labels_are_the_same_in_every_process() -> None:
     """Sets of strings have another order in each."""
     code = """
-from minibert.data.labels import respelled, sorted_labels
-print(respelled(["1"], {"True", "true", "TRUE", "False"}), sorted_labels({"3.5", "1.5", "nan", "2.5", "-inf"}))
+from minibert.data.labels import normalize_spelling, sorted_labels
+print(normalize_spelling(["1"], {"True", "true", "TRUE", "False"}), sorted_labels({"3.5", "1.5", "nan", "2.5", "-inf"}))
 print(sorted_labels({"10", "9", "-1"}))
 """
     said = set()
@@ -352,16 +352,16 @@ print(sorted_labels({"10", "9", "-1"}))
 
 
 def test_decimal_commas_are_thought_of() -> None:
-    (hint,) = second_thoughts(["1", "1,5", "2", "3", "4", "5"])
+    (hint,) = label_warnings(["1", "1,5", "2", "3", "4", "5"])
     assert "look like numbers" in hint
-    assert second_thoughts(["1", "5", "1,5"])[0].endswith("; if they are numbers, write them with a point")
-    assert "look like numbers" in second_thoughts(["1,5", "2,25", "3,75"])[0]
+    assert label_warnings(["1", "5", "1,5"])[0].endswith("; if they are numbers, write them with a point")
+    assert "look like numbers" in label_warnings(["1,5", "2,25", "3,75"])[0]
 
 
 def test_labels_that_share_their_pieces_look_like_several() -> None:
-    (hint,) = second_thoughts(["joy|anger", "joy", "fear|joy", "anger|fear"])
+    (hint,) = label_warnings(["joy|anger", "joy", "fear|joy", "anger|fear"])
     assert "--label-delimiter '|'" in hint
-    assert not second_thoughts(["Paris, France", "Lyon, France", "Rome, Italy", "Oslo, Norway"])
+    assert not label_warnings(["Paris, France", "Lyon, France", "Rome, Italy", "Oslo, Norway"])
 
 
 def test_sparse_tables_and_bytes_as_labels() -> None:

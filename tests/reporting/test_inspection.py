@@ -51,7 +51,7 @@ def test_every_flaw_is_found(flawed: RunConfig, minilm: Path) -> None:
     assert (train.duplicate_rows, train.conflicts, test.conflicts) == (1, 1, 0)
     assert (train.conflict_examples[0].lines, train.conflict_examples[0].labels) == ([62, 63], ["good", "bad"])
     assert [(s.part, s.other, s.lines) for s in found.shared] == [("test", "train", [3, 4])]
-    assert found.few_rows == {"rare": 1} and found.untaught == {"test": ["unheard"]}
+    assert found.few_rows == {"rare": 1} and found.labels_not_in_train == {"test": ["unheard"]}
     assert (train.length_longest, train.cut_rows, train.cut_tokens) == (102, 1, 38)
     assert sum(rows for _, _, rows in train.histogram) == 64 and train.histogram[-1] == (65, 128, 1)
     text = "\n".join(screen(found))

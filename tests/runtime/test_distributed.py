@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minibert.batching.plans import split
+from minibert.batching.plans import split_by_tokens
 from minibert.cli import given_settings
 from minibert.model.ops import DropoutMasks
 from minibert.run import run_from_files
@@ -181,13 +181,13 @@ def test_split_is_fair_and_whole() -> None:
     lengths = rng.integers(3, 200, 500)
     rows = rng.permutation(500)[:64]
     for parts in (1, 2, 3, 8):
-        found = split(rows, lengths, parts)
+        found = split_by_tokens(rows, lengths, parts)
         assert sorted(np.concatenate(found)) == sorted(rows)
         loads = [int(lengths[part].sum()) for part in found]
         assert max(loads) < 1.02 * np.mean(loads)
         places = [[list(rows).index(row) for row in part] for part in found]
         assert all(place == sorted(place) for place in places)
-    assert [len(part) for part in split(rows[:2], lengths, 4)] == [1, 1, 0, 0]
+    assert [len(part) for part in split_by_tokens(rows[:2], lengths, 4)] == [1, 1, 0, 0]
 
 
 def all_jobs(folder: Path, suffix: str) -> list[str]:

@@ -16,7 +16,7 @@ import minibert
 from minibert.batching.dataset import Dataset
 from minibert.batching.tokenizer import Tokenizer
 from minibert.config import RunConfig
-from minibert.inference.logits import evaluate
+from minibert.inference.logits import compute_logits
 from minibert.model.averaging_layer import add_averaging_layer
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
@@ -73,7 +73,7 @@ def test_the_models_logits_are_those_of_the_probe(tiny: Callable[..., Path], kin
     assert truncation == "head" or data.tokens.windows is not None
     probe = fit_linear_probe(Rows(problem, torch.from_numpy(of_texts) * STRAIGHT, torch.from_numpy(data.targets), None))
     expected = (torch.from_numpy(of_texts) * STRAIGHT) @ probe.weight.T + probe.bias
-    assert np.allclose(evaluate(model, data, CPU), expected.numpy(), atol=2e-2, rtol=2e-3)
+    assert np.allclose(compute_logits(model, data, CPU), expected.numpy(), atol=2e-2, rtol=2e-3)
 
 
 def test_the_added_layer_gives_the_mean_of_the_tokens(tiny: Callable[..., Path]) -> None:
@@ -94,7 +94,7 @@ def test_the_added_layer_gives_the_mean_of_the_tokens(tiny: Callable[..., Path])
 def test_a_started_head_beats_the_best_constant(tiny: Callable[..., Path], kind: str) -> None:
     for mlp_size, pairs in ((0, False), (16, False), (0, True)):
         model, data, problem = started(tiny(), kind, mlp_size, pairs=pairs)
-        loss = problem.example_losses(evaluate(model, data, CPU), data.targets).mean()
+        loss = problem.example_losses(compute_logits(model, data, CPU), data.targets).mean()
         y = data.targets
         if kind == REGRESSION:
             constant = y.var()

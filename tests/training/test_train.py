@@ -17,7 +17,7 @@ from minibert.batching.dataset import Dataset
 from minibert.batching.tokens import Tokens, offsets_of
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.inference.logits import evaluate
+from minibert.inference.logits import compute_logits
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
 from minibert.problem.problem import SINGLE, Problem
@@ -83,7 +83,7 @@ def test_training_learns_and_keeps_the_best_weights(tiny: Callable[..., Path], t
     assert training.state.best_value == max(accuracies.values()) > 0.9
     assert training.state.best_step == min(s for s, value in accuracies.items() if value == training.state.best_value)
     data = training.data["validation"]
-    accuracy = (evaluate(training.model, data, CPU).argmax(1) == data.targets).mean()
+    accuracy = (compute_logits(training.model, data, CPU).argmax(1) == data.targets).mean()
     assert accuracy == training.state.best_value
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0] / 2
@@ -192,7 +192,7 @@ def test_frozen_layers_computed_once_equal_computing_them_each_time(
     train(plain, tmp_path)
     train(cached, tmp_path)
     assert largest_difference(weights(plain), weights(cached)) < 2e-5
-    logits = [evaluate(t.model, t.data["validation"], CPU) for t in (plain, cached)]
+    logits = [compute_logits(t.model, t.data["validation"], CPU) for t in (plain, cached)]
     assert np.abs(logits[0] - logits[1]).max() < 2e-5
 
 
@@ -282,8 +282,8 @@ def test_an_unknown_metric_is_refused_before_training(tiny: Callable[..., Path])
 def test_evaluation_does_not_depend_on_company(tiny: Callable[..., Path]) -> None:
     training = job(tiny(), BASE)
     data = training.data["validation"]
-    together = evaluate(training.model, data, CPU)
+    together = compute_logits(training.model, data, CPU)
     for i in (0, 7, 29):
         start, stop = data.tokens.offsets[i : i + 2]
         alone = Tokens(data.tokens.ids[start:stop], np.array([0, stop - start]), None, np.zeros(1, np.int32))
-        assert np.abs(evaluate(training.model, Dataset(alone, data.targets[:1]), CPU) - together[i]).max() < 1e-5
+        assert np.abs(compute_logits(training.model, Dataset(alone, data.targets[:1]), CPU) - together[i]).max() < 1e-5
