@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional as F
 from trainers import BATCH, TRAINERS, sms_spam
 
-from minibert.model import ops
+from minibert.model import attention, dropout
+from minibert.model.packing import Packing
 from minibert.runtime.device import keep_freed_memory
 
 
@@ -39,8 +40,8 @@ def test_step(benchmark: Any, trainer: str) -> None:
 def test_dropout(benchmark: Any, kind: str) -> None:
     benchmark.group = "dropout of [800, 384]"
     x = torch.randn(800, 384)
-    masks = ops.DropoutMasks(0, 0)
-    benchmark((lambda: F.dropout(x, 0.1)) if kind == "torch" else (lambda: ops.dropout(x, 0.1, masks)))
+    masks = dropout.DropoutMasks(0, 0)
+    benchmark((lambda: F.dropout(x, 0.1)) if kind == "torch" else (lambda: dropout.dropout(x, 0.1, masks)))
 
 
 @pytest.mark.parametrize("kind", ["torch", "minibert"])
@@ -49,15 +50,15 @@ def test_attention_with_dropout(benchmark: Any, kind: str, lengths: list[int]) -
     """Forward and backward; torch has no fused attention with dropout on a CPU and takes its plain path."""
     benchmark.group = f"attention with dropout, {lengths[0]} to {lengths[-1]} tokens"
     qkv = torch.randn(sum(lengths), 3 * 384, requires_grad=True)
-    packing = ops.Packing.from_lengths(lengths)
+    packing = Packing.from_lengths(lengths)
     grad = torch.randn(sum(lengths), 384)
-    masks = ops.DropoutMasks(0, 0)
+    masks = dropout.DropoutMasks(0, 0)
 
     def with_torch() -> None:
-        parts = [ops._fused_attention(qkv[c.rows], c, 12, 0.1) for c in packing.chunks]
+        parts = [attention._fused_attention(qkv[c.rows], c, 12, 0.1) for c in packing.chunks]
         torch.cat(parts).backward(grad)
 
     def with_minibert() -> None:
-        ops.attention(qkv, packing, 12, 0.1, masks).backward(grad)
+        attention.self_attention(qkv, packing, 12, 0.1, masks).backward(grad)
 
     benchmark(with_torch if kind == "torch" else with_minibert)

@@ -23,9 +23,9 @@ from steps import environment
 from tokens import write_questions
 
 from minibert.batching.tokenizer import Tokenizer
-from minibert.config import BertConfig
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import save_model
+from minibert.model.config import BertConfig
 from minibert.run import demo_weights
 
 TRAIN = "--epochs 1 --batch-size 128 --max-length 64 --device cpu --quiet".split()

@@ -16,8 +16,9 @@ import torch
 
 from minibert.batching.dataset import Dataset
 from minibert.batching.tokens import Tokens, offsets_of
-from minibert.config import BertConfig, RunConfig
+from minibert.config import RunConfig
 from minibert.model.bert import BertForSequenceClassification
+from minibert.model.config import BertConfig
 from minibert.problem.problem import SINGLE, Problem
 from minibert.runtime.device import choose
 from minibert.training.loop import Training

@@ -26,8 +26,9 @@ from trainers import sms_spam, transformers_optimizer
 from minibert.batching.dataset import Dataset
 from minibert.batching.tokenizer import Tokenizer
 from minibert.batching.tokens import Tokens, offsets_of
-from minibert.config import BertConfig, RunConfig
+from minibert.config import RunConfig
 from minibert.model.bert import BertForSequenceClassification
+from minibert.model.config import BertConfig
 from minibert.problem.problem import SINGLE, Problem
 from minibert.run import demo_weights
 from minibert.runtime.device import choose, keep_freed_memory

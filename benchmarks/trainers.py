@@ -16,8 +16,10 @@ import torch
 from minibert.batching.dataset import Dataset
 from minibert.batching.tokenizer import Tokenizer
 from minibert.config import RunConfig
-from minibert.model.bert import BertForSequenceClassification, ops
+from minibert.model import packing
+from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
+from minibert.model.dropout import DropoutMasks
 from minibert.problem.problem import SINGLE, Problem
 from minibert.run import demo_weights
 from minibert.runtime.device import choose, keep_freed_memory
@@ -122,24 +124,24 @@ def minibert_steps(data: Texts, off: str = "", config: RunConfig = CONFIG) -> It
 def plainly(off: str, call: Callable[[], Any]) -> None:
     """Run with torch's own dropout or attention in the place of ours."""
     if off == "bulk dropout":
-        draw = ops.DropoutMasks.draw
-        ops.DropoutMasks.draw = bernoulli_draw  # type: ignore[method-assign]
+        draw = DropoutMasks.draw
+        DropoutMasks.draw = bernoulli_draw  # type: ignore[method-assign]
         try:
             call()
         finally:
-            ops.DropoutMasks.draw = draw  # type: ignore[method-assign]
+            DropoutMasks.draw = draw  # type: ignore[method-assign]
     elif off == "attention chunks":
-        area, spread = ops.CHUNK_AREA, ops.CHUNK_SPREAD
-        ops.CHUNK_AREA, ops.CHUNK_SPREAD = 1 << 40, 1e9
+        area, spread = packing.CHUNK_AREA, packing.CHUNK_SPREAD
+        packing.CHUNK_AREA, packing.CHUNK_SPREAD = 1 << 40, 1e9
         try:
             call()
         finally:
-            ops.CHUNK_AREA, ops.CHUNK_SPREAD = area, spread
+            packing.CHUNK_AREA, packing.CHUNK_SPREAD = area, spread
     else:
         call()
 
 
-def bernoulli_draw(self: ops.DropoutMasks, shape: Any, p: float, like: torch.Tensor) -> tuple[torch.Tensor, float]:
+def bernoulli_draw(self: DropoutMasks, shape: Any, p: float, like: torch.Tensor) -> tuple[torch.Tensor, float]:
     """What torch's dropout does on a CPU: one number at a time."""
     return torch.empty(tuple(shape), dtype=like.dtype).bernoulli_(1 - p), 1 / (1 - p)
 

@@ -23,7 +23,7 @@ from minibert import __version__
 from minibert.batching.dataset import Dataset
 from minibert.batching.tokenizer import Tokenizer
 from minibert.cli import checked_values
-from minibert.config import PATHS, BertConfig, RunConfig
+from minibert.config import PATHS, RunConfig
 from minibert.data.examples import Examples, examples_from_lists
 from minibert.data.labels import normalize_spelling
 from minibert.data.loading import RunData, load_data, prepare
@@ -34,6 +34,7 @@ from minibert.inference.logits import check_finite, compute_logits
 from minibert.model.averaging_layer import add_averaging_layer, saved_averages
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import LoadReport, load_model, model_folder, saved_mlp_size, saved_num_labels
+from minibert.model.config import BertConfig
 from minibert.problem.calibration import calibration_metrics, fit_temperature
 from minibert.problem.problem import REGRESSION, Problem, class_weights
 from minibert.reporting.advice import advice

@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibert.batching.dataset import collate
 from minibert.batching.tokens import Tokens
-from minibert.config import BertConfig, RunConfig
+from minibert.config import RunConfig
 from minibert.model.bert import BertForSequenceClassification
+from minibert.model.config import BertConfig
 from minibert.problem.problem import MULTI, SINGLE, Problem
 from minibert.runtime.device import Hardware
 from minibert.training.graph_step import FixedSteps

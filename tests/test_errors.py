@@ -19,7 +19,7 @@ from trainings import FIXED, training
 from minibert import predict, run
 from minibert.batching.tokenizer import Tokenizer
 from minibert.cli import checked_values
-from minibert.config import BertConfig, RunConfig
+from minibert.config import RunConfig
 from minibert.data import delimited
 from minibert.data.tables import read_table
 from minibert.embed import main as embed
@@ -28,6 +28,7 @@ from minibert.evaluate import main as evaluate
 from minibert.export import main as export
 from minibert.inference.classifier import load, load_encoder
 from minibert.model import checkpoint
+from minibert.model.config import BertConfig
 from minibert.runs import seeds
 from minibert.runtime import files
 from minibert.runtime.device import choose

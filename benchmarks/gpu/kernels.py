@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minibert.model.ops import flash_attention
+from minibert.model.attention import flash_attention
 from minibert_kernels import adamw, attention, embedding, gelu, layer_norm
 
 from .clock import as_graph, milliseconds

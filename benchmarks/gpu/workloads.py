@@ -10,9 +10,9 @@ import torch
 
 from minibert.batching.tokenizer import Tokenizer
 from minibert.batching.tokens import Tokens, offsets_of
-from minibert.config import BertConfig
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import save_model
+from minibert.model.config import BertConfig
 
 from .texts import TOKENIZER_FILES, VOCABULARY_SIZE, Corpus, load_corpus
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from minibert.batching.plans import Batch
 from minibert.batching.tokens import Tokens, places_of
 from minibert.model.bert import PackedInput
-from minibert.model.ops import Packing
+from minibert.model.packing import Packing
 
 
 @dataclass

@@ -17,12 +17,13 @@ from minibert.batching.dataset import Dataset, collate
 from minibert.batching.plans import plan_evaluation
 from minibert.batching.tokenizer import Tokenizer
 from minibert.batching.tokens import Tokens
-from minibert.config import PROBLEM_TYPES, TRUNCATIONS, BertConfig, RunConfig
+from minibert.config import PROBLEM_TYPES, TRUNCATIONS, RunConfig
 from minibert.data.examples import as_texts
 from minibert.errors import UserError
 from minibert.inference.logits import check_finite, compute_logits
 from minibert.model.bert import BertForSequenceClassification, BertModel, PackedInput
 from minibert.model.checkpoint import OWN_HEAD, load_model, model_folder, save_model
+from minibert.model.config import BertConfig
 from minibert.problem.problem import REGRESSION, SINGLE, Problem
 from minibert.runtime.device import Hardware, choose, fit_attention
 from minibert.runtime.memory import split_on_oom

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from minibert.config import BertConfig
 from minibert.model.bert import BertForSequenceClassification, Layer
+from minibert.model.config import BertConfig
 
 VALUE_SCALE = 10.0  # the mean counts ten times as much as the [CLS] row that the residual connection adds
 

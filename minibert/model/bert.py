@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minibert.config import BertConfig
 from minibert.model import ops
-from minibert.model.ops import DropoutMasks, Packing
+from minibert.model.attention import first_token_attention, self_attention
+from minibert.model.config import BertConfig
+from minibert.model.dropout import DropoutMasks, dropout
+from minibert.model.packing import Packing
 
 if TYPE_CHECKING:
     from minibert_kernels.gradients import SharedGradient
@@ -84,7 +86,7 @@ class Embeddings(nn.Module):
             hidden = hidden + self.token_type_embeddings.weight[0]
         else:
             hidden = hidden + self.token_type_embeddings(x.token_type_ids)
-        return ops.dropout(self.norm(hidden), self.dropout, masks)
+        return dropout(self.norm(hidden), self.dropout, masks)
 
     def _in_one_kernel(self, x: PackedInput, masks: DropoutMasks) -> Tensor:
         from minibert_kernels.embedding import embedding_layer_norm
@@ -134,7 +136,7 @@ class Layer(nn.Module):
         """[T, H] -> [T, H]"""
         shared = ops.shared_gradient(masks)
         qkv = ops.linear(hidden, self.qkv, masks, shared=shared)  # [T, 3H]
-        context = ops.attention(qkv, packing, self.heads, self.attention_dropout, masks)
+        context = self_attention(qkv, packing, self.heads, self.attention_dropout, masks)
         return self._rest(context, hidden, masks, shared)
 
     def forward_first_tokens(self, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:
@@ -144,7 +146,7 @@ class Layer(nn.Module):
         shared = ops.shared_gradient(masks)
         query = ops.linear(first, self.qkv, masks, slice(size), shared)
         key_value = ops.linear(hidden, self.qkv, masks, slice(size, None))  # [T, 2H]
-        context = ops.first_token_attention(query, key_value, packing, self.heads, self.attention_dropout, masks)
+        context = first_token_attention(query, key_value, packing, self.heads, self.attention_dropout, masks)
         return self._rest(context, first, masks, shared)
 
     def _rest(
@@ -237,9 +239,9 @@ class Classifier(nn.Module):
         self.out = nn.Linear(mlp_size or config.hidden_size, num_labels)
 
     def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
-        hidden = ops.dropout(pooled, self.dropout, masks)
+        hidden = dropout(pooled, self.dropout, masks)
         if self.dense is not None:
-            hidden = ops.dropout(F.relu(ops.linear(hidden, self.dense, masks)), self.dropout, masks)
+            hidden = dropout(F.relu(ops.linear(hidden, self.dense, masks)), self.dropout, masks)
         return ops.linear(hidden, self.out, masks)  # [B, L]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from minibert.model.bert import BertForSequenceClassification, PackedInput
-from minibert.model.ops import DropoutMasks
+from minibert.model.dropout import DropoutMasks
 from minibert.problem.problem import MULTI, SINGLE, Problem
 
 

@@ -19,11 +19,12 @@ import torch
 from minibert import __version__
 from minibert.batching.dataset import Dataset
 from minibert.batching.tokenizer import Tokenizer
-from minibert.config import PATHS, BertConfig, RunConfig
+from minibert.config import PATHS, RunConfig
 from minibert.data.examples import Examples
 from minibert.data.loading import RunData
 from minibert.data.rows import BadRow
 from minibert.errors import UserError
+from minibert.model.config import BertConfig
 from minibert.runtime.device import Hardware
 from minibert.runtime.files import file_hash, read_json
 from minibert.training.resume import code_digest

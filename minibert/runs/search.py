@@ -21,8 +21,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minibert.config import BertConfig, RunConfig, flag_name
+from minibert.config import RunConfig, flag_name
 from minibert.errors import UserError
+from minibert.model.config import BertConfig
 from minibert.reporting.console import Say, shown
 from minibert.reporting.html_report import python_call
 from minibert.reporting.search_report import SEARCH_FILE, described, table_lines

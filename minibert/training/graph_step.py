@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.model.bert import BertForSequenceClassification, PackedInput
-from minibert.model.ops import Chunk, DropoutMasks, Packing
+from minibert.model.dropout import DropoutMasks
+from minibert.model.packing import Chunk, Packing
 from minibert.problem.loss import BatchLoss, least_believed
 from minibert.problem.problem import Problem
 from minibert.runtime.device import TOLERANCE, Hardware

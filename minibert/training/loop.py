@@ -27,7 +27,8 @@ from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.inference.logits import compute_logits
 from minibert.model.bert import BertForSequenceClassification, PackedInput
-from minibert.model.ops import DropoutMasks, chunk_bounds
+from minibert.model.dropout import DropoutMasks
+from minibert.model.packing import chunk_bounds
 from minibert.problem.problem import Problem
 from minibert.runtime import distributed
 from minibert.runtime.device import Hardware, attempt, duration, eager, out_of_memory, peak_memory

@@ -21,7 +21,7 @@ from minibert.errors import UserError
 from minibert.inference.logits import compute_logits
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
-from minibert.model.ops import DropoutMasks
+from minibert.model.dropout import DropoutMasks
 from minibert.problem.problem import SINGLE, Problem
 from minibert.runtime.device import choose
 from minibert.training.loop import Training

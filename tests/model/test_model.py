@@ -10,10 +10,10 @@ import torch
 import transformers
 
 import minibert
-from minibert.config import ACTIVATIONS
 from minibert.model.bert import BertForSequenceClassification, BertModel, pack_padded
 from minibert.model.checkpoint import load_model
-from minibert.model.ops import DropoutMasks
+from minibert.model.config import ACTIVATIONS
+from minibert.model.dropout import DropoutMasks
 
 LENGTHS = (17, 1, 30, 2, 30, 9)
 

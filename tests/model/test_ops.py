@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minibert.model import ops
-from minibert.model.ops import DropoutMasks, Packing
+from minibert.model import packing as packing_module
+from minibert.model.attention import first_token_attention, self_attention
+from minibert.model.dropout import DropoutMasks, dropout, dropout_add
+from minibert.model.packing import Packing
 
 HEADS, SIZE = 4, 8
 LENGTHS = [[5], [5, 5, 5], [1, 2, 3, 9, 9, 10, 31], [7, 1, 30, 2], [40] * 3 + [41] * 2 + [64]]
@@ -48,7 +50,7 @@ def test_attention_equals_plain_torch_forward_and_backward(lengths: list[int], p
     reference = qkv.detach().clone().requires_grad_()
     upstream = torch.randn(sum(lengths), HEADS * SIZE)
     masks = DropoutMasks(9, 4) if p else None
-    ours = ops.attention(qkv, Packing.from_lengths(lengths), HEADS, p, masks)
+    ours = self_attention(qkv, Packing.from_lengths(lengths), HEADS, p, masks)
     theirs = plain_attention(reference, lengths, drawn_masks(lengths, p) if p else None)
     ours.backward(upstream)
     theirs.backward(upstream)
@@ -63,8 +65,8 @@ def test_first_token_attention_is_the_first_rows_of_attention(lengths: list[int]
     qkv = torch.randn(sum(lengths), 3 * HEADS * SIZE)
     packing = Packing.from_lengths(lengths)
     hidden = HEADS * SIZE
-    ours = ops.first_token_attention(qkv[packing.first_rows, :hidden], qkv[:, hidden:], packing, HEADS, 0.0, None)
-    assert torch.allclose(ours, ops.attention(qkv, packing, HEADS, 0.0, None)[packing.first_rows], atol=2e-6)
+    ours = first_token_attention(qkv[packing.first_rows, :hidden], qkv[:, hidden:], packing, HEADS, 0.0, None)
+    assert torch.allclose(ours, self_attention(qkv, packing, HEADS, 0.0, None)[packing.first_rows], atol=2e-6)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS)
@@ -87,13 +89,13 @@ def test_chunks_cover_every_token_once_and_hide_padding(lengths: list[int]) -> N
 def test_long_texts_are_cut_into_chunks_that_stay_small() -> None:
     chunks = Packing.from_lengths([512] * 8).chunks
     assert len(chunks) > 1
-    assert all(chunk.num_texts * 512**2 <= max(ops.CHUNK_AREA, 512**2) for chunk in chunks)
+    assert all(chunk.num_texts * 512**2 <= max(packing_module.CHUNK_AREA, 512**2) for chunk in chunks)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.013])
 def test_dropout_keeps_the_expectation(p: float) -> None:
     x = torch.ones(1000, 1000)
-    out = ops.dropout(x, p, DropoutMasks(1, 0))
+    out = dropout(x, p, DropoutMasks(1, 0))
     kept = float((out > 0).float().mean())
     assert abs(kept - (1 - p)) < 5 * (p * (1 - p) / x.numel()) ** 0.5 + 1 / DropoutMasks.LEVELS
     assert abs(float(out.mean()) - 1) < 0.002
@@ -102,12 +104,12 @@ def test_dropout_keeps_the_expectation(p: float) -> None:
 
 def test_masks_depend_on_seed_step_and_draw_alone() -> None:
     x = torch.ones(64, 64)
-    first = ops.dropout(x, 0.1, DropoutMasks(3, 5))
-    assert torch.equal(first, ops.dropout(x, 0.1, DropoutMasks(3, 5)))
-    assert not torch.equal(first, ops.dropout(x, 0.1, DropoutMasks(3, 6)))
-    assert not torch.equal(first, ops.dropout(x, 0.1, DropoutMasks(4, 5)))
+    first = dropout(x, 0.1, DropoutMasks(3, 5))
+    assert torch.equal(first, dropout(x, 0.1, DropoutMasks(3, 5)))
+    assert not torch.equal(first, dropout(x, 0.1, DropoutMasks(3, 6)))
+    assert not torch.equal(first, dropout(x, 0.1, DropoutMasks(4, 5)))
     masks = DropoutMasks(3, 5)
-    assert not torch.equal(ops.dropout(x, 0.1, masks), ops.dropout(x, 0.1, masks))
+    assert not torch.equal(dropout(x, 0.1, masks), dropout(x, 0.1, masks))
 
 
 def test_each_batch_of_a_step_draws_masks_of_its_own() -> None:
@@ -116,9 +118,9 @@ def test_each_batch_of_a_step_draws_masks_of_its_own() -> None:
     def dropped(number: int) -> torch.Tensor:
         masks = DropoutMasks(3, 5, torch.tensor([3, 5])).of_batch(number)
         assert masks.rng is not None and masks.rng.tolist() == [masks.seed, 5]
-        return ops.dropout(x, 0.1, masks.of_layer(0))
+        return dropout(x, 0.1, masks.of_layer(0))
 
-    assert torch.equal(dropped(0), ops.dropout(x, 0.1, DropoutMasks(3, 5).of_layer(0)))
+    assert torch.equal(dropped(0), dropout(x, 0.1, DropoutMasks(3, 5).of_layer(0)))
     assert not torch.equal(dropped(0), dropped(1)) and not torch.equal(dropped(1), dropped(2))
     assert DropoutMasks((1 << 63) - 1, 5).of_batch(DropoutMasks.MOST_BATCHES - 1).seed < 1 << 63
 
@@ -133,19 +135,19 @@ def test_mask_elements_are_independent() -> None:
 def test_dropout_add_equals_its_parts() -> None:
     torch.manual_seed(0)
     x, residual = torch.randn(50, 32, requires_grad=True), torch.randn(50, 32, requires_grad=True)
-    out = ops.dropout_add(x, residual, 0.2, DropoutMasks(7, 1))
+    out = dropout_add(x, residual, 0.2, DropoutMasks(7, 1))
     mask, scale = DropoutMasks(7, 1).draw(x.shape, 0.2, x)
     assert torch.allclose(out, residual + x * mask * scale, atol=1e-6)
     out.sum().backward()
     assert x.grad is not None and torch.allclose(x.grad, mask * scale)
-    assert torch.equal(ops.dropout_add(x, residual, 0.2, None), x + residual)
+    assert torch.equal(dropout_add(x, residual, 0.2, None), x + residual)
 
 
 def test_dropout_attention_passes_gradcheck() -> None:
     lengths = [3, 4, 4]
     qkv = torch.randn(sum(lengths), 3 * HEADS * 2, dtype=torch.float64, requires_grad=True)
     packing = Packing.from_lengths(lengths)
-    assert torch.autograd.gradcheck(lambda x: ops.attention(x, packing, HEADS, 0.3, DropoutMasks(1, 1)), (qkv,))
+    assert torch.autograd.gradcheck(lambda x: self_attention(x, packing, HEADS, 0.3, DropoutMasks(1, 1)), (qkv,))
 
 
 def test_attention_with_dropout_matches_torch_in_the_mean() -> None:
@@ -154,6 +156,6 @@ def test_attention_with_dropout_matches_torch_in_the_mean() -> None:
     lengths = [6, 6]
     qkv = torch.randn(12, 3 * HEADS * SIZE)
     packing = Packing.from_lengths(lengths)
-    mean = torch.stack([ops.attention(qkv, packing, HEADS, 0.2, DropoutMasks(0, s)) for s in range(3000)]).mean(0)
-    assert torch.allclose(mean, ops.attention(qkv, packing, HEADS, 0.0, None), atol=0.06)
+    mean = torch.stack([self_attention(qkv, packing, HEADS, 0.2, DropoutMasks(0, s)) for s in range(3000)]).mean(0)
+    assert torch.allclose(mean, self_attention(qkv, packing, HEADS, 0.0, None), atol=0.06)
     assert F.cosine_similarity(mean.flatten(), plain_attention(qkv, lengths).flatten(), 0) > 0.999

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from minibert.batching.plans import split_by_tokens
 from minibert.cli import given_settings
-from minibert.model.ops import DropoutMasks
+from minibert.model.dropout import DropoutMasks
 from minibert.run import run_from_files
 
 WORDS = "good bad film very not is was spam free call now see you at money win prize the a of and".split()

@@ -25,7 +25,7 @@ from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
-from minibert.model.ops import DropoutMasks
+from minibert.model.dropout import DropoutMasks
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert.runtime import device
 from minibert.runtime.device import Hardware, choose, fit_attention

@@ -17,7 +17,7 @@ from torch import Tensor
 from trainings import CPU, EAGER, FIXED, dataset, training
 
 from minibert.model.bert import BertForSequenceClassification, Layer
-from minibert.model.ops import DropoutMasks
+from minibert.model.dropout import DropoutMasks
 from minibert.problem.problem import SINGLE
 from minibert.runtime import distributed
 from minibert.runtime.device import Hardware
