@@ -61,7 +61,7 @@ def csv_to_batches(path: Path) -> dict[str, float]:
     started = time.perf_counter()
     data = load_data(RunConfig(train=str(path), validation_split=0.0))
     read = time.perf_counter() - started
-    examples = data.parts["train"]
+    examples = data.splits["train"]
     tokens = Tokenizer.from_folder(Path(demo_weights())).encode(examples.texts, None, 128)
     encoded = time.perf_counter() - started - read
     for rows in plan_epoch(tokens.lengths, batch_size=32):

@@ -248,7 +248,7 @@ def get_ready(config: RunConfig, data: RunData) -> Job:
     head = f"mlp:{model.mlp_size}" if model.mlp_size else "linear"
     config = replace(config, head=head, max_length=length_limit(config, model.config))
     automatic = tuple(name for name in ("learning_rate", "epochs") if getattr(config, name) is None)
-    config = with_recipe(config, model.config.hidden_size, len(data.parts["train"]))
+    config = with_recipe(config, model.config.hidden_size, len(data.splits["train"]))
     hardware = choose(config)
     frozen = freeze(model, config.freeze, report.new)
     sets = encode_parts(tokenizer, data, config)
@@ -331,7 +331,7 @@ def finish(
         output.stat()
     classifier.write(output)
     for part, values in logits.items():
-        path, examples = output / f"predictions-{part}.csv", job.data.parts[part]
+        path, examples = output / f"predictions-{part}.csv", job.data.splits[part]
         predictions.write_predictions(path, examples, job.data.problem, values, job.sets[part].targets)
     state = training.state
     log = log_lines(output)
@@ -343,7 +343,7 @@ def finish(
     if probe := probe_scores(log):
         metrics["linear_probe"] = {"validation": probe}
     metrics["speed"] = speed(training, time.perf_counter() - moments[0])
-    metrics["reload_max_difference"] = reload_difference(output, classifier, job.data.parts["train"])
+    metrics["reload_max_difference"] = reload_difference(output, classifier, job.data.splits["train"])
     metrics["speed"]["seconds_by_part"] = seconds_by_part(training, [*moments, time.perf_counter()])
     write_json(output / METRICS, metrics)
     finished = Finished(job.config, job.data, job.sets, logits, metrics, record)
@@ -416,7 +416,7 @@ def with_own_problem(data: RunData) -> RunData:
 
 def common_fingerprint(config: RunConfig, data: RunData) -> dict[str, Any]:
     """What several runs of one command have in common with those that --resume finds finished."""
-    rows = {f"{part} rows": rows_digest(examples) for part, examples in data.parts.items()}
+    rows = {f"{part} rows": rows_digest(examples) for part, examples in data.splits.items()}
     named = {name: getattr(config, name) for name in PATHS}
     named |= {name: str(Path(value).absolute()) for name, value in named.items() if value and os.path.exists(value)}
     return {"version": __version__, **rows, **named, **settings_of(config)}
@@ -424,7 +424,7 @@ def common_fingerprint(config: RunConfig, data: RunData) -> dict[str, Any]:
 
 def run_search(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
     """--search: trials of recipes, judged on validation; the best one is then finished, its test rows scored."""
-    if "validation" not in data.parts:
+    if "validation" not in data.splits:
         raise UserError("--search: no validation rows to judge trials by; give --validation or a --validation-split")
     say = silence if config.quiet else aloud
     data = replace(data, encoded={})
@@ -564,7 +564,7 @@ def length_limit(config: RunConfig, bert: BertConfig) -> int:
 def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict[str, Dataset]:
     assert config.max_length is not None
     known = {} if data.encoded is None else data.encoded
-    for part, examples in data.parts.items():
+    for part, examples in data.splits.items():
         if part not in known:
             known[part] = tokenizer.encode(
                 examples.texts, examples.pairs, config.max_length, config.truncation, config.window_stride
@@ -576,7 +576,7 @@ def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict
             source=examples.source,
             lines=examples.lines,
         )
-        for part, examples in data.parts.items()
+        for part, examples in data.splits.items()
     }
 
 

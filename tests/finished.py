@@ -39,7 +39,7 @@ def finished(
         tokens = Tokens(np.zeros(0, np.int32), offsets_of(lengths), None, (lengths > 120) * np.int32(9))
         run.sets[part] = Dataset(tokens, targets)
         some = texts or ["a text of some words", "another one"]
-        data.parts[part] = Examples(f"{part}.csv", [some[i % len(some)] for i in range(rows)], lines=[*range(rows)])
+        data.splits[part] = Examples(f"{part}.csv", [some[i % len(some)] for i in range(rows)], lines=[*range(rows)])
         if part != "train":
             add_predictions(run, part, logits_of(kind, rng, targets, len(labels)))
     run.metrics["train"] = {"best_step": 40, "steps": 60, "loss": 0.3, "advice": []}

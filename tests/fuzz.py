@@ -238,7 +238,7 @@ def read_data(folder: Path) -> None:
         for examples in stream_examples(str(path), config):
             str(examples.texts[:3]).encode(errors="replace")
     data = load_data(RunConfig(train=str(path)))
-    examples = data.parts["train"]
+    examples = data.splits["train"]
     targets = data.problem.targets(examples.labels or [])
     logits = np.zeros((len(examples), len(data.problem.labels)), np.float32)
     data.problem.metrics(logits, targets)

@@ -37,44 +37,43 @@ from minibert.errors import UserError
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 
 ROOM_FOR_LABELS = 30  # characters
+VALIDATION_FLAGS = ("metric", "eval_steps", "early_stopping_patience")  # without effect where nothing is validated
+
+Splits = dict[str, Examples]  # train, validation and, if there is one, test
 
 
 @dataclass
 class RunData:
-    """Everything a run reads: the parts, and what the labels are."""
+    """Everything a run reads: the splits, and what the labels are."""
 
-    parts: dict[str, Examples]  # train, validation and, if there is one, test
+    splits: Splits
     problem: Problem
     columns: Columns
-    notes: list[str]  # what was decided without being asked
+    notes: list[str]  # decisions that no flag made, for the console and the report
     skipped: dict[str, list[BadRow]] = field(default_factory=dict)  # by --on-bad-rows skip
-    encoded: dict[str, Tokens] | None = None  # of each part, where several runs share them
+    encoded: dict[str, Tokens] | None = None  # of each split, where several runs share them
 
 
 def load_data(config: RunConfig) -> RunData:
     """Read the files that the flags name, decide what the labels are, and split what has no file of its own."""
     assert config.train is not None
     notes: list[str] = []
-    tables: dict[str, Table] = {}
-    headers: dict[str, bool] = {}
-    for part in ("train", "validation", "test"):
-        if path := getattr(config, part):
-            like = None if part == "train" or headers["train"] else tables["train"]
-            tables[part], headers[part] = _read(path, config, notes, like)
-    columns = find_columns(tables["train"], config)
-    columns = replace(columns, header=headers["train"])
+    train, header = _read(config.train, config, notes)
+    columns = replace(find_columns(train, config), header=header)
     notes.append(str(columns))
-    parts = {}
-    for part, table in tables.items():
-        own = columns if part == "train" else _columns_like(columns, table, config, headers[part])
-        if str(own) != str(columns):
-            notes.append(f"in {table.path} {own}")
-        parts[part] = examples_from_table(table, own)
-    return prepare(parts, columns, config, notes)
+    splits = {"train": examples_from_table(train, columns)}
+    for name, path in (("validation", config.validation), ("test", config.test)):
+        if path:
+            table, header = _read(path, config, notes, None if columns.header else train)
+            own = _columns_like(columns, table, config, header)
+            if str(own) != str(columns):
+                notes.append(f"in {table.path} {own}")
+            splits[name] = examples_from_table(table, own)
+    return prepare(splits, columns, config, notes)
 
 
 def _columns_like(columns: Columns, table: Table, config: RunConfig, header: bool) -> Columns:
-    """The columns of a part: those of training, or others that hold the same."""
+    """The columns of a validation or test file: those of training, or others that hold the same."""
     if all(name in table.columns for name in columns.names()):
         return columns
     own = find_columns(table, config)
@@ -82,12 +81,12 @@ def _columns_like(columns: Columns, table: Table, config: RunConfig, header: boo
     check_label_column(own, table.path, config, columns, header)
     if len(columns.label) > 1 and own.label != columns.label:
         missing = [name for name in columns.label if name not in own.label]
-        raise UserError(f"{table.path}: no column {', '.join(map(repr, missing))}, which training has for a label")
+        raise UserError(f"{table.path}: no column {', '.join(map(repr, missing))}, which is a label in training")
     return own
 
 
 def _read(path: str, config: RunConfig, notes: list[str], headerless: Table | None = None) -> tuple[Table, bool]:
-    """A whole file, and whether it has a header; `headerless`: what training reads, if that has none."""
+    """A whole file, and whether it has a header; `headerless`: the training table, if that has none."""
     first = first_rows(path, config)
     header = has_header(first, config)
     if headerless is not None and len(first.columns) == len(headerless.columns):
@@ -100,50 +99,52 @@ def _read(path: str, config: RunConfig, notes: list[str], headerless: Table | No
     if not table.lines and not table.bad:
         raise UserError(f"{path}: no rows; expected a header and at least one row of data")
     if table.encoding not in ("utf-8", config.encoding):
-        notes.append(f"{path} is not UTF-8; read as {table.encoding} (--encoding says otherwise)")
+        notes.append(f"{path} is not UTF-8; read as {table.encoding} (--encoding overrides this)")
     return table, header
 
 
-def prepare(parts: dict[str, Examples], columns: Columns, config: RunConfig, notes: list[str]) -> RunData:
-    """Check rows, name the labels, and stratified_split."""
+def prepare(splits: Splits, columns: Columns, config: RunConfig, notes: list[str]) -> RunData:
+    """Check rows, name the labels, and split off validation and test rows."""
     may_lack = rows_may_lack_labels(columns, config)
-    parts = {part: usable(examples, config, may_lack) for part, examples in parts.items()}
-    kind, why, places = _decide(parts["train"].labels or [], columns, config)
-    parts = {part: with_names(examples, kind, places, config) for part, examples in parts.items()}
-    if kind != REGRESSION and not places:
-        parts = _with_one_spelling(parts, kind, notes)
-    for examples in parts.values():
-        if examples.bad and not len(examples):
-            raise UserError(f"{examples.source}: no row can be used; {describe_bad(examples.bad)}")
-    skipped = {part: examples.bad for part, examples in parts.items() if examples.bad}
-    for part, bad in skipped.items():
-        notes.append(f"skipped {count_rows(bad)} of {parts[part].source}, {describe_bad(bad)}")
-    problem = Problem(kind, _label_names(parts, kind, places, columns))
+    splits = {name: usable(examples, config, may_lack) for name, examples in splits.items()}
+    kind, why, indicators = _problem_type(splits["train"].labels or [], columns, config)
+    splits = {name: with_names(examples, kind, indicators, config) for name, examples in splits.items()}
+    if kind != REGRESSION and not indicators:
+        splits = _with_one_spelling(splits, kind, notes)
+    skipped = _skipped(splits, notes)
+    problem = Problem(kind, _label_names(splits, kind, indicators, columns))
     if kind == REGRESSION and config.label_smoothing:
         raise UserError("--label-smoothing: regression has no classes; leave the flag out")
-    notes += _decision_notes(problem, why, parts["train"], config)
-    if config.max_train_samples and config.max_train_samples < len(parts["train"]):
-        rows = len(parts["train"])
-        parts["train"] = _sampled(parts["train"], kind, config.max_train_samples, config)
-        flag = f"--max-train-samples {config.max_train_samples}"
-        notes.append(f"{len(parts['train'])} of {rows} training rows are used ({flag})")
-    _split_parts(parts, problem, config)
+    notes += _problem_notes(problem, why, splits["train"], config)
+    rows, limit = len(splits["train"]), config.max_train_samples
+    if limit and limit < rows:
+        splits["train"] = _sampled(splits["train"], kind, limit, config)
+        notes.append(f"{len(splits['train'])} of {rows} training rows are used (--max-train-samples {limit})")
+    _split_off(splits, problem, config)
     if kind == REGRESSION:
-        problem.choose_unit(problem.targets(parts["train"].labels or []))
+        problem.choose_unit(problem.targets(splits["train"].labels or []))
     if problem.unit > 1:
         notes.append(f"labels of so wide a spread are counted in units of {problem.unit:.4g} while training")
-    if "validation" not in parts:
-        notes += [f"there are no validation rows: {flag_name(name)} has no effect" for name in _of_validation(config)]
-    return RunData(parts, problem, columns, notes, skipped)
+    if "validation" not in splits:
+        given = [flag_name(name) for name in VALIDATION_FLAGS if getattr(config, name) is not None]
+        notes += [f"there are no validation rows: {flag} has no effect" for flag in given]
+    return RunData(splits, problem, columns, notes, skipped)
 
 
-def _of_validation(config: RunConfig) -> list[str]:
-    """The flags given that are about evaluations during training."""
-    return [name for name in ("metric", "eval_steps", "early_stopping_patience") if getattr(config, name) is not None]
+def _skipped(splits: Splits, notes: list[str]) -> dict[str, list[BadRow]]:
+    """The rows left out of each split, with a note for each; UserError where none is left."""
+    skipped = {}
+    for name, examples in splits.items():
+        if examples.bad and not len(examples):
+            raise UserError(f"{examples.source}: no row can be used; {describe_bad(examples.bad)}")
+        if examples.bad:
+            skipped[name] = examples.bad
+            notes.append(f"skipped {count_rows(examples.bad)} of {examples.source}, {describe_bad(examples.bad)}")
+    return skipped
 
 
-def _decide(values: Sequence[Any], columns: Columns, config: RunConfig) -> tuple[str, str, tuple[str, ...]]:
-    """The problem type, why, and what the 0s and 1s of a row stand for, where it has one for each label."""
+def _problem_type(values: Sequence[Any], columns: Columns, config: RunConfig) -> tuple[str, str, tuple[str, ...]]:
+    """The problem type, why, and the labels' names where a row has a 0 or 1 for each label."""
     kind, why = guess_kind(values, len(columns.label), config.label_delimiter)
     if config.problem_type != "auto":
         kind, why = config.problem_type, "as --problem-type says"
@@ -151,43 +152,40 @@ def _decide(values: Sequence[Any], columns: Columns, config: RunConfig) -> tuple
         if kind != MULTI:
             raise UserError(f"--problem-type {kind}: takes one label column, not {', '.join(columns.label)}")
         return kind, why, columns.label
-    places = tuple(map(str, range(indicator_length(values)))) if kind == MULTI and not config.label_delimiter else ()
-    return kind, why, places
+    length = indicator_length(values) if kind == MULTI and not config.label_delimiter else 0
+    return kind, why, tuple(map(str, range(length)))
 
 
-def _label_names(parts: dict[str, Examples], kind: str, places: tuple[str, ...], columns: Columns) -> list[str]:
-    """The labels of all parts, in the order of their numbers; regression has one, its column's."""
+def _label_names(splits: Splits, kind: str, indicators: tuple[str, ...], columns: Columns) -> list[str]:
+    """The labels of all splits, in the order of their numbers; regression has one, its column's."""
     if kind == REGRESSION:
         return [columns.label[0]]
-    names = _all_names(parts, kind)
+    names = _all_names(splits, kind)
     if not names:
-        raise UserError(f"{parts['train'].source}: no row has a label; a classifier needs some")
+        raise UserError(f"{splits['train'].source}: no row has a label; a classifier needs some")
     if len(names) < 2 and kind == SINGLE:
-        raise UserError(f"{parts['train'].source}: only one label, {names.pop()!r}; a classifier needs two or more")
-    return list(places) or sorted_labels(names)
+        raise UserError(f"{splits['train'].source}: only one label, {names.pop()!r}; a classifier needs two or more")
+    return list(indicators) or sorted_labels(names)
 
 
-def _with_one_spelling(parts: dict[str, Examples], kind: str, notes: list[str]) -> dict[str, Examples]:
-    """The same parts, a label that is a whole number spelled alike in all of them."""
-    names = _all_names(parts, kind)
-    parts = {part: replace(rows, labels=normalize_spelling(rows.labels or [], names)) for part, rows in parts.items()}
-    if gone := sorted_labels(names - _all_names(parts, kind)):
-        notes.append(f"labels such as {gone[0]} are taken for {normalize_spelling(gone[:1], names)[0]}")
-    return parts
+def _with_one_spelling(splits: Splits, kind: str, notes: list[str]) -> Splits:
+    """The same splits, a label that is an integer spelled alike in all of them."""
+    names = _all_names(splits, kind)
+    splits = {name: replace(rows, labels=normalize_spelling(rows.labels or [], names)) for name, rows in splits.items()}
+    if gone := sorted_labels(names - _all_names(splits, kind)):
+        notes.append(f"labels such as {gone[0]} are read as {normalize_spelling(gone[:1], names)[0]}")
+    return splits
 
 
-def _all_names(parts: dict[str, Examples], kind: str) -> set[str]:
-    return set().union(*(_names_in(examples.labels or [], kind) for examples in parts.values()))
+def _all_names(splits: Splits, kind: str) -> set[str]:
+    labels = (label for examples in splits.values() for label in examples.labels or [])
+    return set(labels) if kind == SINGLE else {name for names in labels for name in names}
 
 
-def _names_in(labels: list[Any], kind: str) -> set[str]:
-    return set(labels) if kind == SINGLE else {name for row in labels for name in row}
-
-
-def _decision_notes(problem: Problem, why: str, train: Examples, config: RunConfig) -> list[str]:
-    names = problem.labels
+def _problem_notes(problem: Problem, why: str, train: Examples, config: RunConfig) -> list[str]:
     if problem.kind == REGRESSION:
         return [f"{problem.kind}, {why}"]
+    names = problem.labels
     notes = [f"{problem.kind}, {why}: {len(names)} labels ({_some_names(names)})"]
     is_guess = problem.kind == SINGLE and config.problem_type == "auto"
     return notes + (label_warnings(train.labels or []) if is_guess else [])
@@ -201,38 +199,34 @@ def _some_names(labels: list[str]) -> str:
     return ", ".join(shown) + (", ..." if len(shown) < len(labels) else "")
 
 
-def _split_parts(parts: dict[str, Examples], problem: Problem, config: RunConfig) -> None:
-    """Give validation and test their share of the training rows, where they have no file."""
-    shares = {"test": config.test_split, "validation": config.validation_split}
-    total = len(parts["train"])
-    for part, share in shares.items():
-        if part in parts or share == 0:
+def _split_off(splits: Splits, problem: Problem, config: RunConfig) -> None:
+    """Give test and validation their fraction of the training rows, where they have no file."""
+    total = len(splits["train"])
+    for name, fraction in (("test", config.test_split), ("validation", config.validation_split)):
+        if name in splits or fraction == 0:
             continue
-        train = parts["train"]
-        parts["train"], parts[part] = _divided(train, problem.kind, share * total / len(train), config)
-        if not len(parts[part]) or not len(parts["train"]):
-            different = len(set(text_keys(train)))
-            texts = f" of {different} different texts" if different < len(train) else ""
+        train = splits["train"]
+        keys, of_rest = text_keys(train), fraction * total / len(train)
+        kept, taken = stratified_split(keys, train.labels or [], problem.kind, of_rest, config.split_seed)
+        if not len(kept) or not len(taken):
+            distinct = len(set(keys))
+            texts = f" of {distinct} different texts" if distinct < len(train) else ""
             doubtful = 2 * len(problem.labels) > total and not config.max_train_samples
             many = " for so many labels (is --label-column right?)" if doubtful else ""
             raise UserError(
-                f"{train.source}: {total} rows{texts} are too few{many} to split off {part}; give --{part}-split 0"
+                f"{train.source}: {total} rows{texts} are too few{many} to split off {name}; give --{name}-split 0"
             )
+        splits["train"], splits[name] = train.take(kept), train.take(taken)
 
 
-def _sampled(examples: Examples, kind: str, most: int, config: RunConfig) -> Examples:
-    """At most so many rows, with the labels' shares kept; the labels with most rows make up for those with few."""
-    rows = [str(row) for row in range(len(examples))]  # equal texts may part: the others are not used
-    kept, _ = stratified_split(rows, examples.labels or [], kind, 1 - most / len(examples), config.split_seed)
+def _sampled(examples: Examples, kind: str, limit: int, config: RunConfig) -> Examples:
+    """At most `limit` rows, stratified by label; the labels with most rows make up for those with few."""
+    keys = [str(row) for row in range(len(examples))]  # equal texts may be separated: the others are not used
+    kept, _ = stratified_split(keys, examples.labels or [], kind, 1 - limit / len(examples), config.split_seed)
     sample = examples.take(kept)
     seen: Counter[str] = Counter()
     earlier = []  # rows before each that have the same label
     for label in map(str, sample.labels or []):
         earlier.append(seen[label])
         seen[label] += 1
-    return sample.take(np.sort(np.argsort(earlier, kind="stable")[:most]))
-
-
-def _divided(examples: Examples, kind: str, share: float, config: RunConfig) -> tuple[Examples, Examples]:
-    kept, taken = stratified_split(text_keys(examples), examples.labels or [], kind, share, config.split_seed)
-    return examples.take(kept), examples.take(taken)
+    return sample.take(np.sort(np.argsort(earlier, kind="stable")[:limit]))

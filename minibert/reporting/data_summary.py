@@ -87,9 +87,9 @@ class Inspection:
 
 def inspect(data: RunData, tokens: Mapping[str, Tokens], max_length: int, truncation: str) -> Inspection:
     """Look at all parts of prepared data and at their encoded texts."""
-    keys = {part: text_keys(examples) for part, examples in data.parts.items()}
+    keys = {part: text_keys(examples) for part, examples in data.splits.items()}
     names = [] if data.problem.kind == REGRESSION else data.problem.labels
-    parts = {part: _inspect_part(rows, names, keys[part], tokens[part]) for part, rows in data.parts.items()}
+    parts = {part: _inspect_part(rows, names, keys[part], tokens[part]) for part, rows in data.splits.items()}
     taught = parts["train"].classes
     labels_not_in_train = {
         part: [name for name, count in inspected.classes.items() if count and not taught[name]]
@@ -100,7 +100,7 @@ def inspect(data: RunData, tokens: Mapping[str, Tokens], max_length: int, trunca
         max_length=max_length,
         truncation=truncation,
         parts=parts,
-        shared=_shared(data.parts, keys),
+        shared=_shared(data.splits, keys),
         few_rows=dict(sorted(((n, c) for n, c in taught.items() if 0 < c < FEW_ROWS), key=lambda item: item[1])),
         labels_not_in_train={part: labels for part, labels in labels_not_in_train.items() if labels},
         notes=list(data.notes),

@@ -82,7 +82,7 @@ class Finished:
         return next((part for part in ("test", "validation") if part in self.logits and len(self.logits[part])), None)
 
     def judged(self, part: str) -> Judged:
-        targets, examples = self.sets[part].targets, self.data.parts[part]
+        targets, examples = self.sets[part].targets, self.data.splits[part]
         return Judged(part, self.problem, self.logits[part], targets, self.metrics[part], examples)
 
 
@@ -140,7 +140,7 @@ def fitted_on(run: Finished, part: str) -> str:
 
 def header(run: Finished, name: str) -> Html:
     kind = run.problem.kind.replace("_", " ")
-    rows = " · ".join(f"{len(examples):,} {part}" for part, examples in run.data.parts.items())
+    rows = " · ".join(f"{len(examples):,} {part}" for part, examples in run.data.splits.items())
     lead = verdict(run, lambda label: f"“<bdi>{esc(cut(label, 40))}</bdi>”")
     return Html(
         f"<header><h1><bdi>{esc(name)}</bdi></h1>"

@@ -98,7 +98,7 @@ def introduction(run: Finished) -> str:
 
 def data(run: Finished) -> str:
     rows = [
-        [part, f"{len(examples):,}", markdown(Path(examples.source).name)] for part, examples in run.data.parts.items()
+        [part, f"{len(examples):,}", markdown(Path(examples.source).name)] for part, examples in run.data.splits.items()
     ]
     lengths, lost = run.sets["train"].tokens.full_lengths, run.sets["train"].tokens.truncated
     limit, truncation = run.config.max_length, run.config.truncation

@@ -42,7 +42,7 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
         "seed": config.seed,
         "data": {part: {"file": path, "sha256": file_hash(path)} for part, path in files.items()},
         "columns": dataclasses.asdict(data.columns),
-        "rows": {part: len(examples) for part, examples in data.parts.items()},
+        "rows": {part: len(examples) for part, examples in data.splits.items()},
         "skipped_rows": {part: skipped_record(bad) for part, bad in data.skipped.items()},
         "labels": data.problem.labels,
         "versions": {
@@ -68,7 +68,7 @@ def first_command(output: Path, command: list[str]) -> list[str]:
 
 def splits_record(config: RunConfig, data: RunData) -> dict[str, Any]:
     """splits.json: which rows of which file are in which part, by the line they start on, as in the predictions."""
-    parts = {part: {"file": examples.source, "rows": examples.lines} for part, examples in data.parts.items()}
+    parts = {part: {"file": examples.source, "rows": examples.lines} for part, examples in data.splits.items()}
     return {"split_seed": config.split_seed, "parts": parts}
 
 
@@ -95,7 +95,7 @@ def fingerprint_of(
         "tokenizer": hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:12],
         "class weights": None if weights is None else weights.tolist(),
         "labels": data.problem.labels,
-        **{f"{part} rows": rows_digest(examples) for part, examples in data.parts.items()},
+        **{f"{part} rows": rows_digest(examples) for part, examples in data.splits.items()},
         **settings_of(config),
     }
 

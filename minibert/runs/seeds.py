@@ -151,7 +151,7 @@ def _spread(values: list[float | None]) -> dict[str, Any]:
 def constant_baseline(data: RunData, part: str) -> dict[str, Any]:
     """The metrics of an answer that never looks at the text: label frequencies or the mean of the training rows."""
     problem = Problem(data.problem.kind, data.problem.labels)
-    targets_of = {name: problem.targets(examples.labels or []) for name, examples in data.parts.items()}
+    targets_of = {name: problem.targets(examples.labels or []) for name, examples in data.splits.items()}
     train, targets = targets_of["train"], targets_of[part]
     if problem.kind == REGRESSION:
         constant = train.mean(keepdims=True)

@@ -57,7 +57,7 @@ def test_labels_have_minibert_s_order(name: str, scores: Any, shared_data: Path,
     config = RunConfig(**files, text_column=("text",), label_delimiter="|" if name == "goemotions" else None)
     data = load_data(config)
     assert data.problem.labels == scores.label_names(scores.TASKS[name], parts)
-    theirs = data.problem.targets(data.parts["test"].labels or [])
+    theirs = data.problem.targets(data.splits["test"].labels or [])
     assert np.array_equal(theirs, scores.targets(scores.TASKS[name], parts, "test"))
 
 

@@ -195,25 +195,25 @@ def test_a_class_of_one_row_stays_in_training() -> None:
 def test_validation_and_test_come_from_the_training_file(shared_data: Path) -> None:
     config = RunConfig(train=str(shared_data / "sms_spam" / "spamdata_v2.csv"), test_split=0.15)
     data = load_data(config)
-    sizes = {part: len(rows) for part, rows in data.parts.items()}
+    sizes = {part: len(rows) for part, rows in data.splits.items()}
     assert sum(sizes.values()) == 5572 and sizes["test"] == pytest.approx(836, abs=3) == sizes["validation"]
-    texts = [set(part.texts) for part in data.parts.values()]
+    texts = [set(part.texts) for part in data.splits.values()]
     assert not texts[0] & texts[1] and not texts[0] & texts[2] and not texts[1] & texts[2]
 
 
 def test_a_sample_of_the_training_rows_is_stratified(shared_data: Path) -> None:
     config = RunConfig(train=str(shared_data / "sms_spam" / "spamdata_v2.csv"), max_train_samples=1000)
     data = load_data(config)
-    total = sum(len(part) for part in data.parts.values())
+    total = sum(len(part) for part in data.splits.values())
     assert abs(total - 1000) <= 2
-    spam = sum(label == "1" for part in data.parts.values() for label in part.labels or [])
+    spam = sum(label == "1" for part in data.splits.values() for label in part.labels or [])
     assert spam / total == pytest.approx(747 / 5572, abs=0.01)
 
 
 @pytest.mark.parametrize("most", [3, 20, 60, 100])
 def test_a_sample_is_never_larger_than_asked_for(shared_data: Path, most: int) -> None:
     config = RunConfig(train=str(shared_data / "trec" / "train_5500.label"), max_train_samples=most, validation_split=0)
-    train = load_data(config).parts["train"]
+    train = load_data(config).splits["train"]
     assert len(train) == most and len(set(train.labels or [])) >= min(most, 40)
     with pytest.raises(UserError, match="3 rows are too few to split off validation; give --validation-split 0"):
         load_data(dataclasses.replace(config, max_train_samples=3, validation_split=0.15))
@@ -221,9 +221,9 @@ def test_a_sample_is_never_larger_than_asked_for(shared_data: Path, most: int) -
 
 def test_real_pairs_and_scores(shared_data: Path) -> None:
     mrpc = load_data(RunConfig(train=str(shared_data / "mrpc" / "msr_paraphrase_train.txt")))
-    assert mrpc.problem.kind == SINGLE and mrpc.parts["train"].pairs is not None
+    assert mrpc.problem.kind == SINGLE and mrpc.splits["train"].pairs is not None
     stsb = load_data(RunConfig(train=str(shared_data / "stsb" / "glue" / "dev.tsv")))
-    assert stsb.problem.kind == REGRESSION and stsb.parts["train"].pairs is not None
+    assert stsb.problem.kind == REGRESSION and stsb.splits["train"].pairs is not None
     trec = load_data(RunConfig(train=str(shared_data / "trec" / "train_5500.label")))
     assert len(trec.problem.labels) == 50
 
@@ -288,7 +288,7 @@ def test_bad_rows_are_an_error_that_counts_them_all(tmp_path: Path) -> None:
 
 def test_bad_rows_are_skipped_when_asked_counted_and_named(tmp_path: Path) -> None:
     data = load_data(RunConfig(train=write(tmp_path / "a.csv", BAD), on_bad_rows="skip"))
-    assert sum(map(len, data.parts.values())) == 40
+    assert sum(map(len, data.splits.values())) == 40
     assert [row.line for row in data.skipped["train"]] == [42, 43, 44, 45, 46]
     assert any("skipped 5 rows of" in note and "line 42, 46" in note for note in data.notes)
 
@@ -320,7 +320,7 @@ def test_streamed_bad_rows_are_refused_or_told(tmp_path: Path, capsys: pytest.Ca
 
 def test_a_file_without_header_is_found_out(shared_data: Path) -> None:
     sst2 = load_data(RunConfig(train=str(shared_data / "sst2" / "dev.tsv")))
-    assert sum(map(len, sst2.parts.values())) == 872 and sst2.columns == Columns(("0",), None, ("1",), header=False)
+    assert sum(map(len, sst2.splits.values())) == 872 and sst2.columns == Columns(("0",), None, ("1",), header=False)
     assert any("has no header" in note for note in sst2.notes)
     with pytest.raises(UserError, match=r"no header; the columns are 0 \(.*\.\.\.\), 1 \(27\), 2 \("):
         load_data(RunConfig(train=str(shared_data / "multilabel" / "goemotions" / "dev.tsv")))
@@ -390,7 +390,7 @@ TWO = "text,label\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(20))
     ("train", "test", "message"),
     [
         (TWO, "txt,lab\nx,a\n", "no column 'text'; its columns are txt, lab"),
-        (FLAGS, "text,rude\nx,0\n", "no column 'loud', which training has"),
+        (FLAGS, "text,rude\nx,0\n", "no column 'loud', which is a label in training"),
         (FLAGS, "text,rude,loud\nx,0,2\n", r"line 2: column loud: '2' is neither 0 nor 1"),
         (TWO, "text1,text2,label\nx,y,a\n", r"two texts a row .*, unlike training \(text\); give --text-column$"),
     ],
@@ -405,7 +405,7 @@ def test_a_test_file_unlike_training_is_one_line(tmp_path: Path, train: str, tes
 def test_a_test_file_may_have_other_names_and_the_run_says_so(tmp_path: Path) -> None:
     test = write(tmp_path / "test.csv", "Sentiment,Review\na,one\nb,two\n")
     data = load_data(RunConfig(train=write(tmp_path / "train.csv", TWO), test=test))
-    assert data.parts["test"].texts == ["one", "two"] and f"in {test} text: Review · label: Sentiment" in data.notes
+    assert data.splits["test"].texts == ["one", "two"] and f"in {test} text: Review · label: Sentiment" in data.notes
 
 
 @pytest.mark.parametrize(
@@ -428,7 +428,7 @@ def test_labels_that_cannot_be_read_are_bad_rows(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"line 6: label 'nan' is not a number, as regression needs; mend"):
         load_data(RunConfig(train=train))
     data = load_data(RunConfig(train=train, on_bad_rows="skip"))
-    assert data.problem.kind == REGRESSION and sum(map(len, data.parts.values())) == 39
+    assert data.problem.kind == REGRESSION and sum(map(len, data.splits.values())) == 39
     assert [row.line for row in data.skipped["train"]] == [6]
     with pytest.raises(UserError, match="2 labels where single_label_classification takes one"):
         run_data([["a", "b"], ["a"]] * 10, RunConfig(problem_type=SINGLE))
@@ -581,7 +581,7 @@ def test_true_and_1_are_one_label_in_files_of_two_kinds(tmp_path: Path) -> None:
     train.write_text("\n".join(lines), encoding="utf-8")
     test = write(tmp_path / "test.csv", "text,label\nwin,True\nhello,False\n")
     data = load_data(RunConfig(train=str(train), test=test))
-    assert data.problem.labels == ["0", "1"] and data.parts["test"].labels == ["1", "0"]
+    assert data.problem.labels == ["0", "1"] and data.splits["test"].labels == ["1", "0"]
 
 
 def test_regression_has_nothing_to_smooth() -> None:
@@ -624,8 +624,8 @@ def test_a_sample_is_not_copies_of_one_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "text,label\n" + "\n".join(rows) + "\n")
     for seed in (4, 5, 6):
         data = load_data(RunConfig(train=path, max_train_samples=200, split_seed=seed))
-        texts = [text for examples in data.parts.values() for text in examples.texts]
-        labels = [label for examples in data.parts.values() for label in examples.labels or []]
+        texts = [text for examples in data.splits.values() for text in examples.texts]
+        labels = [label for examples in data.splits.values() for label in examples.labels or []]
         assert len(texts) == 200 and 60 <= texts.count("ok") <= 105 and labels.count("spam") == 20
 
 
@@ -647,7 +647,7 @@ def test_of_two_columns_the_one_of_numbers_is_the_label(tmp_path: Path) -> None:
 def test_a_small_validation_file_without_header_is_read_as_the_training_file(tmp_path: Path) -> None:
     train = write(tmp_path / "a.tsv", "".join(f"intent_{i % 20}\tthe text number {i}\n" for i in range(300)))
     validation = write(tmp_path / "b.tsv", "".join(f"intent_{i}\tother text {i}\n" for i in range(15)))
-    assert len(load_data(RunConfig(train=train, validation=validation)).parts["validation"]) == 15
+    assert len(load_data(RunConfig(train=train, validation=validation)).splits["validation"]) == 15
 
 
 def test_a_row_of_unknown_names_that_is_read_as_data_is_told(

@@ -93,7 +93,7 @@ def test_rows_of_0_and_1_are_a_place_for_each_label() -> None:
     rows = [[0, 1, 0], [1, 1, 0], [0, 0, 0]]
     data = prepared(rows * 10, validation_split=0)
     assert data.problem.kind == MULTI and data.problem.labels == ["0", "1", "2"]
-    assert data.problem.targets(data.parts["train"].labels or [])[:3].tolist() == rows
+    assert data.problem.targets(data.splits["train"].labels or [])[:3].tolist() == rows
     assert prepared([[0, 1], [1], [0]] * 10, validation_split=0).problem.labels == ["0", "1"]  # lists of labels 0, 1
 
 
@@ -105,7 +105,7 @@ def test_one_of_two_in_two_columns(written: Callable[[list[int]], Any]) -> None:
     parts, columns = examples_from_lists({"train": (texts, labels)}, None)
     data = prepare(parts, columns, RunConfig(validation_split=0), [])
     assert (
-        data.problem.kind == MULTI and data.problem.targets(data.parts["train"].labels or []).tolist() == rows.tolist()
+        data.problem.kind == MULTI and data.problem.targets(data.splits["train"].labels or []).tolist() == rows.tolist()
     )
 
 
@@ -119,7 +119,7 @@ def test_real_multi_label_data(shared_data: Path) -> None:
     files = {"train": str(folder / "dev.tsv"), "test": str(folder / "test.tsv")}
     data = load_data(RunConfig(**files, **flags))  # type: ignore[arg-type]
     assert data.problem.kind == MULTI and data.problem.labels == [str(i) for i in range(28)]
-    assert len(data.parts["test"]) == 5427
+    assert len(data.splits["test"]) == 5427
 
 
 def of_many_classes(rows: int, multi: bool, skip: int | None = None) -> tuple[list[str], list[Any]]:
@@ -174,8 +174,8 @@ def test_a_whole_number_is_one_label_however_it_is_written(tmp_path: Path) -> No
     for train, test in ((plain, gaps), (gaps, plain)):
         data = load_data(RunConfig(train=train, test=test, validation_split=0))
         assert data.problem.labels == ["0", "1", "2"]
-        assert any(note.startswith("labels such as 0.0 are taken for 0") for note in data.notes)
-        assert {part: (examples.labels or [])[0] for part, examples in data.parts.items()} == (
+        assert any(note.startswith("labels such as 0.0 are read as 0") for note in data.notes)
+        assert {part: (examples.labels or [])[0] for part, examples in data.splits.items()} == (
             {"train": "0", "test": "1"} if train == plain else {"train": "1", "test": "0"}
         )
     assert load_data(RunConfig(train=gaps)).problem.labels == ["0.0", "1.0", "2.00"]  # as they stand
@@ -266,7 +266,7 @@ def test_labels_in_a_column_or_in_a_table_from_python() -> None:
     for labels in (numbers, numbers[:, None], Frame(numbers[:, None], ["kind"])):
         parts, columns = examples_from_lists({"train": (texts, labels)}, None)
         data = prepare(parts, columns, RunConfig(validation_split=0), [])
-        assert data.problem.kind == SINGLE and data.parts["train"].labels == ["0", "1", "0"]
+        assert data.problem.kind == SINGLE and data.splits["train"].labels == ["0", "1", "0"]
 
     flags = Frame(np.array([[1, 0], [0, 0], [1, 1]]), ["rude", "loud"])
     parts, columns = examples_from_lists(
@@ -274,7 +274,7 @@ def test_labels_in_a_column_or_in_a_table_from_python() -> None:
     )
     data = prepare(parts, columns, RunConfig(validation_split=0), [])
     assert data.problem.kind == MULTI and data.problem.labels == ["rude", "loud"]
-    assert data.parts["train"].labels == [["rude"], [], ["rude", "loud"]] and data.parts["test"].labels == [["loud"]]
+    assert data.splits["train"].labels == [["rude"], [], ["rude", "loud"]] and data.splits["test"].labels == [["loud"]]
     with pytest.raises(UserError, match="test: labels come in the columns label, those of training in rude and loud"):
         examples_from_lists({"train": (texts, flags), "test": (["d"], [["loud"]])}, None)
 
@@ -284,7 +284,7 @@ def test_labels_are_numbers_of_any_kind(scalar: Callable[[int], Any]) -> None:
     labels = [scalar(value) for value in (0, 1, 1)]
     parts, columns = examples_from_lists({"train": (["a", "b", "c"], labels)}, None)
     data = prepare(parts, columns, RunConfig(validation_split=0), [])
-    assert data.problem.kind == SINGLE and data.parts["train"].labels == ["0", "1", "1"]
+    assert data.problem.kind == SINGLE and data.splits["train"].labels == ["0", "1", "1"]
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_a_text_that_is_missing_in_a_list_is_a_row_that_cannot_be_used() -> None
     with pytest.raises(UserError, match=r"train list, line 1, 3: 2 rows have no text; .*--on-bad-rows skip"):
         prepare(parts, columns, RunConfig(), [])
     data = prepare(parts, columns, RunConfig(on_bad_rows="skip", validation_split=0), [])
-    assert data.parts["train"].texts == ["win", "hello", "now"]
+    assert data.splits["train"].texts == ["win", "hello", "now"]
     parts, _ = examples_from_lists({"train": ([("a", "b"), ("c", None)], [0, 1])}, None)
     assert parts["train"].pairs == ["b", ""]
 

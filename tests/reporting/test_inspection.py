@@ -39,7 +39,7 @@ def flawed(tmp_path: Path) -> RunConfig:
 def inspected(config: RunConfig, model: Path, max_length: int = 64) -> Inspection:
     data = load_data(config)
     tokenizer = Tokenizer.from_folder(model)
-    tokens = {part: tokenizer.encode(rows.texts, rows.pairs, max_length) for part, rows in data.parts.items()}
+    tokens = {part: tokenizer.encode(rows.texts, rows.pairs, max_length) for part, rows in data.splits.items()}
     return inspect(data, tokens, max_length, config.truncation)
 
 
