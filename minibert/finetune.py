@@ -42,12 +42,14 @@ def finetune(
     *,
     validation: tuple[Iterable[Any], Iterable[Any]] | None = None,
     test: tuple[Iterable[Any], Iterable[Any]] | None = None,
+    sample_weight: Iterable[float] | None = None,
     **flags: Any,
 ) -> Classifier:
     """Fine-tune on texts and labels (lists, arrays, pandas columns) and return the classifier.
 
-    A text may be a pair, (first, second); `validation` and `test` are (texts, labels). `flags` are the command's, in
-    snake_case. What the user can fix is a `minibert.errors.UserError`.
+    A text may be a pair, (first, second); `validation` and `test` are (texts, labels). `sample_weight` is what each
+    text's loss counts in training; metrics count all rows alike. `flags` are the command's, in snake_case. What the
+    user can fix is a `minibert.errors.UserError`.
     """
     settings = checked_values(flags, "minibert.finetune")
     for part in ("validation", "test"):
@@ -59,7 +61,7 @@ def finetune(
     from minibert.run import run_from_lists
 
     given = {"train": (texts, labels), "validation": validation, "test": test}
-    return run_from_lists(config, {part: pair for part, pair in given.items() if pair is not None})
+    return run_from_lists(config, {part: pair for part, pair in given.items() if pair is not None}, sample_weight)
 
 
 class _CallableModule(ModuleType):

@@ -122,11 +122,15 @@ def demonstration() -> dict[str, Any]:
     return {"train": str(DEMO_DATA), "test_split": 0.15}
 
 
-def run_from_lists(config: RunConfig, given: dict[str, tuple[Iterable[Any], Iterable[Any]]]) -> Classifier:
+def run_from_lists(
+    config: RunConfig,
+    given: dict[str, tuple[Iterable[Any], Iterable[Any]]],
+    sample_weight: Iterable[float] | None = None,
+) -> Classifier:
     """The Python API's run: the same, from lists."""
     with distributed.processes(config):
         refuse_at_once(config)
-        parts, columns = examples_from_lists(given, config.label_delimiter)
+        parts, columns = examples_from_lists(given, config.label_delimiter, sample_weight)
         return run(config, prepare(parts, columns, config, []), ["minibert.finetune(...)"])
 
 
@@ -575,6 +579,7 @@ def encode_parts(tokenizer: Tokenizer, data: RunData, config: RunConfig) -> dict
             data.problem.targets(examples.labels or []),
             source=examples.source,
             lines=examples.lines,
+            weights=None if examples.weights is None else np.array(examples.weights, dtype=np.float32),
         )
         for part, examples in data.splits.items()
     }

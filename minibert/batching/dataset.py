@@ -24,6 +24,7 @@ class Dataset:
     frozen: FrozenActivations | None = None  # what the frozen layers make of the tokens, computed once
     source: str = ""  # the file the examples come from
     lines: Sequence[int] = ()  # and the line of each
+    weights: np.ndarray | None = None  # [n] float32: what each example's loss counts in training; None: 1
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -35,7 +36,8 @@ class Dataset:
 
     def take(self, rows: np.ndarray) -> Dataset:
         """Some of the examples; only before frozen layers are computed."""
-        return Dataset(self.tokens.take(rows), self.targets[rows])
+        weights = None if self.weights is None else self.weights[rows]
+        return Dataset(self.tokens.take(rows), self.targets[rows], weights=weights)
 
     def batch(self, rows: np.ndarray) -> PackedInput:
         if self.tokens.windows is None:

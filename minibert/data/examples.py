@@ -26,6 +26,7 @@ class Examples:
     labels: list[Any] | None = None
     lines: list[int] = field(default_factory=list)
     bad: list[BadRow] = field(default_factory=list)  # rows of the source that are not among these
+    weights: list[float] | None = None  # what each row's loss counts in training
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -36,7 +37,8 @@ class Examples:
         def pick(values: list[Any] | None) -> Any:
             return None if values is None else [values[i] for i in rows]
 
-        return Examples(self.source, pick(self.texts), pick(self.pairs), pick(self.labels), pick(self.lines))
+        texts, pairs, labels = pick(self.texts), pick(self.pairs), pick(self.labels)
+        return Examples(self.source, texts, pairs, labels, pick(self.lines), weights=pick(self.weights))
 
 
 def text_keys(examples: Examples) -> list[str]:
@@ -153,7 +155,9 @@ def as_texts(
 
 
 def examples_from_lists(
-    given: dict[str, tuple[Iterable[Any], Iterable[Any]]], delimiter: str | None
+    given: dict[str, tuple[Iterable[Any], Iterable[Any]]],
+    delimiter: str | None,
+    sample_weight: Iterable[float] | None = None,
 ) -> tuple[dict[str, Examples], Columns]:
     """(texts, labels) of each part -> its examples, and the columns that a file of the same would have."""
     parts, labels_of = {}, {}
@@ -170,8 +174,24 @@ def examples_from_lists(
             named = [" and ".join(names) for names in (labels_of[part], labels_of["train"])]
             raise UserError(f"{part}: labels come in the columns {named[0]}, those of training in {named[1]}")
         parts[part] = Examples(f"{part} list", texts, pairs, values, list(range(len(texts))))
+    parts["train"].weights = _weights(sample_weight, len(parts["train"]))
     second = "text_pair" if parts["train"].pairs is not None else None
     return parts, Columns(("text",), second, labels_of["train"], delimiter)
+
+
+def _weights(sample_weight: Iterable[float] | None, rows: int) -> list[float] | None:
+    """A weight of at least 0 for each row."""
+    if sample_weight is None:
+        return None
+    try:
+        weights = np.asarray(_plain(sample_weight), dtype=np.float32)
+    except (TypeError, ValueError):
+        raise UserError("sample_weight: expected a number for each text") from None
+    if weights.shape != (rows,):
+        raise UserError(f"sample_weight: {rows} texts, but weights of shape {weights.shape}; give one per text")
+    if not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise UserError("sample_weight: weights are finite numbers of at least 0, not all of them 0")
+    return weights.tolist()
 
 
 def _labels(labels: Iterable[Any]) -> tuple[tuple[str, ...], list[Any]]:

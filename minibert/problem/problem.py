@@ -55,8 +55,8 @@ class Problem:
     ) -> Tensor:
         """The sum of the examples' losses (divide by the sum of `example_weights`); computed in fp32.
 
-        `weights`: [L] of the classes, or of the positive rows of each label in multi-label. `keep` [B] is 0 for rows
-        that only fill the batch up.
+        `weights`: [L] of the classes, or of the positive rows of each label in multi-label. `keep` [B] is what
+        each row's loss counts, 0 for rows that only fill the batch up.
         """
         logits = logits.float()
         if self.kind == SINGLE:
@@ -66,7 +66,7 @@ class Problem:
             losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none").mean(1)
         else:
             losses = ((logits.squeeze(1) - targets) / self.unit) ** 2
-        return (losses if keep is None else torch.where(keep > 0, losses, 0)).sum()
+        return (losses if keep is None else torch.where(keep > 0, losses * keep, 0)).sum()
 
     def choose_unit(self, targets: np.ndarray) -> None:
         """A regression's [n] labels of a wide spread are counted in a larger unit, or the head would never reach them.

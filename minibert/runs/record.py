@@ -101,9 +101,10 @@ def fingerprint_of(
 
 
 def rows_digest(examples: Examples) -> str:
-    """A hash of every text and label of a part, in order."""
+    """A hash of every text, label and weight of a part, in order."""
     digest = hashlib.sha256()
-    for column in (examples.texts, examples.pairs, examples.labels):
+    weights = [] if examples.weights is None else [examples.weights]
+    for column in (examples.texts, examples.pairs, examples.labels, *weights):
         for cell in column or ():  # one by one: as a whole it would be a copy of the data
             digest.update(json.dumps(cell).encode() + b"\n")
         digest.update(b"\n")

@@ -34,6 +34,7 @@ class HeadStart:
         self.model, self.problem = model, problem
         self.rows = sampled_rows(train.targets, problem, ROWS)
         self.targets = torch.from_numpy(train.targets[self.rows])
+        self.sample_weights = None if train.weights is None else torch.from_numpy(train.weights[self.rows])
         self.tokens, self.features = _features(model, train, self.rows, hardware, quiet)
 
     def standardise(self) -> None:
@@ -83,7 +84,7 @@ class HeadStart:
 
     def _rows(self, features: Tensor, class_weights: np.ndarray | None) -> Rows:
         weights = None if class_weights is None else torch.from_numpy(class_weights)
-        return Rows(self.problem, features, self.targets, weights)
+        return Rows(self.problem, features, self.targets, weights, self.sample_weights)
 
     def _constant_loss(self, class_weights: np.ndarray | None) -> float:
         """Of the probe that sees no features."""

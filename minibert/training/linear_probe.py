@@ -43,18 +43,26 @@ class Rows:
     features: Tensor
     targets: Tensor
     class_weights: Tensor | None  # [L]
+    sample_weights: Tensor | None = None  # [n]
 
     def take(self, rows: np.ndarray) -> Rows:
         index = torch.from_numpy(rows)
-        return Rows(self.problem, self.features[index], self.targets[index], self.class_weights)
+        weights = None if self.sample_weights is None else self.sample_weights[index]
+        return Rows(self.problem, self.features[index], self.targets[index], self.class_weights, weights)
 
     def total_weight(self) -> float:
         weights = None if self.class_weights is None else self.class_weights.numpy()
-        return float(self.problem.example_weights(self.targets.numpy(), weights).sum()) or 1.0
+        counts = self.problem.example_weights(self.targets.numpy(), weights)
+        return float((counts * self.counts().numpy()).sum()) or 1.0
+
+    def counts(self) -> Tensor:
+        """[n] what each row counts, beside its class."""
+        return torch.ones(len(self.features)) if self.sample_weights is None else self.sample_weights
 
     def loss_sum(self, logits: Tensor, chunk: slice) -> Tensor:
         """As in training, but of several labels the sum: their mean would count for less the more there are."""
-        losses = self.problem.loss_sum(logits, self.targets[chunk], self.class_weights, 0.0)
+        weights = None if self.sample_weights is None else self.sample_weights[chunk]
+        losses = self.problem.loss_sum(logits, self.targets[chunk], self.class_weights, 0.0, weights)
         return losses * logits.shape[1] if self.problem.kind == MULTI else losses
 
 
@@ -114,22 +122,23 @@ def _fit_path(rows: Rows, penalties: tuple[float, ...]) -> Iterator[tuple[Tensor
 
 def _ridge(rows: Rows, penalty: float) -> tuple[Tensor, Tensor]:
     """Least squares in closed form."""
-    x, y = rows.features.double(), rows.targets.double()
-    centre, mean = x.mean(0), y.mean()
+    x, y, counts = rows.features.double(), rows.targets.double(), rows.counts().double()[:, None]
+    centre, mean = (counts * x).sum(0) / counts.sum(), (counts[:, 0] * y).sum() / counts.sum()
     x = x - centre
-    gram = x.T @ x + penalty * torch.eye(x.shape[1], dtype=torch.float64)
-    weight = torch.linalg.solve(gram, x.T @ (y - mean))
+    weighted = counts * x
+    gram = weighted.T @ x + penalty * torch.eye(x.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(gram, weighted.T @ (y - mean))
     return weight.float()[None], (mean - centre @ weight).float()[None]
 
 
 def _log_prior(rows: Rows) -> Tensor:
     """The best constant answer: where the bias begins."""
-    targets, labels = rows.targets, len(rows.problem.labels)
+    targets, counts, labels = rows.targets, rows.counts(), len(rows.problem.labels)
     if rows.problem.kind == MULTI:
-        fraction = (targets.sum(0) + 0.5) / (len(targets) + 1)
+        fraction = ((counts[:, None] * targets).sum(0) + 0.5) / (counts.sum() + 1)
         return torch.log(fraction / (1 - fraction))
-    counts = torch.bincount(targets, minlength=labels) + 0.5
-    return torch.log(counts / counts.sum())
+    of_classes = torch.bincount(targets, counts, minlength=labels) + 0.5
+    return torch.log(of_classes / of_classes.sum())
 
 
 def _minimise(rows: Rows, weight: Tensor, bias: Tensor, penalty: float) -> None:

@@ -98,17 +98,19 @@ def train_step(
     hardware: Hardware,
     class_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
+    sample_weights: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One update from the packed batches and targets of one step; returns (mean loss, gradient norm) as tensors.
 
     The losses of all batches are summed and divided by `denominator`, so accumulation equals one large batch, and so
-    do the batches of several processes.
+    do the batches of several processes. `sample_weights` has for each batch what its rows count, [B].
     """
     total = torch.zeros((), device=hardware.device)
     for number, (x, targets) in enumerate(batches):
         with hardware.autocast():
             logits = model.logits(x, None if masks is None else masks.of_batch(number))
-        loss = problem.loss_sum(logits, targets, class_weights, label_smoothing) / denominator
+        counts = None if sample_weights is None else sample_weights[number]
+        loss = problem.loss_sum(logits, targets, class_weights, label_smoothing, counts) / denominator
         (loss if optimizer.loss_scale is None else loss * optimizer.loss_scale).backward()
         total += loss.detach()
     total = distributed.sum_gradients(optimizer.parameters, total)
@@ -199,6 +201,9 @@ class Training:
         hardware, config = self.hardware, self.config
         if hardware.engine in ("eager", "compile"):
             return None
+        if self.data["train"].weights is not None:
+            self._use_eager("sample_weight is for --engine eager or compile")
+            return None
         from minibert.training.graph_step import FixedSteps  # imports Triton, where it is
 
         fixed = FixedSteps(self.model, self.problem, config, hardware, self.total_steps, self.weights)
@@ -207,11 +212,16 @@ class Training:
         fault = fixed.fault(train.batch(rows), train.targets_of(rows, torch.device("cpu")))
         if fault is None:
             return fixed
-        if config.engine != "auto":
-            raise UserError(f"--engine {hardware.engine}: {fault}; use eager")
-        self.hardware = eager(hardware, config)
-        self.say(f"engine {hardware.engine} does not work here: {fault}. Training is eager, with the same result")
+        self._use_eager(fault)
         return None
+
+    def _use_eager(self, fault: str) -> None:
+        """Eager steps in place of the engine that `auto` chose; UserError for one that was asked for by name."""
+        engine = self.hardware.engine
+        if self.config.engine != "auto":
+            raise UserError(f"--engine {engine}: {fault}; use eager")
+        self.hardware = eager(self.hardware, self.config)
+        self.say(f"engine {engine} does not work here: {fault}. Training is eager, with the same result")
 
     def run(self, log_path: Path, save: Callable[[], None]) -> None:
         """Train to the end; the model then holds the best weights. `save` writes a checkpoint of this object."""
@@ -372,7 +382,12 @@ class Training:
             hardware=hardware,
             class_weights=self.weights_tensor,
             label_smoothing=self.config.label_smoothing,
+            sample_weights=self._sample_weights(pieces),
         )
+
+    def _sample_weights(self, pieces: list[np.ndarray]) -> list[Tensor] | None:
+        weights, device = self.data["train"].weights, self.hardware.device
+        return None if weights is None else [torch.from_numpy(weights[rows]).to(device) for rows in pieces]
 
     def _masks(self) -> DropoutMasks:
         """Of the step that comes."""
@@ -415,6 +430,7 @@ class Training:
         train, config = self.data["train"], self.config
         batches = planned_batches(train.lengths, config, epoch)
         counts = self.problem.example_weights(train.targets, self.weights)
+        counts = counts if train.weights is None else counts * train.weights
         steps = []
         for start in range(0, len(batches), config.gradient_accumulation_steps):
             chosen = batches[start : start + config.gradient_accumulation_steps]
