@@ -1,6 +1,6 @@
 """pytest-benchmark: one training step of each trainer, and our operations beside torch's.
 
-`pytest benchmarks/bench_step.py -n 0 --benchmark-enable`. The side-by-side ratios of the README come from steps.py,
+`pytest benchmarks/bench_step.py -n 0 --benchmark-enable`. The side-by-side ratios of README.md come from steps.py,
 which interleaves the trainers; this file is for looking at one of them while changing it.
 """
 

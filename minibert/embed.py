@@ -12,24 +12,28 @@ from minibert.errors import UserError
 from minibert.runtime.files import atomic, check_output_path
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = Parser(prog="python -m minibert.embed", description="Sentence embeddings of a data file's texts.")
-    parser.add_argument("model", metavar="RUN_OR_MODEL", help="folder that finetune wrote, or any BERT")
-    parser.add_argument(
+def parser() -> Parser:
+    result = Parser(prog="python -m minibert.embed", description="Sentence embeddings of a data file's texts.")
+    result.add_argument("model", metavar="RUN_OR_MODEL", help="folder that finetune wrote, or any BERT")
+    result.add_argument(
         "--file", type=os.path.expanduser, metavar="F", required=True, help="data file with a text column"
     )
-    parser.add_argument(
+    result.add_argument(
         "--output",
         type=os.path.expanduser,
         metavar="NPY",
         required=True,
         help="where to write the array [texts, hidden]",
     )
-    parser.add_argument("--pooling", choices=("mean", "cls", "pooler"), default="mean")
-    parser.add_argument("--max-length", type=int, metavar="N", help="longest text in tokens (default the model's)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add_column_flags(parser)
-    arguments = parser.parse_args(list(argv))
+    result.add_argument("--pooling", choices=("mean", "cls", "pooler"), default="mean")
+    result.add_argument("--max-length", type=int, metavar="N", help="longest text in tokens (default the model's)")
+    result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_column_flags(result)
+    return result
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = parser().parse_args(list(argv))
     output = Path(arguments.output)
     check_output_path(output, arguments.file)
     import numpy as np

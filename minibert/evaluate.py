@@ -16,16 +16,20 @@ from minibert.errors import UserError
 from minibert.runtime.files import check_output_path, write_json
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = Parser(prog="python -m minibert.evaluate", description="Metrics of a saved model on a labelled file.")
-    parser.add_argument("run", metavar="RUN", help="folder that finetune wrote, or any BERT classifier")
-    parser.add_argument(
+def parser() -> Parser:
+    result = Parser(prog="python -m minibert.evaluate", description="Metrics of a saved model on a labelled file.")
+    result.add_argument("run", metavar="RUN", help="folder that finetune wrote, or any BERT classifier")
+    result.add_argument(
         "--file", type=os.path.expanduser, metavar="F", required=True, help="data file with text and labels"
     )
-    parser.add_argument("--output", type=os.path.expanduser, metavar="JSON", help="also write the metrics to this file")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add_column_flags(parser, labels=True)
-    arguments = parser.parse_args(list(argv))
+    result.add_argument("--output", type=os.path.expanduser, metavar="JSON", help="also write the metrics to this file")
+    result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_column_flags(result, labels=True)
+    return result
+
+
+def main(argv: Sequence[str]) -> None:
+    arguments = parser().parse_args(list(argv))
     if arguments.output:
         check_output_path(Path(arguments.output), arguments.file)
     import numpy as np

@@ -31,7 +31,7 @@ import torch._dynamo  # noqa: F401 - this and what follows for the forks
 from transformers import AutoTokenizer, BertForSequenceClassification, BertModel  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("minibert", "kernels", "tests", "benchmarks", "pyproject.toml", "README.md", "CONTRIBUTING.md")
+COPIED = ("minibert", "kernels", "tests", "benchmarks", "pyproject.toml", "README.md", "docs", "CONTRIBUTING.md")
 SECONDS = 300  # of one test; a change may make it wait for ever
 
 

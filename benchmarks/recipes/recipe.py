@@ -29,7 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "recipes.json"
 
 @dataclass
 class Recipe:
-    """One tutorial: the command as the README has it, and what to read from its metrics."""
+    """One tutorial: the command as benchmarks/README.md has it, and what to read from its metrics."""
 
     name: str
     command: str  # of finetune, or Python, with file names as a user would have them

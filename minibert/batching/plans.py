@@ -1,7 +1,7 @@
 """Which examples share a batch.
 
 Any examples may share a batch, as their tokens are packed; batches of like length are hardly faster to compute, and
-some tasks learn less from them (README has the figures). Batches by tokens hold as many examples as fit a budget.
+some tasks learn less from them (figures: benchmarks). Batches by tokens hold as many examples as fit a budget.
 Every plan is a pure function of (lengths, sizes, seed, epoch).
 """
 

@@ -21,7 +21,7 @@ from minibert.errors import UserError
 from minibert.export import export, open_session, session_logits, verify
 from minibert.inference import onnx as onnx_graph
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+HOW_TO = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "export-and-serve.md"
 TEXTS = ["win a free prize now", "see you at the film", "x", "", "the good and the bad " * 9]
 
 
@@ -169,12 +169,12 @@ def test_sentence_transformers_gives_our_embeddings(tiny: Callable[..., Path], t
     assert np.abs(vectors - classifier.embed(TEXTS, pooling="mean")).max() < 1e-5
 
 
-def test_the_examples_of_the_readme_run(
+def test_the_examples_of_the_how_to_run(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     minibert.load(tiny("BertForSequenceClassification"), "cpu").save(tmp_path / "runs" / "mine")
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", HOW_TO.read_text(encoding="utf-8"), re.DOTALL)
     examples = [code for code in blocks if "transformers import" in code]
     assert len(examples) == 2
     for code in examples:

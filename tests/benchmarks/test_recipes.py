@@ -1,4 +1,4 @@
-"""The tutorials' recipes: the README has their commands, and the scripts keep, show and continue what they ran."""
+"""Recipes of tutorials: benchmarks/README.md has their commands, and the scripts keep, show and continue their runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from minibert.cli import parse_run_config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
     "sms_spam": ["COMMAND"],
     "questions": ["COMMAND"],
@@ -33,13 +33,13 @@ def recipes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_readme_has_the_command_of_the_script(name: str, recipes: Any) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_has_the_command_of_the_script(name: str, recipes: Any) -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     module = importlib.import_module(name)
-    assert f"`{name}.py`" in readme
+    assert f"`{name}.py`" in page
     for constant in COMMANDS[name]:
         command = getattr(module, constant)
-        assert command in readme
+        assert command in page
         if constant != "CODE":
             words = shlex.split(command.replace("\\\n", " "))
             assert words[:3] == ["python", "-m", "minibert.finetune"] and parse_run_config(words[3:]).train
