@@ -164,6 +164,9 @@ class RunConfig:
     activation_checkpointing: bool = flag(
         False, "compute a layer's activations again in backward: less memory, a third slower", group="speed"
     )
+    onednn: bool = flag(
+        True, "on a CPU: fp32 products by oneDNN where that is faster (same accuracy, other rounding)", group="speed"
+    )
     length_buckets: bool = flag(
         False, "batches of texts of like length: hardly faster, and less accurate on some data", group="speed"
     )

@@ -17,7 +17,7 @@ def rates(setting: Setting) -> dict[str, float]:
     """The largest rates: of a product that fills the device, of a copy, and of launches of a kernel of no work."""
     size, elements = (128, 1 << 16) if setting.smoke else (8192, 1 << 31)
     return {
-        "matmul_tflops": round(product_rate(setting, size, size, size, sets=3), 1),
+        "matmul_tflops": float(f"{product_rate(setting, size, size, size, sets=3):.4g}"),
         "copy_gigabytes_per_second": round(copy_rate(setting, elements), 1),  # read and written
         "launch_microseconds": round(launch_time(setting), 2),
     }

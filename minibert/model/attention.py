@@ -148,6 +148,7 @@ class _DropoutAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, chunks, heads, p, masks):  # type: ignore[no-untyped-def]
         context = qkv.new_empty(len(qkv), qkv.shape[1] // 3)
+        half = qkv.dtype == torch.bfloat16  # whose softmax is taken in fp32, as autocast does on a GPU
         saved = []
         for chunk in chunks:
             packed = qkv[chunk.rows]
@@ -157,7 +158,7 @@ class _DropoutAttention(torch.autograd.Function):
             scores = torch.bmm(query, key.transpose(1, 2)).mul_(query.shape[-1] ** -0.5)  # [n * N, S, S]
             if chunk.key_bias is not None:
                 scores.view(chunk.num_texts, heads, chunk.longest, chunk.longest).add_(chunk.key_bias)
-            weights = torch.softmax(scores, -1)
+            weights = torch.softmax(scores, -1, dtype=torch.float32 if half else None).to(scores.dtype)
             mask, scale = masks.draw(weights.shape, p, weights)
             dropped = torch.mul(weights, mask, out=mask)
             output = _join_heads(torch.bmm(dropped, value)[None], chunk.num_texts).mul_(scale)  # [n * S, H]

@@ -22,6 +22,7 @@ from minibert.model import ops
 from minibert.model.attention import first_token_attention, self_attention
 from minibert.model.config import BertConfig
 from minibert.model.dropout import DropoutMasks, dropout
+from minibert.model.linear import Linear
 from minibert.model.packing import Packing
 
 if TYPE_CHECKING:
@@ -125,11 +126,11 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
         self.attention_dropout, self.dropout = config.attention_probs_dropout_prob, config.hidden_dropout_prob
         self.compiled_rest: Callable[[Layer, Tensor, Tensor, DropoutMasks], Tensor] | None = None  # for training
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.attention_output = nn.Linear(hidden, hidden)
+        self.qkv = Linear(hidden, 3 * hidden)
+        self.attention_output = Linear(hidden, hidden)
         self.attention_norm = nn.LayerNorm(hidden, eps=eps)
-        self.intermediate = nn.Linear(hidden, config.intermediate_size)
-        self.output = nn.Linear(config.intermediate_size, hidden)
+        self.intermediate = Linear(hidden, config.intermediate_size)
+        self.output = Linear(config.intermediate_size, hidden)
         self.output_norm = nn.LayerNorm(hidden, eps=eps)
 
     def forward(self, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:
@@ -223,7 +224,7 @@ class Encoder(nn.Module):
 class Pooler(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, first_tokens: Tensor, masks: DropoutMasks | None = None) -> Tensor:
         return torch.tanh(ops.linear(first_tokens, self.dense, masks))  # [B, H]
@@ -235,8 +236,8 @@ class Classifier(nn.Module):
     def __init__(self, config: BertConfig, num_labels: int, mlp_size: int = 0) -> None:
         super().__init__()
         self.dropout = config.head_dropout_prob
-        self.dense = nn.Linear(config.hidden_size, mlp_size) if mlp_size else None
-        self.out = nn.Linear(mlp_size or config.hidden_size, num_labels)
+        self.dense = Linear(config.hidden_size, mlp_size) if mlp_size else None
+        self.out = Linear(mlp_size or config.hidden_size, num_labels)
 
     def forward(self, pooled: Tensor, masks: DropoutMasks | None) -> Tensor:
         hidden = dropout(pooled, self.dropout, masks)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from minibert.model.dropout import DropoutMasks, dropout_add
+from minibert.model.linear import Linear
 
 if TYPE_CHECKING:
     from minibert_kernels.gradients import SharedGradient
@@ -28,7 +29,7 @@ def shared_gradient(masks: DropoutMasks | None) -> SharedGradient | None:
 
 def linear(
     x: Tensor,
-    layer: nn.Linear,
+    layer: Linear,
     masks: DropoutMasks | None,
     rows: slice | None = None,
     shared: SharedGradient | None = None,
@@ -38,12 +39,12 @@ def linear(
         from minibert_kernels.linear import linear as in_place
 
         return in_place(x, layer.weight, layer.bias, rows, shared)
-    return layer(x) if rows is None else F.linear(x, layer.weight[rows], layer.bias[rows])
+    return layer(x) if rows is None else layer.rows(x, rows)
 
 
 def linear_dropout_add_norm(
     x: Tensor,
-    layer: nn.Linear,
+    layer: Linear,
     residual: Tensor,
     norm: nn.LayerNorm,
     p: float,
@@ -76,7 +77,7 @@ def linear_dropout_add_norm(
 
 def linear_activation(
     x: Tensor,
-    layer: nn.Linear,
+    layer: Linear,
     activation: Callable[[Tensor], Tensor],
     masks: DropoutMasks | None,
     shared: SharedGradient | None = None,

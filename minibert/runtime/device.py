@@ -9,8 +9,8 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TypeVar
@@ -21,6 +21,7 @@ from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.model.bert import PackedInput
 from minibert.runtime import distributed
+from minibert.runtime.processor import has_bf16, onednn_is_faster, products_by_onednn
 
 Result = TypeVar("Result")
 # Of a gradient, relative to its norm: how far an engine may be from plain torch. MiniLM: 0.015, 0.002, -, 1e-6
@@ -54,6 +55,7 @@ class Hardware:
     attention: str
     engine: str
     kernels: bool = False  # those of minibert_kernels, in the engine `graph`
+    onednn: bool = False  # computes the fp32 products on a CPU, not MKL
 
     def autocast(self) -> AbstractContextManager[object]:
         """Matrix products in bf16 or fp16; LayerNorm, softmax and loss stay in fp32."""
@@ -62,14 +64,18 @@ class Hardware:
             return torch.autocast(self.device.type, dtype)
         return nullcontext()
 
-    def computing(self) -> AbstractContextManager[object]:
-        """Around training steps and embeddings: on a CPU, without oneDNN, which is no faster for them in fp32.
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around training steps and embeddings. On a CPU oneDNN computes the products of linear layers or nothing.
 
-        It keeps its buffers for every shape it has seen, and batches have many: 200 MB of MiniLM's.
+        What else torch would give it (GELU, LayerNorm, small products) it is no faster at in fp32, and it keeps
+        buffers for every shape it has seen: 200 MB of MiniLM's.
         """
-        plain = self.device.type == "cpu" and self.engine in ("eager", "compile")
+        plain = self.device.type == "cpu" and self.engine in ("eager", "compile") and self.precision == "fp32"
         mkldnn = torch.backends.mkldnn
-        return mkldnn.flags(enabled=False, allow_tf32=mkldnn.allow_tf32) if plain else nullcontext()
+        without = mkldnn.flags(enabled=False, allow_tf32=mkldnn.allow_tf32) if plain else nullcontext()
+        with without, products_by_onednn(self.onednn):
+            yield
 
     def place(self, x: PackedInput) -> PackedInput:
         """A batch on the device, laid out for the attention kernel."""
@@ -81,7 +87,8 @@ class Hardware:
         return 2048 if self.device.type == "cpu" else 1 << 16
 
     def __str__(self) -> str:
-        return f"{self.device.type} · {self.precision} · {self.attention} attention · {self.engine} engine"
+        products = " · oneDNN products" if self.onednn else ""
+        return f"{self.device.type} · {self.precision} · {self.attention} attention · {self.engine} engine{products}"
 
 
 def choose(config: RunConfig) -> Hardware:
@@ -101,7 +108,8 @@ def choose(config: RunConfig) -> Hardware:
     precision = _precision(config, device)
     engine = _engine(config, device)
     kernels = engine == "graph" and config.kernels and find_spec("triton") is not None
-    return Hardware(device, precision, _attention(config, device, precision), engine, kernels)
+    onednn = device.type == "cpu" and precision == "fp32" and engine == "eager" and config.onednn and onednn_is_faster()
+    return Hardware(device, precision, _attention(config, device, precision), engine, kernels, onednn)
 
 
 def _attention(config: RunConfig, device: torch.device, precision: str) -> str:
@@ -231,9 +239,11 @@ def be_deterministic() -> None:
 
 def _precision(config: RunConfig, device: torch.device) -> str:
     if device.type == "cpu":
-        if config.precision not in ("auto", "fp32"):
-            raise UserError(f"--precision {config.precision}: the CPU computes in fp32; leave the flag out")
-        return "fp32"
+        if config.precision == "bf16" and not has_bf16():
+            raise UserError("--precision bf16: this processor has no bf16 arithmetic; leave the flag out")
+        if config.precision not in ("auto", "fp32", "bf16"):
+            raise UserError(f"--precision {config.precision}: a CPU computes in fp32 or bf16; leave the flag out")
+        return "bf16" if config.precision == "bf16" else "fp32"
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
