@@ -26,6 +26,7 @@ from trainers import BATCH, TRAINERS, Texts, sms_spam
 
 from minibert.batching.tokenizer import Tokenizer
 from minibert.run import demo_weights
+from minibert.runtime.processor import has_bf16
 
 WARM_UP = 4  # of so many batches one is trained on before the clock runs
 SETTLE = 0.02  # seconds for the last trainer's threads to stop spinning
@@ -36,8 +37,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16, help="of 32 messages, for each trainer")
     parser.add_argument("--output", help="write the result to this JSON file")
     parser.add_argument("--only", nargs="*", help="names of trainers (default all)")
+    parser.add_argument("--threads", type=int, help="of each trainer (default torch's own number)")
     arguments = parser.parse_args()
+    if arguments.threads:
+        os.environ["OMP_NUM_THREADS"] = str(arguments.threads)  # of the trainers' processes
+        torch.set_num_threads(arguments.threads)
     names = [name for name in TRAINERS if not arguments.only or name in arguments.only]
+    names = [name for name in names if "bf16" not in name or has_bf16()]
     seconds, matmul = interleave({name: start(name, arguments.batches) for name in names}, arguments.batches)
     result = report(chosen(arguments.batches).texts, seconds, matmul, arguments.batches)
     if arguments.output:

@@ -24,7 +24,7 @@ from minibert.problem.problem import SINGLE, Problem
 from minibert.run import demo_weights
 from minibert.runtime.device import choose, keep_freed_memory
 from minibert.training.compact_vocabulary import CompactVocabulary
-from minibert.training.loop import Training
+from minibert.training.loop import Training, planned_batches
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BATCH = 32
@@ -53,11 +53,13 @@ def sms_spam() -> Texts:
 Step = Callable[[], None]
 
 
-def transformers_steps(data: Texts, kind: str, dropout: float | None = None) -> Iterator[Step]:
+def transformers_steps(data: Texts, kind: str, dropout: float | None = None, bf16: str = "") -> Iterator[Step]:
     """Steps of a plain torch loop over transformers' model; `kind` says how texts are padded and batched.
 
     "175" and "128" pad every text to that length, "dynamic" to the longest of a random batch, "grouped" to the
-    longest of a batch of like length, with fused AdamW; "compiled" is "grouped" under torch.compile.
+    longest of a batch of like length, with fused AdamW; "compiled" is "grouped" under torch.compile; "same" has the
+    very batches that minibert trains on, with fused AdamW. bf16: "products" by torch's switch for oneDNN's fp32
+    products, which are then in bf16, or "autocast".
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -67,6 +69,8 @@ def transformers_steps(data: Texts, kind: str, dropout: float | None = None) -> 
     ).train()
     tokenizer = AutoTokenizer.from_pretrained(demo_weights())
     fixed = int(kind) if kind.isdecimal() else None
+    if bf16 == "products":
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     encoded = [
         tokenizer(text, truncation=True, max_length=fixed or 512, padding="max_length" if fixed else False)
         for text in data.texts
@@ -74,15 +78,19 @@ def transformers_steps(data: Texts, kind: str, dropout: float | None = None) -> 
     grouped = kind in ("grouped", "compiled")
     if kind == "compiled":
         model = torch.compile(model, dynamic=True)
-    optimizer = transformers_optimizer(model, fused=grouped)
+    optimizer = transformers_optimizer(model, fused=grouped or kind == "same")
     order = np.random.default_rng(0).permutation(len(data.texts))
     if grouped:
         order = order[np.argsort([len(encoded[i]["input_ids"]) for i in order], kind="stable")]
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    if kind == "same":
+        lengths = np.array([len(row["input_ids"]) for row in encoded])
+        batches = planned_batches(lengths, CONFIG)
 
     def step(rows: np.ndarray) -> None:
         inputs = tokenizer.pad([encoded[i] for i in rows], return_tensors="pt")
-        loss = model(**inputs, labels=torch.from_numpy(data.labels[rows])).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 == "autocast"):
+            loss = model(**inputs, labels=torch.from_numpy(data.labels[rows])).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -152,7 +160,13 @@ TRAINERS: dict[str, Callable[[Texts], Iterator[Step]]] = {
     "transformers, dynamic padding": lambda data: transformers_steps(data, "dynamic"),
     "transformers, best": lambda data: transformers_steps(data, "grouped"),
     "transformers, best, compiled": lambda data: transformers_steps(data, "compiled"),
+    "transformers, our batches": lambda data: transformers_steps(data, "same"),
+    "transformers, our batches, bf16 products": lambda data: transformers_steps(data, "same", bf16="products"),
+    "transformers, our batches, bf16 autocast": lambda data: transformers_steps(data, "same", bf16="autocast"),
+    "transformers, best, bf16 autocast": lambda data: transformers_steps(data, "grouped", bf16="autocast"),
     "minibert": lambda data: minibert_steps(data),
+    "minibert, MKL products": lambda data: minibert_steps(data, config=replace(CONFIG, onednn=False)),
+    "minibert, bf16": lambda data: minibert_steps(data, config=replace(CONFIG, precision="bf16")),
 }
 SAVINGS = (
     "CLS-only last layer",
