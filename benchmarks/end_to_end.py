@@ -29,7 +29,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from steps import environment
 from trainers import BATCH, Texts, sms_spam, transformers_optimizer
 
-from minibert.run import demo_weights
+from minibert.runs.setup import demo_weights
 
 LEARNING_RATE = 1e-4  # of full fine-tuning, all trainers
 HEAD_LEARNING_RATE = 1e-3  # of the frozen trainers: the tutorial's

@@ -26,7 +26,7 @@ from minibert.batching.tokenizer import Tokenizer
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import save_model
 from minibert.model.config import BertConfig
-from minibert.run import demo_weights
+from minibert.runs.setup import demo_weights
 
 TRAIN = "--epochs 1 --batch-size 128 --max-length 64 --device cpu --quiet".split()
 

@@ -30,7 +30,7 @@ from minibert.config import RunConfig
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.config import BertConfig
 from minibert.problem.problem import SINGLE, Problem
-from minibert.run import demo_weights
+from minibert.runs.setup import demo_weights
 from minibert.runtime.device import choose, keep_freed_memory
 from minibert.training.loop import Training
 

@@ -35,7 +35,7 @@ from sklearn.model_selection import train_test_split
 from minibert.batching.plans import plan_epoch
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
-from minibert.run import demo_weights
+from minibert.runs.setup import demo_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

@@ -29,7 +29,7 @@ from minibert.export import export, open_session, quantise, session_logits
 from minibert.inference.classifier import Classifier
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model, save_model
-from minibert.run import demo_weights
+from minibert.runs.setup import demo_weights
 from minibert.runtime.device import keep_freed_memory
 
 PIPELINE = "transformers pipeline"

@@ -25,7 +25,7 @@ import transformers
 from trainers import BATCH, TRAINERS, Texts, sms_spam
 
 from minibert.batching.tokenizer import Tokenizer
-from minibert.run import demo_weights
+from minibert.runs.setup import demo_weights
 from minibert.runtime.processor import has_bf16
 
 WARM_UP = 4  # of so many batches one is trained on before the clock runs

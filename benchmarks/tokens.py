@@ -25,7 +25,7 @@ from minibert.batching.tokenizer import Tokenizer
 from minibert.config import RunConfig
 from minibert.data.loading import load_data
 from minibert.data.tables import read_table
-from minibert.run import demo_weights
+from minibert.runs.setup import demo_weights
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
 from minibert.model.dropout import DropoutMasks
 from minibert.problem.problem import SINGLE, Problem
-from minibert.run import demo_weights
+from minibert.runs.setup import demo_weights
 from minibert.runtime.device import choose, keep_freed_memory
 from minibert.training.compact_vocabulary import CompactVocabulary
 from minibert.training.loop import Training, planned_batches

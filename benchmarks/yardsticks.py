@@ -31,7 +31,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
 from sklearn.metrics import accuracy_score, f1_score
 from sklearn.multiclass import OneVsRestClassifier
 
-from minibert.run import demo_weights
+from minibert.runs.setup import demo_weights
 from minibert.training.recipe import choose_recipe
 
 RESULTS = ROOT / "benchmarks" / "results" / "yardsticks.json"

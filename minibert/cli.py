@@ -16,10 +16,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minibert import __version__
 from minibert.config import RunConfig, auto_or_number, flag_name
 from minibert.errors import UserError
 from minibert.runtime.files import check_regular_file, one_line
+from minibert.version import __version__
 
 # Flags of transformers' Trainer and its scripts that have no counterpart of the same meaning, and what to do.
 NOT_NEEDED = "leave it out"

@@ -82,8 +82,8 @@ def export(classifier: Classifier, path: Path) -> str:
     import onnx
     import onnxruntime
 
-    from minibert import __version__
     from minibert.inference.onnx import build
+    from minibert.version import __version__
 
     size = sum(p.numel() * 4 for p in classifier.model.parameters())
     if size > LARGEST:

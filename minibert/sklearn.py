@@ -79,7 +79,7 @@ class BertClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
 
     def fit(self, X: Iterable[Any], y: Iterable[Any], sample_weight: Iterable[float] | None = None) -> BertClassifier:
         """Fine-tune on the texts X and the labels y; `sample_weight` is what each row's loss counts."""
-        from minibert.finetune import finetune
+        from minibert.api import finetune
 
         labels = column_or_1d(_plain(y), warn=True)
         check_classification_targets(labels)

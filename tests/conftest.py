@@ -38,7 +38,7 @@ if not torch.cuda.is_available():
 import transformers
 
 from minibert.errors import UserError
-from minibert.run import demo_weights
+from minibert.runs.setup import demo_weights
 from minibert_kernels import backend
 
 torch.manual_seed(0)

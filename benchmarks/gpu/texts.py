@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minibert.errors import UserError
-from minibert.run import DEMO_DATA, demo_weights
+from minibert.run import DEMO_DATA
+from minibert.runs.setup import demo_weights
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 VOCABULARY_SIZE = 30_522

@@ -1,4 +1,4 @@
-"""Files or lists -> what a run trains on: columns, problem type and label names decided, rows stratified_split."""
+"""Files or lists -> what a run trains on: columns, problem type and label names decided, rows split."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from minibert.batching.tokens import Tokens
 from minibert.config import RunConfig, flag_name
 from minibert.data.columns import (
     Columns,
@@ -51,7 +50,6 @@ class RunData:
     columns: Columns
     notes: list[str]  # decisions that no flag made, for the console and the report
     skipped: dict[str, list[BadRow]] = field(default_factory=dict)  # by --on-bad-rows skip
-    encoded: dict[str, Tokens] | None = None  # of each split, where several runs share them
 
 
 def load_data(config: RunConfig) -> RunData:

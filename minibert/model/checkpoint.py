@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minibert import __version__
 from minibert.errors import UserError
 from minibert.model.bert import BertForSequenceClassification, BertModel
 from minibert.model.config import MOST_LABELS, BertConfig
 from minibert.runtime.files import atomic, check_regular_file, one_line, read_json, write_json, writing
+from minibert.version import __version__
 
 # Theirs -> ours, `{}` for the layer's number. A name with three rows of theirs is the fused query, key, value.
 NAMES = {

@@ -12,12 +12,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minibert import __version__
 from minibert.config import RunConfig
 from minibert.model.checkpoint import OWN_HEAD, LoadReport
 from minibert.runtime.device import Hardware, duration
 from minibert.runtime.files import printable
 from minibert.training.loop import Training
+from minibert.version import __version__
 
 Say = Callable[[str], None]
 # The metrics worth a place on the terminal, where a problem has them; metrics.json has all.

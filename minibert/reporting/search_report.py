@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from minibert.filenames import SEARCH
 from minibert.reporting.charts import Html, Series, chart, figure, fixed, keys, section, table
 from minibert.runtime.files import read_json
 
-SEARCH_FILE = "search.json"
 ROWS = 25  # the most trials of a table, the best first
 NAMES = {
     "learning_rate": "learning rate",
@@ -56,12 +56,12 @@ def table_lines(found: dict[str, Any]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     rest = len(trials) - ROWS
-    return [*lines, f"... and {rest} more in {SEARCH_FILE}"] if rest > 0 else lines
+    return [*lines, f"... and {rest} more in {SEARCH}"] if rest > 0 else lines
 
 
 def search_section(output: Path) -> Html:
     """The report's section on the search that made the run in `output`; nothing where there was none."""
-    path = output / SEARCH_FILE
+    path = output / SEARCH
     if not path.is_file():
         return Html("")
     found = read_json(path)

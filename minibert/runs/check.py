@@ -10,7 +10,8 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,51 @@ import torch
 
 from minibert.batching.dataset import Dataset
 from minibert.config import RunConfig
+from minibert.data.loading import RunData
+from minibert.filenames import CHECK
 from minibert.inference.logits import compute_logits
+from minibert.problem.problem import class_weights
+from minibert.reporting.console import describe
+from minibert.reporting.data_summary import fit, screen
+from minibert.runs.setup import Job, get_ready, prepare_sets
 from minibert.runtime.device import duration, peak_memory
+from minibert.runtime.files import write_json
 from minibert.training.loop import Step, Training, planned_batches, total_steps
 
 TIMED_BATCHES = 4
 PATIENCE = 20.0  # seconds, after which no further batch is timed
 SAMPLE_ROWS = 256  # whose evaluation is timed
+
+
+def check(config: RunConfig, data: RunData) -> None:
+    """--check: print what data and model are like and what the run would cost; check.json in --output, if given."""
+    job = get_ready(config, data)
+    describe(print, job.config, job.report, job.hardware, job.frozen, config.model is not None)
+    print("\n".join(screen(job.inspection)), flush=True)
+    cost = expected_cost(job)
+    print(fit([cost.line()])[0])
+    if config.output is not None:
+        folder = Path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CHECK, job.inspection.to_dict() | {"cost": cost.to_dict()})
+
+
+def expected_cost(job: Job) -> Cost:
+    """Measure a few steps. Frozen layers are computed for a sample only, and their share scaled up."""
+    problem, config = job.data.problem, job.config
+    lengths = {part: dataset.lengths for part, dataset in job.sets.items()}
+    weights = class_weights(problem, config.class_weights, job.sets["train"].targets)
+    cached = job.frozen >= 1 and config.cache_frozen
+    if cached:
+        job = replace(job, sets={"train": job.sets["train"].take(sample_rows(lengths["train"], config))})
+    started = time.perf_counter()
+    prepare_sets(replace(job, config=replace(config, quiet=True)))
+    seconds, activations = time.perf_counter() - started, job.sets["train"].frozen
+    whole, seen = (sum(int(each.sum()) for each in part) for part in (lengths.values(), [job.sets["train"].lengths]))
+    factor = whole / seen if cached else 1
+    setup_bytes = 0 if activations is None else int(activations.values.nbytes * factor)
+    training = Training(job.model, problem, job.sets, config, job.hardware, weights)
+    return measure(training, lengths, seconds * factor, setup_bytes)
 
 
 @dataclass(frozen=True)

@@ -6,24 +6,40 @@ import itertools
 import shutil
 from contextlib import ExitStack, suppress
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.runs.search import check_optuna, remove_trials, search_begun
-from minibert.runs.seeds import remove_runs, seed_folder
-from minibert.runs.trackers import TENSORBOARD, check_tracker
+from minibert.filenames import (
+    CARD,
+    CHECK,
+    CHECKPOINTS,
+    METRICS,
+    MODEL_FILES,
+    RECORD,
+    REPORT,
+    SEARCH,
+    SEARCH_JOURNAL,
+    SEEDS,
+    SPLITS,
+    TENSORBOARD,
+    TRACKERS,
+    TRAIN_LOG,
+    predictions_file,
+)
+from minibert.runs.trackers import check_tracker
 from minibert.runtime import distributed
 from minibert.runtime.device import choose
 from minibert.runtime.files import locked, sweep
-from minibert.training.resume import CHECKPOINTS, STATE_FILE
+from minibert.training.resume import STATE_FILE
 
-OUTPUT_FILES = """config.json model.safetensors tokenizer.json tokenizer_config.json metrics.json
-check.json splits.json train_log.jsonl predictions-validation.csv predictions-test.csv report.html README.md model.onnx
-model-int8.onnx tracker.json""".split()
-METRICS = "metrics.json"  # written once training and evaluation are done
-RECORD = "run.json"  # written as a run begins, removed last
-CHECK = "check.json"  # what --check leaves; a run may follow in the same folder
+OUTPUT_FILES = (
+    *MODEL_FILES,
+    *(METRICS, CHECK, SPLITS, TRAIN_LOG, REPORT, CARD, TRACKERS),
+    *(predictions_file("validation"), predictions_file("test")),
+    *("model.onnx", "model-int8.onnx"),
+)
 
 
 def refuse_at_once(config: RunConfig) -> None:
@@ -58,6 +74,12 @@ def refuse_at_once(config: RunConfig) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; give another --output")
     refuse_full(output, config)
+
+
+def check_optuna() -> None:
+    """Say what to install before any work is done."""
+    if find_spec("optuna") is None:
+        raise UserError("--search: needs Optuna, which the extra `search` brings: pip install -e '.[search]'")
 
 
 def check_search(config: RunConfig) -> None:
@@ -137,3 +159,34 @@ def open_output(config: RunConfig, held: ExitStack) -> Path:
             f"{config.output or 'runs'}: cannot be made ({error.strerror}); give another --output"
         ) from None
     return output
+
+
+def seed_folder(output: Path, seed: int) -> Path:
+    return output / f"seed-{seed}"
+
+
+def remove_runs(output: Path, keep: Path | None = None) -> None:
+    """Take away what an earlier run with --seeds left in `output`, except the folder to keep."""
+    for folder in output.glob("seed-*"):
+        if folder != keep and (folder / RECORD).is_file():  # only what is ours
+            shutil.rmtree(folder)
+    (output / SEEDS).unlink(missing_ok=True)
+
+
+def trial_folder(output: Path, number: int) -> Path:
+    return output / f"trial-{number}"
+
+
+def search_begun(output: Path) -> bool:
+    return (output / SEARCH_JOURNAL).is_file()
+
+
+def remove_trials(output: Path) -> None:
+    """Take away what an earlier search left in `output`."""
+    if not search_begun(output):
+        return
+    for folder in output.glob("trial-*"):
+        if (folder / CHECKPOINTS).is_dir():  # only what is ours
+            shutil.rmtree(folder)
+    for name in (SEARCH, SEARCH_JOURNAL, f"{SEARCH_JOURNAL}.lock"):
+        (output / name).unlink(missing_ok=True)

@@ -16,20 +16,39 @@ import safetensors
 import tokenizers
 import torch
 
-from minibert import __version__
 from minibert.batching.dataset import Dataset
 from minibert.batching.tokenizer import Tokenizer
+from minibert.cli import checked_values
 from minibert.config import PATHS, RunConfig
 from minibert.data.examples import Examples
 from minibert.data.loading import RunData
 from minibert.data.rows import BadRow
 from minibert.errors import UserError
+from minibert.filenames import CHECK, RECORD, SEARCH, SEEDS, SPLITS
 from minibert.model.config import BertConfig
+from minibert.reporting.data_summary import Inspection
 from minibert.runtime.device import Hardware
-from minibert.runtime.files import file_hash, read_json
+from minibert.runtime.files import file_hash, read_json, write_json, write_text
 from minibert.training.resume import code_digest
+from minibert.version import __version__
 
 SKIPPED_NAMED = 20  # rows that could not be used, in run.json
+
+
+def begun_with(output: Path, config: RunConfig) -> dict[str, Any]:
+    """--resume without --train: the settings of the run in `output`, by its run.json."""
+    if config.seeds or (output / SEEDS).is_file():
+        raise UserError(f"{output}: with --seeds, give the whole command again, and --resume")
+    path = output / SEARCH
+    path = path if path.is_file() else output / RECORD
+    record = read_json(path) if path.is_file() else None
+    record = record if isinstance(record, dict) else {}
+    if not isinstance(record.get("flags"), dict) or not record["flags"].get("train"):
+        raise UserError(f"{output}: no run.json with a training file to go on with; give the flags of the run again")
+    settings = checked_values(record["flags"], str(path))
+    folder = Path(str(record.get("folder") or "."))  # where its paths begin
+    paths = {name: folder / settings[name] for name in PATHS if settings.get(name)}
+    return settings | {name: str(path) for name, path in paths.items() if os.path.exists(path)}
 
 
 def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str, Any]:
@@ -60,7 +79,7 @@ def run_record(config: RunConfig, data: RunData, command: list[str]) -> dict[str
 def first_command(output: Path, command: list[str]) -> list[str]:
     """The command line that began the run in `output`, which is the one to do it again; `command` if none is known."""
     try:
-        words = read_json(output / "run.json")["command"]
+        words = read_json(output / RECORD)["command"]
     except (UserError, LookupError, TypeError):
         return command
     return words if isinstance(words, list) and words and all(isinstance(word, str) for word in words) else command
@@ -70,6 +89,15 @@ def splits_record(config: RunConfig, data: RunData) -> dict[str, Any]:
     """splits.json: which rows of which file are in which part, by the line they start on, as in the predictions."""
     parts = {part: {"file": examples.source, "rows": examples.lines} for part, examples in data.splits.items()}
     return {"split_seed": config.split_seed, "parts": parts}
+
+
+def write_record(
+    output: Path, record: dict[str, Any], inspection: Inspection, config: RunConfig, data: RunData
+) -> None:
+    """What a run is, written down as it begins: run.json, check.json, splits.json."""
+    write_json(output / RECORD, record)
+    write_json(output / CHECK, inspection.to_dict())
+    write_text(output / SPLITS, json.dumps(splits_record(config, data)) + "\n")
 
 
 def skipped_record(bad: list[BadRow]) -> dict[str, Any]:
@@ -98,6 +126,14 @@ def fingerprint_of(
         **{f"{part} rows": rows_digest(examples) for part, examples in data.splits.items()},
         **settings_of(config),
     }
+
+
+def common_fingerprint(config: RunConfig, data: RunData) -> dict[str, Any]:
+    """What several runs of one command have in common with those that --resume finds finished."""
+    rows = {f"{part} rows": rows_digest(examples) for part, examples in data.splits.items()}
+    named = {name: getattr(config, name) for name in PATHS}
+    named |= {name: str(Path(value).absolute()) for name, value in named.items() if value and os.path.exists(value)}
+    return {"version": __version__, **rows, **named, **settings_of(config)}
 
 
 def rows_digest(examples: Examples) -> str:

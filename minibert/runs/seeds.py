@@ -6,10 +6,12 @@ A seed's run is a full run folder, `seed-N`. `seeds.json` is written after each,
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,27 +21,47 @@ import numpy as np
 from minibert.config import RunConfig
 from minibert.data.loading import RunData
 from minibert.errors import UserError
+from minibert.filenames import CHECKPOINTS, METRICS, SEEDS
+from minibert.inference.classifier import Classifier, load
 from minibert.problem.problem import MULTI, REGRESSION, Problem
-from minibert.reporting.console import MAIN_METRICS, Say, shown
-from minibert.runtime.files import atomic, read_json, write_json
+from minibert.reporting.console import MAIN_METRICS, Say, aloud, shown, silence
+from minibert.runs.folder import clear, output_folder, remove_runs, remove_trials, seed_folder
+from minibert.runs.record import common_fingerprint
+from minibert.runs.setup import with_own_problem
+from minibert.runtime.files import atomic, locked, read_json, write_json, writing
 from minibert.training.loop import LOWER_IS_BETTER
-from minibert.training.resume import CHECKPOINTS, STATE_FILE, check_same_run, remove_checkpoint
+from minibert.training.resume import STATE_FILE, check_same_run, remove_checkpoint
 
-SUMMARY_FILE = "seeds.json"
 NEAR_BASELINE = 0.05  # a run that gains less than this share of what the constant answer leaves has learned nothing
 FAR_BELOW = 0.5  # a run that gains less than this share of the median run's gain is far below the others
 
 
-def seed_folder(output: Path, seed: int) -> Path:
-    return output / f"seed-{seed}"
+def run_each_seed(
+    config: RunConfig, data: RunData, command: list[str], run: Callable[[RunConfig, RunData, list[str]], Classifier]
+) -> Classifier:
+    """--seeds: a run for each in a folder of its own; the best one's files also at the top."""
+    output = output_folder(config)
+    config = replace(config, output=str(output))
+    say = silence if config.quiet else aloud
 
+    def run_one(one: RunConfig) -> None:
+        run(one, with_own_problem(data), command)
 
-def remove_runs(output: Path, keep: Path | None = None) -> None:
-    """Take away what an earlier run with --seeds left in `output`, except the folder to keep."""
-    for folder in output.glob("seed-*"):
-        if folder != keep and (folder / "run.json").is_file():  # only what is ours
-            shutil.rmtree(folder)
-    (output / SUMMARY_FILE).unlink(missing_ok=True)
+    fingerprint = common_fingerprint(config, data)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(output):  # each seed's run locks its own folder, too
+            best = run_seeds(config, data, fingerprint, run_one, say)
+            clear(output)
+            remove_trials(output)
+            copy_run(best, output)
+    finally:
+        with suppress(OSError):  # it holds something, but after a mistake that was seen before the first step
+            output.rmdir()
+    say(f"its files are also in {output}\n")
+    say(f'predict: python -m minibert.predict {shlex.quote(str(output))} --text "A text to classify"')
+    return load(output, config.device)
 
 
 def run_seeds(
@@ -69,7 +91,7 @@ def run_seeds(
                     remove_runs(output, keep=folder)  # not before: a mistake leaves an earlier run alone
         runs.append({"seed": seed, "folder": folder.name, **_results(folder)})
         summary = summarise_seeds(runs, data, config.metric) | {"settings": common}
-        write_json(output / SUMMARY_FILE, summary)
+        write_json(output / SEEDS, summary)
         if not config.keep_checkpoint:
             remove_checkpoint(folder)  # only now: without it, a run that is not in the summary would be lost
     show(say, summary)
@@ -78,14 +100,14 @@ def run_seeds(
 
 def _of_seed(config: RunConfig, seed: int, folder: Path) -> RunConfig:
     name = f"{config.run_name or folder.parent.name}-{folder.name}"
-    killed = (folder / CHECKPOINTS / STATE_FILE).is_file() or not (folder / "metrics.json").exists()
+    killed = (folder / CHECKPOINTS / STATE_FILE).is_file() or not (folder / METRICS).exists()
     resume = config.resume and killed and folder.is_dir()
     return replace(config, seeds=(), seed=seed, output=str(folder), resume=resume, run_name=name, keep_checkpoint=True)
 
 
 def _finished(output: Path, settings: dict[str, Any]) -> set[int]:
     """The seeds that an earlier seeds.json names; UserError where it is of other flags or data."""
-    path = output / SUMMARY_FILE
+    path = output / SEEDS
     if not path.is_file():
         return set()
     try:
@@ -94,12 +116,12 @@ def _finished(output: Path, settings: dict[str, Any]) -> set[int]:
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: not a summary of seeds; remove it and give --resume again") from None
     check_same_run(saved, settings)
-    return {seed for seed in seeds if (seed_folder(output, seed) / "metrics.json").is_file()}
+    return {seed for seed in seeds if (seed_folder(output, seed) / METRICS).is_file()}
 
 
 def _results(folder: Path) -> dict[str, Any]:
     """The plain numbers of a run's metrics, by part."""
-    metrics = read_json(folder / "metrics.json")
+    metrics = read_json(folder / METRICS)
     return {
         part: {name: value for name, value in metrics[part].items() if not isinstance(value, dict | list)}
         for part in ("validation", "test")

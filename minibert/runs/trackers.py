@@ -19,13 +19,11 @@ from typing import Any
 
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.filenames import CARD, METRICS, MODEL_FILES, RECORD, REPORT, TENSORBOARD, TRACKERS
 from minibert.runtime.files import one_line, write_json
 
 PROJECT = "minibert"  # where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME do not say otherwise
-RUN_ID_FILE = "tracker.json"  # which run of the tracker --resume goes on with
-TENSORBOARD = "tensorboard"  # the folder of its event files, in the run's
-MODEL_FILES = "config.json model.safetensors tokenizer.json tokenizer_config.json README.md".split()
-REPORT_FILES = ("report.html", "metrics.json", "run.json")  # not the predictions: they hold the texts
+REPORT_FILES = (REPORT, METRICS, RECORD)  # not the predictions: they hold the texts
 LABEL_LENGTH, VALUE_LENGTH = 100, 500  # MLflow takes names of 250 characters, older ones values of 500
 NOT_SETTINGS = ("output", "overwrite", "resume", "quiet", "check", "report_to", "run_name", "seeds", "search")
 
@@ -83,7 +81,7 @@ def open_tracker(config: RunConfig, output: Path, record: dict[str, Any], step: 
             return Tracker(name, TensorBoard(output, title, settings, step if config.resume else None))
         kind = WeightsAndBiases if name == "wandb" else MLflow
         service = kind(output, title, settings, _run_id(output, name) if config.resume else None)
-        write_json(output / RUN_ID_FILE, {"tracker": name, "id": service.id})
+        write_json(output / TRACKERS, {"tracker": name, "id": service.id})
     except UserError:
         raise
     except Exception as error:
@@ -93,7 +91,7 @@ def open_tracker(config: RunConfig, output: Path, record: dict[str, Any], step: 
 
 def _run_id(output: Path, name: str) -> str | None:
     try:
-        saved = json.loads((output / RUN_ID_FILE).read_text(encoding="utf-8"))
+        saved = json.loads((output / TRACKERS).read_text(encoding="utf-8"))
         return str(saved["id"]) if saved["tracker"] == name else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # begun without this tracker
@@ -142,7 +140,7 @@ def _plain(label: str) -> str:
 
 def artifacts(output: Path) -> dict[str, list[Path]]:
     """The files to keep, by kind."""
-    found = {"model": MODEL_FILES, "report": REPORT_FILES}
+    found = {"model": (*MODEL_FILES, CARD), "report": REPORT_FILES}
     return {kind: [output / name for name in names if (output / name).is_file()] for kind, names in found.items()}
 
 

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.model.bert import PackedInput
 from minibert.runtime import distributed
 from minibert.runtime.processor import has_bf16, onednn_is_faster, products_by_onednn
 
@@ -46,6 +45,13 @@ OUT_OF_MEMORY = (
     "could not create a memory object",  # oneDNN
 )
 RESERVED_BLOCK, RESERVED_BLOCKS = 512 << 20, 8  # address space of the heap that is marked for huge pages
+
+
+class _Placeable(Protocol):
+    def to(self: Batch, device: torch.device, attention: str) -> Batch: ...
+
+
+Batch = TypeVar("Batch", bound=_Placeable)
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class Hardware:
         with without, products_by_onednn(self.onednn):
             yield
 
-    def place(self, x: PackedInput) -> PackedInput:
+    def place(self, x: Batch) -> Batch:
         """A batch on the device, laid out for the attention kernel."""
         return x.to(self.device, self.attention)
 

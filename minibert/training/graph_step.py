@@ -27,11 +27,11 @@ from minibert.errors import UserError
 from minibert.model.bert import BertForSequenceClassification, PackedInput
 from minibert.model.dropout import DropoutMasks
 from minibert.model.packing import Chunk, Packing
-from minibert.problem.loss import BatchLoss, least_believed
 from minibert.problem.problem import Problem
 from minibert.runtime.device import TOLERANCE, Hardware
 from minibert.training.capture import capture
 from minibert.training.flat_adamw import FlatOptimizer
+from minibert.training.loss import BatchLoss, least_believed
 from minibert.training.staging import StaticBuffers
 
 SHORTEST = 32  # tokens of the smallest S; each next is twice as long

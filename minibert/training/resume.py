@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.filenames import CHECKPOINTS
 from minibert.model.checkpoint import write_tensors
 from minibert.runtime import distributed
 from minibert.runtime.files import check_regular_file, one_line, writing
 from minibert.training.loop import State, Training
 
-CHECKPOINTS = Path("checkpoints", "last")  # in a run's folder
 STATE_FILE = "state.safetensors"
 
 

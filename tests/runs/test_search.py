@@ -19,7 +19,7 @@ import pytest
 import minibert
 from minibert.cli import parse_run_config
 from minibert.errors import UserError
-from minibert.runs import search
+from minibert.runs import folder, search, search_study
 
 TEXTS = [f"{'good film very' if number % 2 else 'bad spam not'} {number}" for number in range(60)]
 LABELS = ["good" if number % 2 else "bad" for number in range(60)]
@@ -126,8 +126,8 @@ def test_a_trial_behind_the_others_is_ended(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the second trial on each is worse than the one before, at every evaluation."""
-    monkeypatch.setattr(search, "FULL_TRIALS", 1)
-    monkeypatch.setattr(search, "FIRST_PRUNED", 0)
+    monkeypatch.setattr(search_study, "FULL_TRIALS", 1)
+    monkeypatch.setattr(search_study, "FIRST_PRUNED", 0)
     original, started_trials = search.watcher, [0]
 
     def worse(*given: Any) -> search.Watch:
@@ -176,7 +176,7 @@ def test_a_search_needs_validation_rows_and_its_package(
         minibert.finetune(TEXTS, LABELS, validation_split=0, **flags)
     with pytest.raises(UserError, match="--search with --report-to: trials are not reported"):
         minibert.finetune(TEXTS, LABELS, report_to="tensorboard", **flags)
-    monkeypatch.setattr(search, "find_spec", lambda name: None)
+    monkeypatch.setattr(folder, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--search: needs Optuna.*\[search\]"):
         minibert.finetune(TEXTS, LABELS, **flags)
     assert not (tmp_path / "run").exists()

@@ -19,6 +19,7 @@ from conftest import needed
 from interrupted import interrupted
 
 import minibert.run
+import minibert.runs.finish
 import minibert.runs.trackers
 from minibert.config import RunConfig
 from minibert.errors import UserError
@@ -236,7 +237,7 @@ def test_a_run_that_fails_after_training_ends_its_tracker(
     def full(*_: object) -> None:
         raise UserError("disk full")
 
-    monkeypatch.setattr(minibert.run, "write_report", full)
+    monkeypatch.setattr(minibert.runs.finish, "write_report", full)
     with pytest.raises(UserError, match="disk full"):
         minibert.run.run_from_files({**flags, "output": str(tmp_path / "badly")}, ["x"])
     assert stopped == [True]
