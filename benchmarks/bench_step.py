@@ -17,12 +17,10 @@ from trainers import BATCH, TRAINERS, sms_spam
 
 from minibert.model import attention, dropout
 from minibert.model.packing import Packing
-from minibert.runtime.device import keep_freed_memory
 
 
 @pytest.fixture(autouse=True)
 def environment(benchmark: Any) -> None:
-    keep_freed_memory()
     torch.manual_seed(0)
     benchmark.extra_info |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
 

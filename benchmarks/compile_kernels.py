@@ -1,7 +1,7 @@
 """Compile every kernel ahead of time, without a GPU, and print what it takes of a multiprocessor.
 
-    python -m minibert_kernels.compile            # sm_80 and sm_90, all configurations
-    python -m minibert_kernels.compile --arch 90 --only attention
+    python benchmarks/compile_kernels.py            # sm_80 and sm_90, all configurations
+    python benchmarks/compile_kernels.py --arch 90 --only attention
 
 Registers that do not fit go to the stack in slow memory ("spills"); the stack column should be 0. Triton's wheel brings
 ptxas and cuobjdump along.

@@ -31,7 +31,7 @@ from minibert.model.bert import BertForSequenceClassification
 from minibert.model.config import BertConfig
 from minibert.problem.problem import SINGLE, Problem
 from minibert.runs.setup import demo_weights
-from minibert.runtime.device import choose, keep_freed_memory
+from minibert.runtime.device import choose
 from minibert.training.loop import Training
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,7 +51,6 @@ Pass = Callable[[], Iterator[None]]  # one pass over the texts, a step at a time
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args()
-    keep_freed_memory()
     lengths = Tokenizer.from_folder(Path(demo_weights())).encode(sms_spam().texts, None, 512).lengths
     curves = {}
     for axis, points in POINTS.items():

@@ -30,7 +30,6 @@ from minibert.inference.classifier import Classifier
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model, save_model
 from minibert.runs.setup import demo_weights
-from minibert.runtime.device import keep_freed_memory
 
 PIPELINE = "transformers pipeline"
 LABELS = ["ham", "spam"]
@@ -43,7 +42,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", help="write the result to this JSON file")
     arguments = parser.parse_args()
-    keep_freed_memory()  # as the command does
     everything = sms_spam()
     rows = np.random.default_rng(0).permutation(len(everything.texts))[: arguments.texts]
     texts = everything.take(rows).texts

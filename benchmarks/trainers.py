@@ -22,7 +22,7 @@ from minibert.model.checkpoint import load_model
 from minibert.model.dropout import DropoutMasks
 from minibert.problem.problem import SINGLE, Problem
 from minibert.runs.setup import demo_weights
-from minibert.runtime.device import choose, keep_freed_memory
+from minibert.runtime.device import choose
 from minibert.training.compact_vocabulary import CompactVocabulary
 from minibert.training.loop import Training, planned_batches
 
@@ -109,8 +109,6 @@ def transformers_optimizer(model: torch.nn.Module, fused: bool, learning_rate: f
 
 def minibert_training(data: Texts, off: str = "", config: RunConfig = CONFIG) -> Training:
     """A `Training` as `python -m minibert.finetune` makes it, without the saving named by `off`."""
-    if off != "kept memory":
-        keep_freed_memory()
     model, _ = load_model(demo_weights(), BertForSequenceClassification, num_labels=2)
     model.cls_only = off != "CLS-only last layer"
     tokens = Tokenizer.from_folder(Path(demo_weights())).encode(data.texts, None, 512)
@@ -173,7 +171,6 @@ SAVINGS = (
     "compact vocabulary",
     "bulk dropout",
     "attention chunks",
-    "kept memory",
     "dropout",
 )
 TRAINERS["minibert, batches of like length"] = lambda data: minibert_steps(

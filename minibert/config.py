@@ -161,9 +161,6 @@ class RunConfig:
         "auto", "how a step runs (auto: eager)", group="speed", choices=("auto", "eager", "compile", "graph")
     )
     kernels: bool = flag(True, "with --engine graph: our Triton kernels (off: torch's own)", group="speed")
-    activation_checkpointing: bool = flag(
-        False, "compute a layer's activations again in backward: less memory, a third slower", group="speed"
-    )
     onednn: bool = flag(
         True, "on a CPU: fp32 products by oneDNN where that is faster (same accuracy, other rounding)", group="speed"
     )

@@ -61,9 +61,7 @@ def main(argv: Sequence[str]) -> None:
     from minibert.inference.classifier import load
     from minibert.inference.predictions import predict_chunks, readable_lines, write_parquet, write_text
     from minibert.problem.problem import REGRESSION
-    from minibert.runtime.device import keep_freed_memory
 
-    keep_freed_memory()
     classifier = load(arguments.run, arguments.device, arguments.temperature)
     problem, top_k, trained = classifier.problem, arguments.top_k or 0, trained_columns(arguments.run)
     if top_k and problem.kind == REGRESSION:

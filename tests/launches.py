@@ -18,6 +18,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from compile_kernels import Usage, compile_source
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibert.batching.dataset import collate
@@ -29,7 +30,6 @@ from minibert.problem.problem import MULTI, SINGLE, Problem
 from minibert.runtime.device import Hardware
 from minibert.training.graph_step import FixedSteps
 from minibert_kernels import backend
-from minibert_kernels.compile import Usage, compile_source
 
 MODELS = {  # layers, hidden size, heads, intermediate size
     "base": (12, 768, 12, 3072),

@@ -17,7 +17,7 @@ from minibert.batching.dataset import Dataset
 from minibert.batching.tokens import Tokens
 from minibert.config import RunConfig
 from minibert.problem.problem import SINGLE, Problem
-from minibert.runtime.device import choose, fit_attention, keep_freed_memory
+from minibert.runtime.device import choose, fit_attention
 from minibert.training.compact_vocabulary import CompactVocabulary
 from minibert.training.loop import Training
 
@@ -47,7 +47,6 @@ def run_config(workload: Workload, **flags: Any) -> RunConfig:
 
 def prepare(setting: Setting, size: str, workload: Workload, encoded: Encoded, flags: dict[str, Any]) -> Training:
     """A `Training` as the command makes it, on random weights."""
-    keep_freed_memory()
     config, sizes = run_config(workload, **flags), bert_config(setting, size)
     longest = int(encoded.tokens.lengths.max())
     head_size = sizes.hidden_size // sizes.num_attention_heads

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from minibert.model import ops
 from minibert.model.attention import first_token_attention, self_attention
@@ -183,7 +182,6 @@ class Encoder(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.frozen_layers = -1  # so many layers, and at 0 or more the embeddings, do without dropout
-        self.recompute = False  # activations of a layer again in backward, instead of keeping them
         self.before_layer: Callable[[int], None] | None = None  # told whose weights are read next (-1: the embeddings)
 
     def forward(self, x: PackedInput, masks: DropoutMasks | None, end: int | None = None) -> Tensor:
@@ -191,10 +189,7 @@ class Encoder(nn.Module):
         self._reach(-1)
         hidden = self.embeddings(x, self._masks_of(-1, masks)) if x.hidden is None else x.hidden
         for number in range(len(self.layers))[x.start_layer : end]:
-            if self.recompute and hidden.requires_grad:
-                hidden = checkpoint(self._layer, number, hidden, x.packing, masks, use_reentrant=False)
-            else:
-                hidden = self._layer(number, hidden, x.packing, masks)
+            hidden = self._layer(number, hidden, x.packing, masks)
         return hidden
 
     def _layer(self, number: int, hidden: Tensor, packing: Packing, masks: DropoutMasks | None) -> Tensor:

@@ -24,7 +24,7 @@ from minibert.model.checkpoint import LoadReport, load_model, model_folder, save
 from minibert.model.config import BertConfig
 from minibert.problem.problem import REGRESSION, Problem
 from minibert.reporting.data_summary import Inspection, inspect
-from minibert.runtime.device import Hardware, choose, fit_attention, keep_freed_memory
+from minibert.runtime.device import Hardware, choose, fit_attention
 from minibert.training.compact_vocabulary import CompactVocabulary, worth_compacting
 from minibert.training.frozen import compute
 from minibert.training.head_start import HeadStart
@@ -62,7 +62,6 @@ class Job:
 
 def get_ready(config: RunConfig, data: RunData, encoded: dict[str, Tokens] | None = None) -> Job:
     """Hardware, model and encoded data: all that a run and --check have in common."""
-    keep_freed_memory()
     config = replace(config, model=config.model or demo_weights())
     tokenizer, model, report = load_pretrained(config, data.problem)
     if data.columns.pair:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
 import os
@@ -44,7 +43,6 @@ OUT_OF_MEMORY = (
     "std::bad_alloc",
     "could not create a memory object",  # oneDNN
 )
-RESERVED_BLOCK, RESERVED_BLOCKS = 512 << 20, 8  # address space of the heap that is marked for huge pages
 
 
 class _Placeable(Protocol):
@@ -162,8 +160,6 @@ def _cannot(config: RunConfig, device: torch.device, engine: str) -> str | None:
         return None
     if config.freeze not in ("none", "embeddings", "0") and config.cache_frozen:
         return "frozen layers are computed once, outside a step"
-    if config.activation_checkpointing:
-        return "activation checkpointing looks at the generator's state, which no graph can"
     if config.truncation == "window":
         return "windows are pooled in steps of changing shape"
     return None
@@ -255,27 +251,3 @@ def _precision(config: RunConfig, device: torch.device) -> str:
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     return precision
-
-
-def keep_freed_memory() -> None:
-    """Let the allocator keep what a step frees for the next one, in huge pages, instead of giving it back.
-
-    A step allocates the same buffers every time; without this a good part of it goes into page faults and look-ups of
-    4 kB pages. Only with glibc on Linux; elsewhere this does nothing. No memory is taken before it is used.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is None or not hasattr(libc, "mallopt"):  # musl has none
-        return
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first large allocation
-    m_trim_threshold, m_mmap_threshold, madv_hugepage, page = -1, -3, 14, 4096
-    libc.mallopt(m_mmap_threshold, 1 << 30)
-    libc.mallopt(m_trim_threshold, -1)  # never: freeing the blocks below would cut off what they marked
-    libc.malloc.restype = ctypes.c_void_p
-    libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    # Grow the heap, mark it, and give it back to the allocator: what is allocated later lies in the marked part.
-    blocks = [address for address in (libc.malloc(RESERVED_BLOCK) for _ in range(RESERVED_BLOCKS)) if address]
-    for address in blocks:
-        libc.madvise(-(-address // page) * page, RESERVED_BLOCK - page, madv_hugepage)
-    for address in blocks:
-        libc.free(address)

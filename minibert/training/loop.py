@@ -177,7 +177,6 @@ class Training:
         self.metric = checked_metric(problem, config, data["train"].targets)
         self.steps_per_epoch = len(self._steps_of_epoch(0))
         self.total_steps = total_steps(self.steps_per_epoch, config)
-        model.encoder.recompute = config.activation_checkpointing
         self.regions = self._compiled_regions()
         self.fixed = self._fixed_steps()
         self.optimizer: Optimizer | FlatOptimizer

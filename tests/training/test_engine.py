@@ -208,7 +208,7 @@ def test_what_fills_batches_up_counts_as_padding(tiny: Callable[..., Path], atte
 @quiet_dynamo
 @pytest.mark.parametrize(
     "flags",
-    [{}, {"gradient_accumulation_steps": 2}, {"activation_checkpointing": True}, {"freeze": "1"}],
+    [{}, {"gradient_accumulation_steps": 2}, {"freeze": "1"}],
     ids=str,
 )
 def test_the_compiled_engine_trains_the_same_and_compiles_once(
@@ -300,14 +300,6 @@ def test_a_gradient_that_overflows_changes_nothing_and_lowers_the_scale(tiny: Ca
         assert torch.equal(parameter, before[name])
 
 
-def test_activations_computed_again_give_the_same_bits(tiny: Callable[..., Path]) -> None:
-    folder = tiny("BertModel")
-    plain = Hardware(CPU, "fp32", "sdpa", "eager")
-    expected = curve(folder, SINGLE, plain, dropout=0.2)
-    again = curve(folder, SINGLE, plain, dropout=0.2, activation_checkpointing=True)
-    assert_same_training(again, expected, tolerance=0)
-
-
 def test_the_masks_of_two_places_differ() -> None:
     masks = DropoutMasks(1, 0)
     like = torch.empty(())
@@ -377,7 +369,6 @@ def test_a_gpu_trains_eagerly_unless_graphs_are_asked_for(gpu_in_name: None, mon
     assert choose(RunConfig(engine="graph")) == graph
     monkeypatch.setattr(device, "GPU_ENGINE", "graph")
     assert choose(RunConfig()) == graph
-    assert choose(RunConfig(activation_checkpointing=True)).engine == "eager"
     assert choose(RunConfig(kernels=False)).engine == "eager"
 
 

@@ -44,11 +44,8 @@ def test_length_buckets_put_texts_of_like_length_together(tiny: Callable[..., Pa
     assert spreads[True] < 5 < 15 < spreads[False]
 
 
-@pytest.mark.parametrize("wanted", [False, True])
-def test_activation_checkpointing_computes_a_layer_twice(
-    tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, wanted: bool
-) -> None:
-    """Once for the loss, and once more in the backward pass; the last layer, of [CLS] alone, is kept."""
+def test_the_last_layer_computes_the_cls_rows_only(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every other layer all rows, once a step."""
     calls: Counter[Layer] = Counter()
     forward = Layer.forward
 
@@ -57,9 +54,9 @@ def test_activation_checkpointing_computes_a_layer_twice(
         return forward(self, *given)
 
     monkeypatch.setattr(Layer, "forward", counted)
-    job = training(tiny(), activation_checkpointing=wanted)
+    job = training(tiny())
     job._step(job._steps_of_epoch(0)[0])
-    assert [calls[layer] for layer in job.model.encoder.layers] == ([2, 2, 0] if wanted else [1, 1, 0])
+    assert [calls[layer] for layer in job.model.encoder.layers] == [1, 1, 0]
 
 
 def logged_saves(job: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[int]:
