@@ -38,6 +38,8 @@ def finetune(
         raise UserError(f"minibert.finetune: {of_files[0]} is for data files on the command line; leave it out")
     config = RunConfig(**settings)
     from minibert.run import run_from_lists
+    from minibert.runtime.ambient import default_torch_state
 
     given = {"train": (texts, labels), "validation": validation, "test": test}
-    return run_from_lists(config, {part: pair for part, pair in given.items() if pair is not None}, sample_weight)
+    with default_torch_state():
+        return run_from_lists(config, {part: pair for part, pair in given.items() if pair is not None}, sample_weight)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -108,7 +107,6 @@ class Tokenizer:
 
     def _pieces(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """WordPiece ids of each text, without special tokens: (flat int32 ids, int64 lengths)."""
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         clean = [text if text.isascii() else valid_unicode(text) for text in texts]
         try:
             encoded = [e.ids for e in self.backend.encode_batch_fast(clean, add_special_tokens=False)]

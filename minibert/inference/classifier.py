@@ -25,6 +25,7 @@ from minibert.model.bert import BertForSequenceClassification, BertModel, Packed
 from minibert.model.checkpoint import OWN_HEAD, load_model, model_folder, save_model
 from minibert.model.config import BertConfig
 from minibert.problem.problem import REGRESSION, SINGLE, Problem
+from minibert.runtime.ambient import allow_fork, default_torch_state, no_autocast, one_thread
 from minibert.runtime.device import Hardware, choose, fit_attention
 from minibert.runtime.memory import split_on_oom
 
@@ -51,6 +52,9 @@ class TextEncoder:
     hardware: Hardware
     window_stride: int | None = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        allow_fork()
+
     def __repr__(self) -> str:
         size, device = self.model.config.hidden_size, self.hardware.device
         return f"TextEncoder({size} dimensions, texts up to {self.max_length} tokens, on {device})"
@@ -66,7 +70,7 @@ class TextEncoder:
             raise UserError(f"pooling {pooling!r}: give one of {', '.join(POOLINGS)}")
         tokens = self.encode(*as_texts(texts, pairs))
         vectors = np.empty((len(tokens), self.model.config.hidden_size), dtype=np.float32)
-        with torch.inference_mode(), self.hardware.computing(), self.hardware.autocast():
+        with torch.inference_mode(), self.hardware.computing(), no_autocast(), self.hardware.autocast():
 
             def computed(rows: np.ndarray) -> np.ndarray:
                 x = self.hardware.place(collate(tokens, rows))
@@ -103,7 +107,8 @@ class Classifier(TextEncoder):
     def logits(self, texts: Iterable[Any], pairs: Sequence[str] | None = None) -> np.ndarray:
         """[n, num_labels] float32, in the order of `texts`; a text may be a (first, second) tuple."""
         tokens = self.encode(*as_texts(texts, pairs))
-        return check_finite(compute_logits(self.model, Dataset(tokens, np.zeros(tokens.texts)), self.hardware))
+        with no_autocast():
+            return check_finite(compute_logits(self.model, Dataset(tokens, np.zeros(tokens.texts)), self.hardware))
 
     def predict(
         self, texts: Iterable[Any], pairs: Sequence[str] | None = None, temperature: bool = True
@@ -141,6 +146,8 @@ class Classifier(TextEncoder):
         self.tokenizer.save(folder, self.max_length)
 
 
+@one_thread()
+@default_torch_state()
 def load(folder: str | Path, device: str = "auto", temperature: bool = True) -> Classifier:
     """Load a folder that `finetune` or `Classifier.save` wrote, or any BERT classifier in transformers' form.
 
@@ -162,6 +169,8 @@ def load(folder: str | Path, device: str = "auto", temperature: bool = True) -> 
     return Classifier(model, tokenizer, length, truncation, hardware, problem, window_stride=stride)
 
 
+@one_thread()
+@default_torch_state()
 def load_encoder(folder: str | Path, device: str = "auto", max_length: int | None = None) -> TextEncoder:
     """Load any BERT for embeddings; `max_length` in tokens, default as trained, or 512 or the model's limit."""
     path = model_folder(folder)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from minibert.errors import UserError
 from minibert.model.bert import BertForSequenceClassification, BertModel
 from minibert.model.config import MOST_LABELS, BertConfig
+from minibert.runtime.ambient import default_torch_state
 from minibert.runtime.files import atomic, check_regular_file, one_line, read_json, write_json, writing
 from minibert.version import __version__
 
@@ -93,6 +94,7 @@ def model_folder(name: str | Path) -> Path:
         ) from None
 
 
+@default_torch_state()
 def load_model(
     name: str | Path,
     kind: type[Model],
