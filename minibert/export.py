@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from minibert.cli import Parser, add_column_flags, column_config, run_command
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.filenames import ONNX, ONNX_INT8
 from minibert.runtime.files import check_output_path
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def parser() -> Parser:
     result.add_argument("--onnx", action="store_true", help="as ONNX: padded ids, mask and types in, logits out")
     result.add_argument("--int8", action="store_true", help="weights as 8-bit integers (dynamic quantisation)")
     result.add_argument(
-        "--output", type=os.path.expanduser, metavar="FILE", help="default RUN/model.onnx, or RUN/model-int8.onnx"
+        "--output", type=os.path.expanduser, metavar="FILE", help=f"default RUN/{ONNX}, or RUN/{ONNX_INT8}"
     )
     result.add_argument(
         "--file",
@@ -56,15 +57,18 @@ def main(argv: Sequence[str]) -> None:
     if missing:
         raise UserError(f"--onnx: needs {' and '.join(missing)}; pip install {' '.join(missing)}")
     folder = Path(os.path.expanduser(arguments.run))
-    output = Path(arguments.output or folder / ("model-int8.onnx" if arguments.int8 else "model.onnx"))
+    output = Path(arguments.output or folder / (ONNX_INT8 if arguments.int8 else ONNX))
     if arguments.output:
         check_output_path(output, arguments.file)
     if not arguments.output and not folder.is_dir():
         raise UserError(f"--output: is needed where RUN is no folder here ({arguments.run})")
     from minibert.inference.classifier import load
-    from minibert.runtime.files import atomic
+    from minibert.runtime.files import atomic, writing
 
     classifier = load(arguments.run, "cpu")
+    if not arguments.output:
+        with writing(output.parent):
+            output.parent.mkdir(exist_ok=True)
     plain = output.with_name(f".{output.name}.fp32.{os.getpid()}.tmp")
     with atomic(output) as temporary:
         try:

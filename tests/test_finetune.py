@@ -392,6 +392,13 @@ def test_an_mlp_head_is_kept_for_the_same_labels_unless_another_is_asked_for(
         main([*fast, "--model", str(tmp_path / "first"), "--output", str(tmp_path / name), *more])
     saved = {name: minibert.load(tmp_path / name).model.mlp_size for name in ("kept", "wider", "plain")}
     assert saved == {"kept": 8, "wider": 16, "plain": 0}
+    for name in ("first", "kept"):
+        with pytest.raises(RuntimeError, match=r"(?s)classifier.weight.*torch.Size\(\[0\]\)|mismatch"):
+            transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text()
+        assert "library_name: minibert" in card and "transformers lacks and refuses" in card
+        assert "transformers does not know" not in card and "of transformers loads" not in card
+    transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
     assert json.loads((tmp_path / "kept" / "run.json").read_text())["flags"]["head"] == "mlp:8"
 
 

@@ -46,7 +46,9 @@ MLP_HEAD_NAMES = {"classifier.dense": "classifier.dense", "classifier.out_proj":
 # Present in other BERT checkpoints and of no use here.
 IGNORED = ("embeddings.position_ids", "cls.predictions.", "cls.seq_relationship.", "fit_dense")  # the last: TinyBERT's
 MAY_BE_NEW = ("pooler.", "classifier.")
-OWN_HEAD = "the mlp head is minibert's own: transformers cannot load this folder as a classifier"
+OWN_HEAD = "the mlp head is minibert's own: transformers refuses this folder as a classifier"
+# In a file with an mlp head, of size 0. Else transformers would find no classifier, and put a random one in its place.
+NO_LINEAR_HEAD = "classifier.weight"
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 DOWNLOADS = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors"]
@@ -218,6 +220,8 @@ def _rename(
     """Checkpoint names to ours, with every tensor accounted for: used, new, ignored on purpose, or an error."""
     report = LoadReport()
     unused = {_modern(name): name for name in theirs}
+    if NO_LINEAR_HEAD in unused and not theirs[unused[NO_LINEAR_HEAD]].numel():
+        del unused[NO_LINEAR_HEAD]
     tensors: dict[str, Tensor] = {}
     for ours, names in _names_of(shapes).items():
         found = [theirs[unused.pop(name)] for name in names if name in unused and not (new_head and is_head(ours))]
@@ -280,6 +284,8 @@ def their_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name, tensor in zip(names, parameters[ours].chunk(len(names)), strict=True):
             prefix = "" if is_head(name) or isinstance(model, BertModel) else "bert."
             result[prefix + name] = tensor.contiguous()
+    if any(name.startswith("classifier.dense.") for name in result):
+        result[NO_LINEAR_HEAD] = torch.empty(0)
     return result
 
 

@@ -150,10 +150,14 @@ def calibration(run: Finished, part: str) -> str:
     if "calibration" not in run.metrics:
         return ""
     error = run.metrics["calibration"][part]["expected_calibration_error"]
+    others = (
+        ""
+        if run.config.mlp_size()
+        else "; transformers does not know of it and gives the same labels with unscaled probabilities"
+    )
     return (
         f"The temperature of the probabilities is {run.problem.temperature:.4g}: expected calibration error on "
-        f"{part} {fixed(error['after'], 4)}, without it {fixed(error['before'], 4)}. minibert applies it; "
-        "transformers does not know of it and gives the same labels with unscaled probabilities."
+        f"{part} {fixed(error['after'], 4)}, without it {fixed(error['before'], 4)}. minibert applies it{others}."
     )
 
 
@@ -182,7 +186,10 @@ classifier = minibert.load("path/to/this/folder")
 print(classifier.predict([{example}])[0])
 ```"""
     if run.config.mlp_size():
-        return text + "\n\nThe head has a hidden layer, which transformers lacks: load the folder with minibert."
+        return (
+            text
+            + "\n\nThe head has a hidden layer, which transformers lacks and refuses: load the folder with minibert."
+        )
     return text + "\n\n`AutoModelForSequenceClassification.from_pretrained` of transformers loads the folder too."
 
 

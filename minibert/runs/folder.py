@@ -17,6 +17,8 @@ from minibert.filenames import (
     CHECKPOINTS,
     METRICS,
     MODEL_FILES,
+    ONNX,
+    ONNX_INT8,
     RECORD,
     REPORT,
     SEARCH,
@@ -38,7 +40,7 @@ OUTPUT_FILES = (
     *MODEL_FILES,
     *(METRICS, CHECK, SPLITS, TRAIN_LOG, REPORT, CARD, TRACKERS),
     *(predictions_file("validation"), predictions_file("test")),
-    *("model.onnx", "model-int8.onnx"),
+    *(ONNX, ONNX_INT8, "model.onnx", "model-int8.onnx"),  # the last two: of versions before
 )
 
 

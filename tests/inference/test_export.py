@@ -66,14 +66,14 @@ def test_the_command_exports_an_mlp_head_and_says_what_int8_changes(
     (tmp_path / "rows.csv").write_text(table)
     out = run_export(str(tmp_path / "run"), "--onnx").stdout
     assert re.search(r"checked in onnxruntime .*1x512.* logits differ by \d", out)
-    session = open_session(tmp_path / "run" / "model.onnx")
+    session = open_session(tmp_path / "run" / "onnx" / "model.onnx")
     expected, tokens = classifier.logits(texts), classifier.encode(texts)
     for by_length in (True, False):
         assert np.abs(session_logits(session, tokens, by_length=by_length) - expected).max() < 1e-4
     pairs = [*reversed(texts)]
     two = session_logits(session, classifier.encode(texts, pairs))
     assert np.abs(two - classifier.logits(texts, pairs)).max() < 1e-4
-    metadata = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / "run" / "model.onnx").metadata_props}
+    metadata = {p.key: json.loads(p.value) for p in onnx.load(tmp_path / "run" / "onnx" / "model.onnx").metadata_props}
     assert metadata["labels"] == ["food", "sport"] and metadata["temperature"] == 1.0
 
     small = tmp_path / "small.onnx"
@@ -84,7 +84,7 @@ def test_the_command_exports_an_mlp_head_and_says_what_int8_changes(
     found = 100 * (logits.argmax(1) == expected.argmax(1)).mean()
     assert found == pytest.approx(float(agreement), abs=0.01) and found > 90 and 0 < float(change) < 0.3
     assert re.search(r"accuracy +fp32 1\.0000 +int8 [01]\.\d{4} +change [-+][01]\.\d{4}", out)
-    assert small.stat().st_size < 0.3 * (tmp_path / "run" / "model.onnx").stat().st_size
+    assert small.stat().st_size < 0.3 * (tmp_path / "run" / "onnx" / "model.onnx").stat().st_size
     assert {path.name for path in tmp_path.iterdir()} == {"run", "rows.csv", "small.onnx"}
 
 
@@ -106,7 +106,7 @@ def test_windows_are_one_text_for_onnxruntime_too(tiny: Callable[..., Path], tmp
 def test_int8_without_a_file_is_compared_on_sample_texts(tiny: Callable[..., Path]) -> None:
     multi = tiny("BertForSequenceClassification", num_labels=3, problem_type="multi_label_classification")
     assert "sample texts: the same label on " in run_export(str(multi), "--onnx", "--int8").stdout
-    assert (multi / "model-int8.onnx").exists() and not (multi / "model.onnx").exists()
+    assert [path.name for path in (multi / "onnx").iterdir()] == ["model_quantized.onnx"]
     single = tiny("BertForSequenceClassification", num_labels=1)
     assert "sample texts: largest change of a value " in run_export(str(single), "--onnx", "--int8").stdout
 
