@@ -25,9 +25,10 @@ from minibert.inference.logits import compute_logits
 from minibert.problem.problem import class_weights
 from minibert.reporting.console import describe
 from minibert.reporting.data_summary import fit, screen
-from minibert.runs.setup import Job, get_ready, prepare_sets
+from minibert.runs.setup import Job, get_ready, prepare_sets, start_head
 from minibert.runtime.device import duration, peak_memory
 from minibert.runtime.files import write_json
+from minibert.training.head_start import ROWS, sampled_rows
 from minibert.training.loop import Step, Training, planned_batches, total_steps
 
 TIMED_BATCHES = 4
@@ -54,6 +55,7 @@ def expected_cost(job: Job) -> Cost:
     lengths = {part: dataset.lengths for part, dataset in job.sets.items()}
     weights = class_weights(problem, config.class_weights, job.sets["train"].targets)
     cached = job.frozen >= 1 and config.cache_frozen
+    of_probe = probe_seconds(job, weights)
     if cached:
         job = replace(job, sets={"train": job.sets["train"].take(sample_rows(lengths["train"], config))})
     started = time.perf_counter()
@@ -63,7 +65,20 @@ def expected_cost(job: Job) -> Cost:
     factor = whole / seen if cached else 1
     setup_bytes = 0 if activations is None else int(activations.values.nbytes * factor)
     training = Training(job.model, problem, job.sets, config, job.hardware, weights)
-    return measure(training, lengths, seconds * factor, setup_bytes)
+    return measure(training, lengths, seconds * factor + of_probe, setup_bytes)
+
+
+def probe_seconds(job: Job, weights: np.ndarray | None) -> float:
+    """What the linear probe of a new head takes, above all the encoder's pass over its rows: by a sample of them."""
+    config, train = job.config, job.sets["train"]
+    features_are_cached = config.freeze == "all" and config.cache_frozen
+    if not job.head_is_new or config.head_init != "probe" or features_are_cached:
+        return 0.0
+    rows = sampled_rows(train.targets, job.data.problem, ROWS)
+    sample = rows[np.linspace(0, len(rows) - 1, min(len(rows), SAMPLE_ROWS)).astype(np.int64)]
+    started = time.perf_counter()
+    start_head(replace(job, config=replace(config, quiet=True), sets={"train": train.take(sample)}), weights, False)
+    return (time.perf_counter() - started) * int(train.lengths[rows].sum()) / int(train.lengths[sample].sum())
 
 
 @dataclass(frozen=True)
