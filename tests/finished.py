@@ -14,7 +14,7 @@ from minibert.data.examples import Examples
 from minibert.data.loading import RunData
 from minibert.problem.calibration import calibration_metrics
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
-from minibert.reporting.html_report import Finished
+from minibert.reporting.results import Finished
 
 
 def finished(

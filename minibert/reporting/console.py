@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from minibert.config import RunConfig
 from minibert.model.checkpoint import OWN_HEAD, LoadReport
+from minibert.reporting.format import fixed, shorten
 from minibert.runtime.device import Hardware, duration
 from minibert.runtime.files import printable
 from minibert.training.loop import Training
@@ -21,7 +22,7 @@ from minibert.version import __version__
 
 Say = Callable[[str], None]
 # The metrics worth a place on the terminal, where a problem has them; metrics.json has all.
-MAIN_METRICS = """accuracy micro_f1 macro_f1 weighted_f1 subset_accuracy mcc roc_auc pearson spearman mse mae
+PRINTED_METRICS = """accuracy micro_f1 macro_f1 weighted_f1 subset_accuracy mcc roc_auc pearson spearman mse mae
 loss""".split()
 CLASSES, NAME_LENGTH = 30, 40  # of the table of classes
 
@@ -81,11 +82,11 @@ def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, pa
     say(verdict)
     for part in ("validation", "test"):
         if part in metrics:
-            numbers = [f"{name} {shown(metrics[part][name])}" for name in MAIN_METRICS if name in metrics[part]]
+            numbers = [f"{name} {fixed(metrics[part][name])}" for name in PRINTED_METRICS if name in metrics[part]]
             say(f"{part:<11}" + " · ".join(numbers))
     if "linear_probe" in metrics:
         probe = metrics["linear_probe"]["validation"]
-        numbers = [f"{name} {shown(probe[name])}" for name in MAIN_METRICS if name in probe]
+        numbers = [f"{name} {fixed(probe[name])}" for name in PRINTED_METRICS if name in probe]
         say(f"{'probe':<11}" + " · ".join(numbers) + " (the linear probe alone, on validation)")
     for line in metrics["train"]["advice"]:
         say(line)
@@ -123,10 +124,4 @@ def class_lines(part: str, per_class: dict[str, dict[str, Any]]) -> list[str]:
 
 def terminal_name(label: str) -> str:
     """A label on one line, without what a terminal would obey, and not longer than a column."""
-    name = " ".join(printable(label).split())
-    return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
-
-
-def shown(value: float | None) -> str:
-    """A metric as the terminal has it: a dash where it is undefined."""
-    return "-" if value is None else f"{value:.4f}"
+    return shorten(" ".join(printable(label).split()), NAME_LENGTH)

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from minibert.filenames import SEARCH
-from minibert.reporting.charts import Html, Series, chart, figure, fixed, keys, section, table
+from minibert.reporting.charts import Series, chart, keys
+from minibert.reporting.format import fixed
+from minibert.reporting.render import Section, pieces
 from minibert.runtime.files import read_json
 
 ROWS = 25  # the most trials of a table, the best first
@@ -38,9 +41,9 @@ def best_first(found: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(whole, key=lambda trial: -sign * trial["value"]) + others
 
 
-def cells(trial: dict[str, Any], digits: int) -> list[str]:
+def cells(trial: dict[str, Any]) -> list[str]:
     """A row of either table."""
-    value = fixed(trial["value"], digits) if trial["value"] is not None else trial["reason"] or trial["state"]
+    value = fixed(trial["value"]) if trial["value"] is not None else trial["reason"] or trial["state"]
     settings = [written(trial["settings"][key]) for key in NAMES]
     return [str(trial["number"]), *settings, f"{trial['seconds']:.0f}", value.split(":")[0]]
 
@@ -52,25 +55,28 @@ def header(found: dict[str, Any]) -> list[str]:
 def table_lines(found: dict[str, Any]) -> list[str]:
     """The table for the terminal, the best trial first."""
     trials = best_first(found)
-    rows = [header(found), *(cells(trial, 4) for trial in trials[:ROWS])]
+    rows = [header(found), *(cells(trial) for trial in trials[:ROWS])]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     rest = len(trials) - ROWS
     return [*lines, f"... and {rest} more in {SEARCH}"] if rest > 0 else lines
 
 
-def search_section(output: Path) -> Html:
-    """The report's section on the search that made the run in `output`; nothing where there was none."""
+def search_sections(output: Path) -> list[Section]:
+    """The report's sections on the search that made the run in `output`; none where there was no search."""
     path = output / SEARCH
     if not path.is_file():
-        return Html("")
+        return []
     found = read_json(path)
-    rows = [cells(trial, 4) for trial in best_first(found)[:ROWS]]
+    rows = [cells(trial) for trial in best_first(found)[:ROWS]]
     figures = [trials_figure(found), rates_figure(found)]
-    return Html(section("Search", figures) + section("Trials", [table(header(found), "n" * 7 + "t", rows)], grid=False))
+    return [
+        Section("Search", figures),
+        Section("Trials", [pieces.table(header(found), "n" * 7 + "t", rows)], grid=False),
+    ]
 
 
-def trials_figure(found: dict[str, Any]) -> Html:
+def trials_figure(found: dict[str, Any]) -> Markup:
     """The value of each trial in their order, and the best so far."""
     whole = [trial for trial in found["trials"] if trial["value"] is not None]
     numbers, values = np.array([t["number"] for t in whole]), np.array([t["value"] for t in whole], dtype=np.float64)
@@ -88,14 +94,14 @@ def trials_figure(found: dict[str, Any]) -> Html:
     span = (0.0, max(len(found["trials"]), 1) + 1.0)
     body = chart(series, "trial", f"validation {found['metric']}", x_range=span)
     note = f"{len(whole)} trials came to their end, {len(found['trials']) - len(whole)} were ended early."
-    return figure("Trials", body, legend=keys(series), note=note)
+    return pieces.figure("Trials", body, legend=keys(series), note=note)
 
 
-def rates_figure(found: dict[str, Any]) -> Html:
+def rates_figure(found: dict[str, Any]) -> Markup:
     """The value of each trial by its learning rate."""
     whole = [trial for trial in found["trials"] if trial["value"] is not None]
     rates = np.array([math.log10(trial["settings"]["learning_rate"]) for trial in whole])
     values = np.array([trial["value"] for trial in whole], dtype=np.float64)
     dots = Series("trial", rates, values, 2, curve=False, dots=True)
     body = chart([dots], "log10 of the learning rate", f"validation {found['metric']}")
-    return figure("Learning rates", body, note="Other settings differ, too, from trial to trial.")
+    return pieces.figure("Learning rates", body, note="Other settings differ, too, from trial to trial.")

@@ -20,8 +20,9 @@ from minibert.problem.calibration import calibration_metrics, fit_temperature
 from minibert.problem.problem import REGRESSION
 from minibert.reporting.advice import advice
 from minibert.reporting.console import terminal_name
-from minibert.reporting.html_report import Finished, verdict, write_report
+from minibert.reporting.html_report import write_report
 from minibert.reporting.model_card import write_card
+from minibert.reporting.results import Finished, headline
 from minibert.runs.setup import Job
 from minibert.runtime import distributed
 from minibert.runtime.files import write_json, writing
@@ -40,7 +41,7 @@ def finish(
     logits: dict[str, np.ndarray],
     moments: list[float],
 ) -> str:
-    """Write what a run leaves: model, predictions, metrics, report and card; returns the report's verdict."""
+    """Write what a run leaves: model, predictions, metrics, report and card; returns the report's headline."""
     with writing(output):  # a folder deleted meanwhile is not made again, half filled
         output.stat()
     classifier.write(output)
@@ -63,7 +64,8 @@ def finish(
     finished = Finished(job.config, job.data, job.sets, logits, metrics, record)
     write_report(output, finished)
     write_card(output, finished)
-    return verdict(finished, lambda label: f"“{terminal_name(label)}”")
+    text, label = headline(finished)
+    return text.format(label=f"“{terminal_name(label)}”")
 
 
 def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

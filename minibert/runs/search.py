@@ -25,8 +25,9 @@ from minibert.data.loading import RunData
 from minibert.errors import UserError
 from minibert.inference.classifier import Classifier
 from minibert.problem.problem import class_weights
-from minibert.reporting.console import aloud, describe, shown, silence
+from minibert.reporting.console import aloud, describe, silence
 from minibert.reporting.data_summary import screen
+from minibert.reporting.format import fixed
 from minibert.reporting.search_report import described, table_lines
 from minibert.runs.folder import clear, output_folder, remove_runs, remove_trials, trial_folder
 from minibert.runs.record import common_fingerprint
@@ -211,8 +212,8 @@ def clear_trials(search: Search) -> None:
 def announce(search: Search, trial: FrozenTrial) -> None:
     record, best = trial_record(search, trial), search.best
     total = f" of {search.trials}" if search.trials else ""
-    result = f"{search.metric} {shown(record['value'])}" if not record["reason"] else record["reason"]
-    found = "none yet" if best is None else f"{shown(best.value)} (trial {search.number(best)})"
+    result = f"{search.metric} {fixed(record['value'])}" if not record["reason"] else record["reason"]
+    found = "none yet" if best is None else f"{fixed(best.value)} (trial {search.number(best)})"
     search.say(
         f"trial {record['number']}{total} · {result} · best {found} · {described(record['settings'])} · "
         f"{duration(record['seconds'])}, {search.left()} left"

@@ -15,7 +15,7 @@ from minibert.errors import UserError
 from minibert.filenames import SEARCH, SEARCH_JOURNAL
 from minibert.model.config import BertConfig
 from minibert.reporting.console import Say
-from minibert.reporting.html_report import python_call
+from minibert.reporting.results import python_call
 from minibert.runtime.device import duration
 from minibert.runtime.files import one_line, write_json
 from minibert.training.loop import LOWER_IS_BETTER

@@ -16,24 +16,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from minibert.config import RunConfig
 from minibert.data.loading import RunData
 from minibert.errors import UserError
 from minibert.filenames import CHECKPOINTS, METRICS, SEEDS
 from minibert.inference.classifier import Classifier, load
-from minibert.problem.problem import MULTI, REGRESSION, Problem
-from minibert.reporting.console import MAIN_METRICS, Say, aloud, shown, silence
+from minibert.problem.baseline import collapsed, majority_baseline
+from minibert.reporting.console import PRINTED_METRICS, Say, aloud, silence
+from minibert.reporting.format import fixed
 from minibert.runs.folder import clear, output_folder, remove_runs, remove_trials, seed_folder
 from minibert.runs.record import common_fingerprint
 from minibert.runs.setup import with_own_problem
 from minibert.runtime.files import atomic, locked, read_json, write_json, writing
 from minibert.training.loop import LOWER_IS_BETTER
 from minibert.training.resume import STATE_FILE, check_same_run, remove_checkpoint
-
-NEAR_BASELINE = 0.05  # a run that gains less than this share of what the constant answer leaves has learned nothing
-FAR_BELOW = 0.5  # a run that gains less than this share of the median run's gain is far below the others
 
 
 def run_each_seed(
@@ -138,12 +134,13 @@ def summarise_seeds(runs: list[dict[str, Any]], data: RunData, metric: str | Non
     warnings = []
     if parts:
         part = parts[0]
-        baseline = constant_baseline(data, part)[metric]
+        targets = data.problem.targets(data.splits[part].labels or [])
+        baseline = majority_baseline(data.problem, targets)[metric]
         values = [run[part][metric] for run in runs]
         summary["baseline"] = {"part": part, metric: baseline}
         for run, problem in zip(runs, collapsed(values, baseline, metric in LOWER_IS_BETTER), strict=True):
             if problem:
-                warnings.append(f"seed {run['seed']} {problem} ({part} {metric} {shown(run[part][metric])})")
+                warnings.append(f"seed {run['seed']} {problem} ({part} {metric} {fixed(run[part][metric])})")
     summary["warnings"] = warnings
     for part in parts:
         summary[part] = {name: _spread([run[part][name] for run in runs]) for name in runs[0][part]}
@@ -170,47 +167,6 @@ def _spread(values: list[float | None]) -> dict[str, Any]:
     }
 
 
-def constant_baseline(data: RunData, part: str) -> dict[str, Any]:
-    """The metrics of an answer that never looks at the text: label frequencies or the mean of the training rows."""
-    problem = Problem(data.problem.kind, data.problem.labels)
-    targets_of = {name: problem.targets(examples.labels or []) for name, examples in data.splits.items()}
-    train, targets = targets_of["train"], targets_of[part]
-    if problem.kind == REGRESSION:
-        constant = train.mean(keepdims=True)
-    else:
-        counts = train.sum(0) if problem.kind == MULTI else np.bincount(train, minlength=len(problem.labels))
-        share = (counts + 1e-3) / (len(train) + 1e-2)
-        constant = np.log(share / (1 - share)) if problem.kind == MULTI else np.log(share)
-
-    def answers(rows: np.ndarray) -> np.ndarray:
-        return np.tile(constant.astype(np.float32), (len(rows), 1))
-
-    if "validation" in targets_of:  # as a run's thresholds are
-        problem.tune(answers(targets_of["validation"]), targets_of["validation"])
-    return problem.metrics(answers(targets), targets)
-
-
-def collapsed(values: list[float | None], baseline: float | None, lower_is_better: bool) -> list[str]:
-    """For each run, what is wrong with it, or "": no better than a constant answer, or far below the other runs.
-
-    Where the constant answer is perfect, as on rows of one class, there is nothing to be better than.
-    """
-    sign = -1 if lower_is_better else 1
-    base = baseline or 0.0  # a correlation with a constant is undefined: as good as none
-    perfect = 0.0 if lower_is_better else 1.0
-    if base == perfect and baseline is not None:
-        return [""] * len(values)
-    gains = [float("-inf") if value is None else sign * (value - base) for value in values]
-    median = statistics.median(gains)
-    reasons = []
-    for gain in gains:
-        if gain <= NEAR_BASELINE * sign * (perfect - base):
-            reasons.append(f"collapsed: about as good as a constant answer ({base:.4f})")
-        else:
-            reasons.append("is far below the others" if gain < FAR_BELOW * median else "")
-    return reasons
-
-
 def show(say: Say, summary: dict[str, Any]) -> None:
     """A table for each part, warnings, and which seed was the best."""
     for part in ("validation", "test"):
@@ -224,14 +180,14 @@ def show(say: Say, summary: dict[str, Any]) -> None:
 
 def table_lines(part: str, summary: dict[str, Any]) -> list[str]:
     """A row for each seed, then mean and standard deviation."""
-    names = [name for name in MAIN_METRICS if name in summary[part]]
+    names = [name for name in PRINTED_METRICS if name in summary[part]]
     rows = {f"seed {run['seed']}": [run[part][name] for name in names] for run in summary["runs"]}
     rows |= {key: [summary[part][name][key] for name in names] for key in ("mean", "std")}
     first = max(map(len, [part, *rows]))
     widths = [max(len(name), 8) + 2 for name in names]
     lines = [f"{part:<{first}}" + "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
     for label, values in rows.items():
-        cells = (f"{shown(value):>{width}}" for value, width in zip(values, widths, strict=True))
+        cells = (f"{fixed(value):>{width}}" for value, width in zip(values, widths, strict=True))
         lines.append(f"{label:<{first}}{''.join(cells)}")
     return lines
 

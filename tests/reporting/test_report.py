@@ -15,14 +15,17 @@ from browser import CHROMIUM, Page, browser
 from conftest import save_tiny
 from finished import add_predictions, finished, log_of
 from huggingface_hub import ModelCard
+from markupsafe import escape
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import minibert
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE
 from minibert.reporting import html_report as report
-from minibert.reporting.charts import Series, chart, esc, finite, rounded, short, spread, ticks
-from minibert.reporting.html_report import Finished
+from minibert.reporting.charts import Series, chart, drawable, limits_of, rounded, ticks
+from minibert.reporting.format import compact
 from minibert.reporting.model_card import write_card
+from minibert.reporting.render import pieces
+from minibert.reporting.results import Finished
 
 ARTEFACTS = Path(__file__).parents[1] / "artefacts"
 EVIL = '<script>alert("x")</script><img src=http://127.0.0.1:9/x onerror=alert(1)></style>'
@@ -78,7 +81,7 @@ HEADLINES = {
 }
 FIGURES = {
     "single": "Loss|Metrics on validation|Learning rate|Labels|Token lengths|Confusion matrix|Precision and recall|ROC|"
-    "Reliability|Distribution of confidence|Padding|Time by part",
+    "Thresholds|Reliability|Distribution of confidence|Padding|Time by part",
     "multi": "Loss|Metrics on validation|Learning rate|Labels|Token lengths|Precision and recall|ROC|"
     "Reliability|Distribution of stated probability|Padding|Time by part",
     "regression": "Loss|Metrics on validation|Learning rate|Values|Token lengths|"
@@ -126,7 +129,7 @@ def test_a_browser_shows_the_report(runs: dict[str, Path], kind: str, tmp_path: 
             background = page.evaluate("getComputedStyle(document.body).backgroundColor")
             assert (sum(map(int, re.findall(r"\d+", background))) < 200) is dark
         headlines = page.evaluate("[...document.querySelectorAll('h2')].map(e => e.textContent)")
-        assert [name for name in headlines if name != "Least certain"] == [*HEADLINES[kind], "Speed", "Do it again"]
+        assert [name for name in headlines if name != "Least certain"] == [*HEADLINES[kind], "Speed", "Reproduce"]
         assert (
             page.evaluate("[...document.querySelectorAll('figcaption')].map(e => e.textContent).join('|')")
             == FIGURES[kind]
@@ -182,7 +185,7 @@ def test_most_confidently_wrong_rows_are_so(runs: dict[str, Path]) -> None:
     page = (runs["single"] / "report.html").read_text().split("Most confidently wrong")[1]
     first = re.findall(r'<td class="text"[^>]*><bdi>(.*?)</bdi>', page, re.DOTALL)[0]
     probability, _ = max(wrong)
-    assert first in {esc(text) for p, text in wrong if p > probability - 1e-5}
+    assert first in {escape(text) for p, text in wrong if p > probability - 1e-5}
     assert f"{probability:.3f}" in page
 
 
@@ -299,20 +302,23 @@ def test_text_that_is_no_valid_unicode_is_reported(tmp_path: Path) -> None:
 
 
 def test_escaping_leaves_nothing_that_is_markup_or_cannot_be_written() -> None:
-    assert esc("<a href='x'>&\"") == "&lt;a href=&#x27;x&#x27;&gt;&amp;&quot;"
-    assert esc("a\x00b\ud83dc").encode() == "a\ufffdb?c".encode()
-    assert esc(esc("<")) == "&lt;"
-    assert esc("a\r\nb\rc") == "a\nb\nc"
+    def shown(text: str) -> str:
+        return pieces.muted(text).removeprefix('<p class="muted">').removesuffix("</p>")
+
+    assert shown("<a href='x'>&\"") == "&lt;a href=&#39;x&#39;&gt;&amp;&#34;"
+    assert shown("a\x00b\ud83dc").encode() == "a\ufffdb?c".encode()
+    assert pieces.muted(pieces.muted("<")).count("&lt;") == 1
+    assert shown("a\r\nb\rc") == "a\nb\nc"
 
 
 def test_ticks_and_curves() -> None:
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert [short(v) for v in (0, 5e-5, 0.25, 1500, 25_000, 3e6)] == ["0", "5e-5", "0.25", "1500", "25k", "3M"]
-    assert short(3e38) == "3e38" and short(-2e12) == "-2e12"
-    low, high = rounded(spread([np.array([0.9, 0.9000000000000001])]))  # two ways to add up the same
+    assert [compact(v) for v in (0, 5e-5, 0.25, 1500, 25_000, 3e6)] == ["0", "5e-5", "0.25", "1500", "25k", "3M"]
+    assert compact(3e38) == "3e38" and compact(-2e12) == "-2e12"
+    low, high = rounded(limits_of([np.array([0.9, 0.9000000000000001])]))  # two ways to add up the same
     assert low <= 0.5 and high >= 1
     x = np.linspace(0, 1, 100_000)
-    thin = finite(Series("steep", x, np.minimum(x * 1000, 1)))
+    thin = drawable(Series("steep", x, np.minimum(x * 1000, 1)))
     assert len(thin.x) < 300 and thin.y[-1] == 1 and (thin.x < 0.001).sum() > 50  # the steep part keeps its points
     assert "nan" not in chart([Series("x", np.array([0, math.nan, 1]), np.array([1, 2, math.inf]))], "x", "y")
     assert "nan" not in chart([Series("none", np.zeros(0), np.zeros(0))], "x", "y")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from interrupted import interrupted
 from sklearn.dummy import DummyClassifier, DummyRegressor
-from sklearn.metrics import f1_score, log_loss, mean_squared_error
+from sklearn.metrics import f1_score, log_loss, mean_absolute_error, mean_squared_error
 
 import minibert
 from minibert.cli import run_command
@@ -28,8 +28,9 @@ from minibert.data.examples import Examples
 from minibert.data.loading import RunData
 from minibert.errors import UserError
 from minibert.finetune import main
+from minibert.problem.baseline import collapsed, majority_baseline
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
-from minibert.runs.seeds import collapsed, constant_baseline, summarise_seeds
+from minibert.runs.seeds import summarise_seeds
 
 
 @dataclass
@@ -215,30 +216,30 @@ def run_data(kind: str, names: list[str], train: list[object], validation: list[
     return RunData(parts, Problem(kind, names), Columns(("text",), None, ("label",)), [])
 
 
-def test_a_constant_answer_of_several_labels_has_tuned_thresholds_as_a_run_has() -> None:
+def test_the_baseline_of_several_labels_has_tuned_thresholds_as_a_run_has() -> None:
     rows: list[object] = [[name for j, name in enumerate("abc") if i % (j + 2) == 0] for i in range(60)]
-    data = run_data(MULTI, list("abc"), rows, rows)
     share = np.array([sum(name in row for row in rows) for name in "abc"]) / 60  # type: ignore[operator]
     logits = np.tile(np.log(share / (1 - share)), (60, 1)).astype(np.float32)
     problem = Problem(MULTI, list("abc"))
     problem.tune(logits, problem.targets(rows))
     metrics = problem.metrics(logits, problem.targets(rows))
-    assert constant_baseline(data, "validation")["micro_f1"] == pytest.approx(metrics["micro_f1"])
+    assert majority_baseline(problem, problem.targets(rows))["micro_f1"] == pytest.approx(metrics["micro_f1"])
     assert metrics["micro_f1"] > 0.4
 
 
-def test_the_baseline_is_that_of_a_constant_answer() -> None:
-    train, validation = list("aaabbbbbc"), list("abbca")
-    ours = constant_baseline(run_data(SINGLE, ["a", "b", "c"], [*train], [*validation]), "validation")
-    dummy = DummyClassifier(strategy="prior").fit(np.zeros((9, 1)), train)
-    predicted, x = dummy.predict(np.zeros((5, 1))), np.zeros((5, 1))
-    assert ours["accuracy"] == pytest.approx(dummy.score(x, validation))
-    assert ours["macro_f1"] == pytest.approx(f1_score(validation, predicted, average="macro"))
-    assert ours["loss"] == pytest.approx(log_loss(validation, dummy.predict_proba(x)), abs=1e-2)
-    targets, held = [1.0, 2.5, 4.0], [2.0, 3.0]
-    ours = constant_baseline(run_data(REGRESSION, ["score"], [*targets], [*held]), "validation")
-    mean = DummyRegressor().fit(np.zeros((3, 1)), targets).predict(np.zeros((2, 1)))
-    assert ours["mse"] == pytest.approx(mean_squared_error(held, mean)) and ours["spearman"] is None
+def test_the_baseline_is_that_of_scikit_learn_on_the_rows_that_are_judged() -> None:
+    rows, x = list("abbca"), np.zeros((5, 1))
+    problem = Problem(SINGLE, ["a", "b", "c"])
+    ours = majority_baseline(problem, problem.targets(rows))
+    dummy = DummyClassifier(strategy="prior").fit(x, rows)
+    assert ours["accuracy"] == pytest.approx(dummy.score(x, rows))
+    assert ours["macro_f1"] == pytest.approx(f1_score(rows, dummy.predict(x), average="macro"))
+    assert ours["loss"] == pytest.approx(log_loss(rows, dummy.predict_proba(x)), abs=1e-2)
+    values = np.array([1.0, 2.5, 4.5], dtype=np.float32)
+    ours = majority_baseline(Problem(REGRESSION, ["score"]), values)
+    mean, median = (DummyRegressor(strategy=way).fit(x[:3], values).predict(x[:3]) for way in ("mean", "median"))
+    assert ours["mse"] == pytest.approx(mean_squared_error(values, mean)) and ours["spearman"] is None
+    assert ours["mae"] == pytest.approx(mean_absolute_error(values, median))
 
 
 @pytest.mark.parametrize(
