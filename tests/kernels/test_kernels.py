@@ -66,7 +66,15 @@ def device(request: pytest.FixtureRequest) -> str:
 def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
     if request.param == "bf16" and device == "cpu":
         pytest.skip("the interpreter's bf16 is not the GPU's")
+    if request.param == "fp16" and device == "cpu" and not is_first_case(request):
+        pytest.skip("one shape of each kernel is enough in fp16 for the interpreter")
     return DTYPES[request.param]
+
+
+def is_first_case(request: pytest.FixtureRequest) -> bool:
+    """Whether the test's own parameters are the first of their lists."""
+    indices = request.node.callspec.indices
+    return not any(index for name, index in indices.items() if name not in ("device", "dtype"))
 
 
 @pytest.fixture(autouse=True)
@@ -271,8 +279,8 @@ def test_the_norm_has_equal_bits_from_run_to_run(device: str) -> None:
 @pytest.mark.parametrize(
     "rows, size, p, with_bias",
     [
-        (1, 1, 0.0, True),
         (37, 100, 0.1, True),
+        (1, 1, 0.0, True),
         (9, 384, 0.5, False),
         large(800, 768, 0.1, False),
         large(20_001, 1024, 0.1, True),
@@ -352,7 +360,7 @@ def test_a_first_token_of_no_text_gets_zeros(device: str) -> None:
 
 @pytest.mark.parametrize(
     "rows, size, with_bias",
-    [(1, 1, True), (37, 300, True), (20, 130, False), large(800, 3072, True), large(20_001, 4096, True)],
+    [(37, 300, True), (1, 1, True), (20, 130, False), large(800, 3072, True), large(20_001, 4096, True)],
 )
 def test_bias_gelu(device: str, dtype: torch.dtype, rows: int, size: int, with_bias: bool) -> None:
     tensors = {"x": random((rows, size), dtype, device, 0, 2.0), "bias": random((size,), dtype, device, 1)}
@@ -367,8 +375,8 @@ def test_bias_gelu(device: str, dtype: torch.dtype, rows: int, size: int, with_b
 @pytest.mark.parametrize(
     "rows, size, p, with_types",
     [
-        (1, 1, 0.0, False),
         (37, 100, 0.1, True),
+        (1, 1, 0.0, False),
         (9, 384, 0.5, False),
         large(800, 768, 0.1, False),
         large(20_001, 1024, 0.1, True),
@@ -508,8 +516,8 @@ def test_gradients_go_to_one_buffer_as_autograd_would_add_them(device: str, toke
 @pytest.mark.parametrize(
     "kind, rows, size, labels, p, smoothing, weighted, filled",
     [
-        (SINGLE, 5, 40, 2, 0.0, 0.0, False, False),
         (SINGLE, 4, 100, 77, 0.1, 0.1, True, True),
+        (SINGLE, 5, 40, 2, 0.0, 0.0, False, False),
         (SINGLE, 2, 384, 128, 0.3, 0.0, True, False),
         (MULTI, 5, 40, 3, 0.1, 0.0, False, True),
         (MULTI, 3, 24, 6, 0.0, 0.2, True, False),

@@ -33,6 +33,10 @@ DATA = {  # flags by what the rows are
     "numbers": ["--train", "numbers.csv"],
     "numbers in windows": ["--train", "numbers.csv", "--truncation", "window", "--max-length", "12"],
 }
+OPTIONS = {  # that no run of real kills has
+    "all frozen": "--freeze all --head mlp:16 --save-steps 1 --class-weights balanced",
+    "every row": "--no-compact-vocabulary --no-cls-only --label-smoothing 0.1 --schedule cosine --test-split 0.2",
+}
 HARDWARE = {  # that the flags of a run give on a GPU alone
     "fixed shapes": FIXED,
     "fixed shapes in bf16": Hardware(CPU, "bf16", "sdpa", "fixed"),
@@ -109,6 +113,11 @@ def test_resume_of_every_kind_of_data(folder: Path, monkeypatch: pytest.MonkeyPa
     assert_resume_changes_nothing(monkeypatch, *DATA[kind])
     config = json.loads((folder / "whole" / "config.json").read_text())
     assert ("window" in kind) == (config["minibert"]["truncation"] == "window")
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_resume_of_other_options(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert_resume_changes_nothing(monkeypatch, *DATA["classes"], *OPTIONS[name].split())
 
 
 @pytest.mark.parametrize("name", list(HARDWARE))
