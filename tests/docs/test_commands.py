@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from minibert import cli, run
+from minibert import cli
+from minibert.runs import setup
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"README": ROOT / "README.md", "first-model": ROOT / "docs" / "tutorials" / "first-model.md"}
@@ -28,7 +29,7 @@ def clone(films: Path, film_model: Path, tmp_path: Path, monkeypatch: pytest.Mon
     shutil.copy(ROOT / "minibert" / "demo" / "messages.csv", tmp_path / "minibert" / "demo")
     shutil.copy(films, tmp_path / "reviews.csv")
     (tmp_path / "new.csv").write_text("text\ngood film\nbad film\n", encoding="utf-8")
-    monkeypatch.setattr(run, "demo_weights", lambda: str(film_model))
+    monkeypatch.setattr(setup, "demo_weights", lambda: str(film_model))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -47,7 +47,7 @@ JOBS = {  # every way to train
 ON_TWO_NODES = ("plain", "weighted", "prefix", "multi", "windows of pairs", "regression")
 SCRIPT = """
 import json, sys, zlib
-from minibert import finetune
+from minibert.finetune import main
 from minibert.runtime import distributed
 from minibert.cli import given_settings, run_command
 from minibert.errors import UserError
@@ -64,7 +64,7 @@ except UserError as error:
     assert "process 1 differs from process 0 in data;" in str(error)
 else:
     raise AssertionError("unlike data was not refused")
-sys.exit(run_command(finetune.main, ["--train", "none.csv"]))
+sys.exit(run_command(main, ["--train", "none.csv"]))
 """
 
 
@@ -240,13 +240,13 @@ def test_processes_drop_different_elements() -> None:
 
 SLOW_TO_TELL = """
 import sys, time
-from minibert import finetune
+from minibert.finetune import main
 from minibert.runtime import distributed
 from minibert.cli import run_command
 
 told = distributed._told_already
 distributed._told_already = lambda: time.sleep(1) or told()
-sys.exit(run_command(finetune.main, sys.argv[1:]))
+sys.exit(run_command(main, sys.argv[1:]))
 """
 
 
@@ -270,7 +270,7 @@ def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> Non
 STALLING = """
 import datetime, signal, sys, time
 import torch.distributed as dist
-from minibert import finetune
+from minibert.finetune import main
 from minibert.runtime import distributed
 from minibert.training import loop as train
 from minibert.cli import run_command
@@ -292,7 +292,7 @@ def stalling(self, chosen):
 
 
 train.Training._step, dist.init_process_group = stalling, meet
-sys.exit(run_command(finetune.main, sys.argv[1:]))
+sys.exit(run_command(main, sys.argv[1:]))
 """
 
 
