@@ -25,8 +25,8 @@ from trainers import sms_spam
 
 import minibert
 from minibert.batching.tokenizer import Tokenizer
-from minibert.export import export, open_session, quantise, session_logits
 from minibert.inference.classifier import Classifier
+from minibert.inference.onnx import export, open_session, quantize, session_logits
 from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model, save_model
 from minibert.runs.setup import demo_weights
@@ -92,7 +92,7 @@ def make_predictors(folder: Path, texts: list[str]) -> tuple[dict[str, Predict],
         f"{PIPELINE}, sorted by length": pipelined_by_length,
     }
     export(classifier, folder / "model.onnx")
-    quantise(folder / "model.onnx", folder / "model-int8.onnx")
+    quantize(folder / "model.onnx", folder / "model-int8.onnx")
     for name, file in (("onnxruntime", "model.onnx"), ("onnxruntime int8", "model-int8.onnx")):
         session = open_session(folder / file)
         predictors[name] = onnx_predictor(classifier, session, by_length=False)

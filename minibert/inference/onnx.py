@@ -1,143 +1,184 @@
-"""The classifier as an ONNX graph on padded input, node by node from the weights: no tracing, no surprises.
+"""A classifier as an ONNX file: exported by torch from a module on padded input, compared with the original, quantized.
 
-It computes what `BertForSequenceClassification` does in evaluation, of the last layer only the [CLS] row. Operators of
-opset 17, so that runtimes since 2022 can read it.
+Opset 18, which onnxruntime reads since 2023. Needs the packages onnx, onnxscript and onnxruntime.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+import onnxruntime
+import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
-from minibert.model.bert import BertForSequenceClassification, Embeddings, Layer
+from minibert.batching.tokens import Tokens
+from minibert.errors import UserError
+from minibert.inference.classifier import Classifier
+from minibert.model.bert import BertForSequenceClassification, Layer
+from minibert.version import __version__
 
-OPSET, IR_VERSION = 17, 8
+OPSET = 18
+TOLERANCE = 1e-4  # of logits up to 1, or of their largest; fp32 against fp32
+MAX_FILE_SIZE = 2_000_000_000  # bytes of a protobuf, and so of an ONNX file
+BATCH_SIZE = 32
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-@dataclass
-class Graph:
-    """Nodes and weights so far. Values go by their names, as in ONNX."""
+class PaddedClassifier(nn.Module):
+    """`BertForSequenceClassification` in evaluation on [B, S] input; of the last layer only the [CLS] row."""
 
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    weights: list[onnx.TensorProto] = field(default_factory=list)
+    def __init__(self, model: BertForSequenceClassification) -> None:
+        super().__init__()
+        self.model = model
+        self.attention = nn.ModuleList(PaddedAttention(layer) for layer in model.encoder.layers)  # type: ignore[arg-type]
 
-    def node(self, operator: str, *inputs: str, outputs: int = 1, **attributes: Any) -> Any:
-        """Add a node and return the name of its output, or the names of several."""
-        names = [f"{operator}_{len(self.nodes)}_{i}" for i in range(outputs)]
-        self.nodes.append(helper.make_node(operator, inputs, names, **attributes))
-        return names[0] if outputs == 1 else names
-
-    def constant(self, value: Any, dtype: Any = np.float32) -> str:
-        name = f"constant_{len(self.weights)}"
-        self.weights.append(numpy_helper.from_array(np.asarray(value, dtype=dtype), name))
-        return name
-
-    def weight(self, tensor: Tensor) -> str:
-        return self.constant(np.ascontiguousarray(tensor.detach().float().cpu().numpy()))
-
-    def linear(self, x: str, weight: Tensor, bias: Tensor) -> str:
-        return self.node("Add", self.node("MatMul", x, self.weight(weight.T)), self.weight(bias))
-
-    def norm(self, x: str, norm: nn.LayerNorm) -> str:
-        scale, bias = self.weight(norm.weight), self.weight(norm.bias)
-        return self.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=norm.eps)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        """Three int64 [B, S], padded on the right -> logits [B, L]"""
+        embeddings, layers = self.model.encoder.embeddings, self.model.encoder.layers
+        words, types = embeddings.word_embeddings(input_ids), embeddings.token_type_embeddings(token_type_ids)
+        hidden = embeddings.norm(words + embeddings.position_embeddings.weight[: input_ids.shape[1]] + types)
+        bias = (1 - attention_mask[:, None, None].float()) * torch.finfo(torch.float32).min  # [B, 1, 1, S]
+        for number, (layer, attention) in enumerate(zip(layers, self.attention, strict=True), start=1):
+            queries = hidden if number < len(layers) else hidden[:, :1]
+            hidden = layer.after_attention(attention(queries, hidden, bias), queries, None)  # type: ignore[operator]
+        return self.model.head(hidden[:, 0], None)
 
 
-def _gelu(g: Graph, x: str) -> str:
-    erf = g.node("Erf", g.node("Div", x, g.constant(math.sqrt(2))))
-    return g.node("Mul", g.node("Mul", x, g.node("Add", erf, g.constant(1))), g.constant(0.5))
+class PaddedAttention(nn.Module):
+    """A layer's attention on padded rows. The qkv projection is split: int8 is for whole weights, not for slices."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.heads, self.qkv = layer.heads, nn.ModuleList()
+        for weight, bias in zip(layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3), strict=True):
+            linear = nn.Linear(len(weight), len(weight), device="meta")
+            linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+            self.qkv.append(linear)
+
+    def forward(self, queries: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
+        """[B, Q, H] rows that ask, [B, S, H] rows that answer, [B, 1, 1, S] -> [B, Q, H]"""
+        projected = (linear(x) for linear, x in zip(self.qkv, (queries, hidden, hidden), strict=True))
+        query, key, value = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in projected)  # [B, N, S, D]
+        weights = torch.softmax(query @ key.transpose(2, 3) / query.shape[3] ** 0.5 + bias, -1)
+        return (weights @ value).transpose(1, 2).flatten(2)
 
 
-def _gelu_tanh(g: Graph, x: str) -> str:
-    cube = g.node("Mul", g.node("Mul", x, g.node("Mul", x, x)), g.constant(0.044715))
-    tanh = g.node("Tanh", g.node("Mul", g.node("Add", x, cube), g.constant(math.sqrt(2 / math.pi))))
-    return g.node("Mul", g.node("Mul", x, g.node("Add", tanh, g.constant(1))), g.constant(0.5))
-
-
-def _quick_gelu(g: Graph, x: str) -> str:
-    return g.node("Mul", x, g.node("Sigmoid", g.node("Mul", x, g.constant(1.702))))
-
-
-def _silu(g: Graph, x: str) -> str:
-    return g.node("Mul", x, g.node("Sigmoid", x))
-
-
-ACTIVATIONS: dict[str, Callable[[Graph, str], str]] = {
-    "gelu": _gelu,
-    "gelu_new": _gelu_tanh,
-    "gelu_pytorch_tanh": _gelu_tanh,
-    "gelu_fast": _gelu_tanh,
-    "quick_gelu": _quick_gelu,
-    "relu": lambda g, x: g.node("Relu", x),
-    "silu": _silu,
-    "swish": _silu,
-    "tanh": lambda g, x: g.node("Tanh", x),
-}
-
-
-def build(model: BertForSequenceClassification, metadata: dict[str, Any]) -> onnx.ModelProto:
-    """int64 input_ids, attention_mask and token_type_ids [batch, sequence], padded on the right -> logits [batch, L]"""
-    g = Graph()
-    hidden = _embeddings(g, model.encoder.embeddings)
-    masked = g.node("Sub", g.constant(1), g.node("Cast", "attention_mask", to=TensorProto.FLOAT))
-    masked = g.node("Unsqueeze", masked, g.constant([1, 2], np.int64))
-    mask = g.node("Mul", masked, g.constant(np.finfo(np.float32).min))  # [batch, 1, 1, sequence]
-    layers = list(model.encoder.layers)
-    for layer in layers:
-        hidden = _layer(g, layer, hidden, mask, model.config.hidden_act, first_only=layer is layers[-1])  # type: ignore[arg-type]
-    first = g.node("Squeeze", hidden, g.constant([1], np.int64))  # [batch, H]
-    pooled = g.node("Tanh", g.linear(first, model.pooler.dense.weight, model.pooler.dense.bias))
-    head = model.classifier
-    if head.dense is not None:
-        pooled = g.node("Relu", g.linear(pooled, head.dense.weight, head.dense.bias))
-    g.nodes.append(helper.make_node("Identity", [g.linear(pooled, head.out.weight, head.out.bias)], ["logits"]))
-    inputs = [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "sequence"]) for name in INPUTS]
-    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", model.num_labels])
-    graph = helper.make_graph(g.nodes, "minibert", inputs, [output], g.weights)
-    opset = helper.make_opsetid("", OPSET)
-    result = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="minibert")
-    helper.set_model_props(result, {key: json.dumps(value) for key, value in metadata.items()})
-    return result
-
-
-def _embeddings(g: Graph, embeddings: Embeddings) -> str:
-    length = g.node("Shape", "input_ids", start=1, end=2)
-    table = g.weight(embeddings.position_embeddings.weight)
-    positions = g.node("Slice", table, g.constant([0], np.int64), length, g.constant([0], np.int64))  # [sequence, H]
-    words = g.node("Gather", g.weight(embeddings.word_embeddings.weight), "input_ids")
-    types = g.node("Gather", g.weight(embeddings.token_type_embeddings.weight), "token_type_ids")
-    return g.norm(g.node("Add", g.node("Add", words, positions), types), embeddings.norm)
-
-
-def _layer(g: Graph, layer: Layer, hidden: str, mask: str, activation: str, first_only: bool) -> str:
-    """[batch, sequence, H] -> the same, or [batch, 1, H] with `first_only`: then only the first token asks."""
-    asking = hidden
-    if first_only:
-        asking = g.node("Slice", hidden, *(g.constant([i], np.int64) for i in (0, 1, 1)))
-    weights, biases = layer.qkv.weight.chunk(3), layer.qkv.bias.chunk(3)
-    query, key, value = (g.linear(x, w, b) for x, w, b in zip((asking, hidden, hidden), weights, biases, strict=True))
-    size = layer.qkv.in_features // layer.heads
-
-    def heads(x: str, order: tuple[int, ...]) -> str:
-        return g.node("Transpose", g.node("Reshape", x, g.constant([0, 0, layer.heads, size], np.int64)), perm=order)
-
-    scores = g.node("MatMul", heads(query, (0, 2, 1, 3)), heads(key, (0, 2, 3, 1)))
-    scores = g.node("Add", g.node("Div", scores, g.constant(math.sqrt(size))), mask)
-    context = g.node("MatMul", g.node("Softmax", scores, axis=-1), heads(value, (0, 2, 1, 3)))
-    merged = g.node("Transpose", context, perm=(0, 2, 1, 3))
-    context = g.node("Reshape", merged, g.constant([0, 0, layer.heads * size], np.int64))
-    projected = g.linear(context, layer.attention_output.weight, layer.attention_output.bias)
-    attended = g.norm(g.node("Add", projected, asking), layer.attention_norm)
-    expanded = ACTIVATIONS[activation](g, g.linear(attended, layer.intermediate.weight, layer.intermediate.bias))
-    return g.norm(
-        g.node("Add", g.linear(expanded, layer.output.weight, layer.output.bias), attended), layer.output_norm
+def export(classifier: Classifier, path: Path) -> str:
+    """Write the fp32 graph, run it in onnxruntime on several shapes, and say how far it is from our logits."""
+    size = sum(p.numel() * 4 for p in classifier.model.parameters())
+    if size > MAX_FILE_SIZE:
+        raise UserError(f"{path}: the model has {size / 1e9:.1f} GB, more than one ONNX file can hold")
+    problem = classifier.problem
+    metadata = {
+        "labels": problem.labels,
+        "problem_type": problem.kind,
+        "thresholds": problem.thresholds,
+        "temperature": problem.temperature,
+        "max_length": classifier.max_length,
+        "minibert": __version__,
+    }
+    limit = classifier.model.config.max_position_embeddings
+    example = tuple(torch.zeros(2, 3, dtype=torch.int64) for _ in INPUTS)
+    shape, same = {0: Dim("batch"), 1: Dim("sequence", max=limit)}, {0: Dim.AUTO, 1: Dim.AUTO}
+    with _quiet():
+        program = torch.onnx.export(
+            PaddedClassifier(classifier.model).eval(),
+            example,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=INPUTS,
+            output_names=["logits"],
+            dynamic_shapes=(shape, same, same),
+        )
+        assert program is not None
+        program.model.metadata_props.update({name: json.dumps(value) for name, value in metadata.items()})
+        program.save(path)
+    shapes, largest, difference = verify(classifier.model, path)
+    if not difference <= TOLERANCE * max(1.0, largest):
+        raise UserError(f"{path}: onnxruntime's logits differ from ours by {difference:.2g}; nothing was written")
+    named = ", ".join(f"{batch}x{length}" for batch, length in shapes)
+    return (
+        f"checked in onnxruntime {onnxruntime.__version__} on {named} tokens: logits differ by {difference:.1g} at most"
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings about what torch and onnxruntime do inside, which no user can change."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def verify(model: BertForSequenceClassification, path: Path) -> tuple[list[tuple[int, int]], float, float]:
+    """(batch sizes and lengths tried, our largest logit, the largest difference), on random ids, padded and not."""
+    limit, types = model.config.max_position_embeddings, model.config.type_vocab_size
+    shapes = [(1, 1), (1, limit), (2, 7), (3, min(33, limit)), (5, min(128, limit))]
+    session, rng = open_session(path), np.random.default_rng(0)
+    largest = difference = 0.0
+    for batch, length in shapes:
+        lengths = rng.integers(1, length + 1, batch)
+        lengths[0] = length
+        inputs = {
+            "input_ids": rng.integers(0, model.config.vocab_size, (batch, length)),
+            "attention_mask": (np.arange(length) < lengths[:, None]).astype(np.int64),
+            "token_type_ids": rng.integers(0, types, (batch, length)),
+        }
+        theirs = session.run(["logits"], inputs)[0]
+        with torch.inference_mode():
+            ours = model(**{name: torch.from_numpy(value) for name, value in inputs.items()}).logits.numpy()
+        largest = max(largest, float(np.abs(ours).max()))
+        difference = float(np.maximum(difference, np.abs(ours - theirs).max()))  # NaN stays
+    return shapes, largest, difference
+
+
+def quantize(source: Path, target: Path) -> None:
+    """Weights of matrix products as int8, a scale for each column; activations are rounded at run time."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        # 7 bits of range: sums of full 8-bit products overflow on CPUs without VNNI, silently
+        quantize_dynamic(source, target, per_channel=True, reduce_range=True, weight_type=QuantType.QInt8)
+
+
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """An onnxruntime session on the CPU that logs errors only."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def session_logits(session: onnxruntime.InferenceSession, tokens: Tokens, *, by_length: bool = True) -> np.ndarray:
+    """[texts, L], in batches of texts of like length or as they come; of windows their mean."""
+    order = np.argsort(-tokens.lengths, kind="stable") if by_length else np.arange(len(tokens))
+    batches = (order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE))
+    logits = np.concatenate([session.run(["logits"], padded(tokens, rows))[0] for rows in batches])
+    result = np.empty_like(logits)
+    result[order] = logits
+    return tokens.mean_of_windows(result)
+
+
+def padded(tokens: Tokens, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Some texts as the [B, S] arrays that the exported graph takes."""
+    lengths = tokens.lengths[rows]
+    mask = np.arange(lengths.max()) < lengths[:, None]  # [B, S]
+    inputs: dict[str, Any] = {"attention_mask": mask.astype(np.int64)}
+    for name, flat in (("input_ids", tokens.ids), ("token_type_ids", tokens.type_ids)):
+        inputs[name] = np.zeros(mask.shape, np.int64)
+        if flat is not None:
+            inputs[name][mask] = np.concatenate([flat[tokens.offsets[i] : tokens.offsets[i + 1]] for i in rows])
+    return inputs
