@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -30,13 +31,30 @@ class CsvRow(NamedTuple):
     runs_on: bool = False  # over lines that are rows by themselves: a quote was not closed
 
 
+class _LongFields:
+    """While entered, csv takes fields as long as a line may be; the limit is the whole process's, hence the lock."""
+
+    def __init__(self) -> None:
+        self.lock, self.before = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+        self.before = csv.field_size_limit(LONGEST_LINE)
+
+    def __exit__(self, *_: object) -> None:
+        csv.field_size_limit(self.before)
+        self.lock.release()
+
+
+_LONG_FIELDS = _LongFields()
+
+
 def read_delimited(path: Path, text: IO[str], suffix: str, header: bool, size: int) -> Iterator[Table]:
     """CSV and TSV with whatever delimiter and quoting the first rows show."""
     sample = text.read(SAMPLE)
     if "\0" in sample:
         raise UserError(f"{path}: holds NUL characters; is this a text file? (other encodings need --encoding)")
     delimiter = _delimiter(sample, "\t" if suffix == ".tsv" else ",")
-    csv.field_size_limit(LONGEST_LINE)
     quoting = _quoting(sample, delimiter)
     if header and _is_one_column(sample, delimiter):
         delimiter, quoting = NO_DELIMITER, {"quoting": csv.QUOTE_NONE}
@@ -99,13 +117,15 @@ def _csv_rows(path: Path, lines: Iterator[str], options: dict[str, Any]) -> Iter
         start = reader.line_num + 1
         taken.clear()
         try:
-            cells = next(reader)
+            with _LONG_FIELDS:  # not around the `yield`: what reads the rows may use csv, too
+                cells = next(reader)
+                runs_on = len(taken) > 1 and _runs_on(taken, cells, options)
         except StopIteration:
             return
         except csv.Error as error:
             raise UserError(f"{path}, line {start}: {one_line(error)}; is a quote not closed?") from None
         if cells and not (start == 1 and cells[0].lower() == "sep=" and len(cells) == 2):
-            yield CsvRow(start, cells, reader.line_num, len(taken) > 1 and _runs_on(taken, cells, options))
+            yield CsvRow(start, cells, reader.line_num, runs_on)
 
 
 def _runs_on(lines: list[str], cells: list[str], options: dict[str, Any]) -> bool:
@@ -197,8 +217,9 @@ def _delimiter(sample: str, usual: str) -> str:
     fitting: dict[str, tuple[float, bool, int]] = {}
     for delimiter, quote in itertools.product("\t,;|^~", "\"'"):
         try:
-            reader = csv.reader(lines[:40], delimiter=delimiter, quotechar=quote, skipinitialspace=True)
-            rows = list(filter(None, reader))
+            with _LONG_FIELDS:
+                reader = csv.reader(lines[:40], delimiter=delimiter, quotechar=quote, skipinitialspace=True)
+                rows = list(filter(None, reader))
         except csv.Error:
             continue
         width = len(rows[0]) if rows else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import io
 import json
@@ -114,6 +115,16 @@ def test_encoding_flag_wins_and_must_exist(tmp_path: Path) -> None:
         read_table(path, encoding="klingon")
     with pytest.raises(UserError, match="not utf-8 text"):
         read_table(path, encoding="utf-8")
+
+
+def test_long_cells_are_read_and_the_limit_of_csv_stays(tmp_path: Path) -> None:
+    """csv's limit is of the whole process: it is back before anyone else runs, also in the middle of a file."""
+    before, long = csv.field_size_limit(), "long text " * 30_000
+    path = write(tmp_path, f'text,label\n{long},x\n"{long}\nend",y\nshort,z\n')
+    for table in stream_table(path, rows=1):
+        assert csv.field_size_limit() == before and table.columns["label"]
+    assert read_table(path).columns["text"] == [long, f"{long}\nend", "short"]
+    assert csv.field_size_limit() == before
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|", "^", "~"])
