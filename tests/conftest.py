@@ -42,6 +42,8 @@ from minibert.runs.setup import demo_weights
 from minibert_kernels import backend
 
 torch.manual_seed(0)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DEVICES = [pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def pytest_unconfigure() -> None:
@@ -159,3 +161,48 @@ def film_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def references_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the kernels' references stand in: Triton's interpreter takes a second where a GPU takes microseconds."""
     monkeypatch.setattr(backend, "INTERPRET", False)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where kernels run: in Triton's interpreter on the CPU, or on a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels run on the GPU here")
+    if request.param == "cpu":
+        skip_without_interpreter()
+        assert backend.INTERPRET
+    if request.param == "cpu" and request.node.get_closest_marker("gpu"):
+        pytest.skip("too large for the interpreter")
+    return request.param
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request: pytest.FixtureRequest, device: str) -> torch.dtype:
+    if request.param == "bf16" and device == "cpu":
+        pytest.skip("the interpreter's bf16 is not the GPU's")
+    if request.param == "fp16" and device == "cpu" and not is_first_case(request):
+        pytest.skip("one shape of each kernel is enough in fp16 for the interpreter")
+    return DTYPES[request.param]
+
+
+def is_first_case(request: pytest.FixtureRequest) -> bool:
+    """Whether the test's own parameters are the first of their lists."""
+    indices = request.node.callspec.indices
+    return not any(index for name, index in indices.items() if name not in ("device", "dtype"))
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill every uninitialised tensor with NaN, so that an element no kernel wrote shows."""
+
+    def poison(function):
+        def call(*args, **kwargs):
+            tensor = function(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))

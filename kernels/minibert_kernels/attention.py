@@ -13,7 +13,7 @@ Rows at or past cu_seqlens[-1] are not written: a batch filled up to a fixed siz
 In fp32 the products do without tensor cores ("ieee") and spill registers, up to 9 kB a thread: for checks, and training
 does not offer it. Three products of tf32 parts each ("tf32x3") are no way out. Emulated with sums cut off after each
 instruction, as tensor cores may cut them, errors of texts of 256 to 512 tokens are up to 3.5 times what the rule of
-test_kernels.py allows (0.7 times with sums rounded to nearest); compiled for sm_90 the kernels still spill up to
+tests/kernel_cases.py allows (0.7 times with sums rounded to nearest); compiled for sm_90 the kernels still spill up to
 848 bytes a thread, and the backward pass of 128 tokens with heads of 64 wants 240 kB of shared memory of 227.
 
 Shapes: T tokens, B texts, N heads, D head size (32 or 64, or another power of 2 from 16).
