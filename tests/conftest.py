@@ -206,3 +206,25 @@ def poisoned_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """A file of 40 rows with two labels."""
+    path = tmp_path / "rows.csv"
+    words = "good bad film very not free call now".split()
+    lines = [f"{' '.join(words[: 1 + i % 8])} {i},{'ab'[i % 2]}" for i in range(40)]
+    path.write_text("text,label\n" + "\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def arguments(tiny: Callable[..., Path], rows: Path) -> Callable[..., list[str]]:
+    """Arguments of finetune for a run of ten steps on `rows` with a tiny model."""
+    model = tiny()
+
+    def make(output: Path, *flags: str) -> list[str]:
+        fixed = ["--train", str(rows), "--model", str(model), "--output", str(output), "--quiet", "--device", "cpu"]
+        return [*fixed, "--epochs", "2", "--batch-size", "8", "--save-steps", "2", *flags]
+
+    return make

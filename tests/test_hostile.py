@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 import os
@@ -338,3 +339,14 @@ def test_a_checkpoint_whose_tensors_would_be_stretched(checkpointed: Path) -> No
     save_file(tensors, checkpointed / "state.safetensors", metadata)
     with pytest.raises(UserError, match=r"model\.pooler\.dense\.weight is missing or does not fit"):
         fuzz.read_checkpoint(checkpointed)
+
+
+def test_nothing_is_unpickled() -> None:
+    """No module that can run code from a file is ever imported or called."""
+    for path in (Path(__file__).parents[1] / "minibert").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not imported & {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}, path
+        called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert not called & {"torch.load", "np.load", "numpy.load", "eval", "exec"}, path
