@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from minibert.version import __version__ as __version__
@@ -28,6 +30,22 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'minibert' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'minibert' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])
+
+
+class _Package(ModuleType):
+    """Importing the command's module, minibert/finetune.py, does not hide the function of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name == "finetune" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -56,7 +56,7 @@ COMMANDS = {
 }
 LARGEST_CONFIG = 1 << 18  # bytes of a --config file
 TEXT_FLAGS = ("text_column", "text_pair_column", "no_header", "encoding", "on_bad_rows")
-LABEL_FLAGS = ("label_column", "label_delimiter")
+LABEL_FLAGS = ("label_column", "label_delimiter", "label_names")
 GROUPS = ("model", "data", "tokens", "recipe", "speed", "stopping", "watching", "other")
 
 
@@ -66,6 +66,7 @@ PLACEHOLDERS = {
     **dict.fromkeys(("model", "tokenizer", "output"), "FOLDER"),
     **dict.fromkeys(("text_column", "text_pair_column", "label_column"), "NAME"),
     "seeds": "1,2,3",
+    "label_names": "A,B",
 }
 
 
@@ -270,7 +271,9 @@ def checked_values(values: dict[str, Any], where: str) -> dict[str, Any]:
         name = key.replace("-", "_")
         field = fields.get(name) or fields.get(name.removeprefix("no_"))
         if field is None or (name not in fields and field.metadata["kind"] is not bool):
-            raise UserError(f"{where}: unknown setting {key!r}; the names are those of the flags")
+            close = get_close_matches(name, fields, 1)
+            meant = f"did you mean {close[0]}?" if close else "the names are those of the flags"
+            raise UserError(f"{where}: unknown setting {key!r}; {meant}")
         if value is not None:  # which from Python means that it is not given
             converted = _converted(value, field, where)
             result[field.name] = converted if name in fields else not converted

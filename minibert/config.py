@@ -9,6 +9,8 @@ import dataclasses
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,9 @@ from minibert.errors import UserError
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 PATHS = ("model", "tokenizer", "train", "validation", "test", "class_weights")  # flags that may name files
 TRUNCATIONS = ("head", "tail", "head_tail", "window")
+FLAG = re.compile(r"--(?P<name>[a-z][a-z-]*[a-z])(?P<rest>(?: (?P<value>[^\s:;,]+))?:?)")
+NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
+IN_MEMORY = re.compile(r"(train|validation|test) (list|table), ")  # where a message begins with the place
 SECONDS_OF = {"s": 1, "m": 60, "h": 3600}  # the units of --search
 
 
@@ -69,6 +74,7 @@ class RunConfig:
     label_delimiter: str | None = flag(
         None, "what separates the labels of one row, such as , (multi-label)", group="data", kind=str
     )
+    label_names: tuple[str, ...] = flag((), "names of the labels 0, 1, 2, ..., in their order", group="data")
     no_header: bool = flag(False, "the first row is data; columns are then called 0, 1, 2, ...", group="data")
     encoding: str | None = flag(
         None, "encoding of the files (default UTF-8, or what they look like)", group="data", kind=str
@@ -221,6 +227,8 @@ class RunConfig:
         if len({*seeds}) < len(seeds) or not all(0 <= seed < 1 << 63 for seed in seeds):
             raise UserError(f"--seeds {','.join(self.seeds)}: give different whole numbers, such as 1,2,3")
 
+        if len(set(self.label_names)) < len(self.label_names) or len(self.label_names) == 1:
+            raise UserError(f"--label-names {','.join(self.label_names)}: give two or more, all different")
         self.search_budget()
         for name, why in (("seeds", "one seed chooses"), ("check", "it trains nothing")):
             if self.search is not None and getattr(self, name):
@@ -282,3 +290,32 @@ class RunConfig:
 
 def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+@contextmanager
+def messages_in_python() -> Iterator[None]:
+    """Messages of the command line as a caller of `minibert.finetune` reads them."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(in_python(str(error))) from None
+
+
+def in_python(message: str) -> str:
+    """overwrite=True for --overwrite, max_length=5 for --max-length 5, and rows instead of lines."""
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+
+    def named(found: re.Match[str]) -> str:
+        name, value, rest = found["name"].replace("-", "_"), found["value"] or "", found["rest"]
+        field = fields.get(name) or fields.get(name.removeprefix("no_"))
+        if field is None:
+            return found[0]
+        if field.metadata["kind"] is bool:
+            return f"{field.name}={name in fields}{rest}"
+        is_number = NUMBER.fullmatch(value) is not None
+        if not value or not (is_number or rest.endswith(":") or value in field.metadata["choices"]):
+            return f"{name}{rest}"
+        return f"{name}={value if is_number else repr(value)}" + ":" * rest.endswith(":")
+
+    message = FLAG.sub(named, message)
+    return re.sub(r"\bline (?=\d)", "row ", message) if IN_MEMORY.match(message) else message

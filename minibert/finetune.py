@@ -6,16 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
-from minibert.api import finetune
 from minibert.cli import given_settings, run_command
 from minibert.config import RunConfig
 from minibert.errors import UserError
-
-if TYPE_CHECKING:
-    from minibert.inference.classifier import Classifier
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,15 +25,6 @@ def main(argv: Sequence[str]) -> None:
 
     run_from_files(given, ["python", "-m", "minibert.finetune", *argv])
 
-
-class _CallableModule(ModuleType):
-    """Importing this module sets `minibert.finetune` to it, which is to remain the function that people call."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Classifier:
-        return finetune(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

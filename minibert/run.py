@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from minibert.config import RunConfig
-from minibert.data.examples import examples_from_lists
-from minibert.data.loading import RunData, load_data, prepare
+from minibert.data.in_memory import load_in_memory
+from minibert.data.loading import RunData, load_data
 from minibert.errors import UserError
 from minibert.filenames import CHECKPOINTS, TRAIN_LOG
 from minibert.inference.classifier import Classifier
@@ -67,16 +67,11 @@ def demonstration() -> dict[str, Any]:
     return {"train": str(DEMO_DATA), "test_split": 0.15}
 
 
-def run_from_lists(
-    config: RunConfig,
-    given: dict[str, tuple[Iterable[Any], Iterable[Any]]],
-    sample_weight: Iterable[float] | None = None,
-) -> Classifier:
-    """The Python API's run: the same, from lists."""
+def run_in_memory(config: RunConfig, given: dict[str, Any], sample_weight: Iterable[float] | None = None) -> Classifier:
+    """The Python API's run: the same, from lists and tables."""
     with distributed.processes(config):
         refuse_at_once(config)
-        parts, columns = examples_from_lists(given, config.label_delimiter, sample_weight)
-        return run(config, prepare(parts, columns, config, []), ["minibert.finetune(...)"])
+        return run(config, load_in_memory(given, config, sample_weight), ["minibert.finetune(...)"])
 
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
@@ -157,6 +152,7 @@ def finish_run(run: Trained) -> Classifier:
     if run.compact is not None:
         run.compact.expand()
     classifier = job.classifier()
+    classifier.folder, classifier.metrics = output, metrics
     if distributed.is_first():
         judged = finish(job, training, classifier, output, run.record, metrics, logits, run.moments)
         run.tracker.finish(metrics, output)

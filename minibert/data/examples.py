@@ -13,6 +13,7 @@ from minibert.data.columns import Columns
 from minibert.data.labels import is_missing, read_label
 from minibert.data.rows import BadRow, Table, bad_rows_error
 from minibert.errors import UserError
+from minibert.problem.problem import REGRESSION, SINGLE
 from minibert.runtime.files import one_line, valid_unicode
 
 
@@ -112,6 +113,29 @@ def with_names(examples: Examples, kind: str, places: Sequence[str], config: Run
     return replace(_without(examples, kept, bad, config), labels=labels)
 
 
+def with_label_names(examples: Examples, kind: str, names: tuple[str, ...], first: int = 0) -> Examples:
+    """The same with `names` for the labels that are numbers, counted from `first`; a label may also be a name."""
+    if kind == REGRESSION:
+        raise UserError("--label-names: regression has no classes; leave the flag out")
+    known = {str(first + i): name for i, name in enumerate(names)} | {name: name for name in names}
+    labels: list[Any] = []
+    for line, label in zip(examples.lines, examples.labels or [], strict=True):
+        try:
+            labels.append(known[label] if kind == SINGLE else sorted(known[each] for each in label))
+        except KeyError as error:
+            where, last = f"{examples.source}, line {line}", first + len(names) - 1
+            raise UserError(
+                f"{where}: label {error} is none of --label-names, nor a number from {first} to {last}"
+            ) from None
+    return replace(examples, labels=labels)
+
+
+def first_number(labels: list[Any], names: tuple[str, ...]) -> int:
+    """1 where labels are counted from 1, else 0."""
+    seen = {each for label in labels for each in ([label] if isinstance(label, str) else label)}
+    return int("0" not in seen and str(len(names)) in seen)
+
+
 def _without(examples: Examples, kept: list[int], bad: list[BadRow], config: RunConfig) -> Examples:
     """The rows `kept`, the others told or refused as --on-bad-rows says."""
     together = sorted([*examples.bad, *bad], key=lambda row: row.line)
@@ -156,35 +180,43 @@ def as_texts(
 
 def examples_from_lists(
     given: dict[str, tuple[Iterable[Any], Iterable[Any]]],
-    delimiter: str | None,
+    delimiter: str | None = None,
     sample_weight: Iterable[float] | None = None,
 ) -> tuple[dict[str, Examples], Columns]:
-    """(texts, labels) of each part -> its examples, and the columns that a file of the same would have."""
-    parts, labels_of = {}, {}
-    for part, pair in given.items():
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise UserError(f"{part}: expected a pair, (texts, labels)")
-        texts, pairs = as_texts(pair[0], None, may_lack=True)
-        labels_of[part], values = _labels(pair[1])
-        if len(values) != len(texts):
-            raise UserError(f"{part}: {len(texts)} texts but {len(values)} labels; give one label for each text")
-        if not texts:
-            raise UserError(f"{part}: no texts; leave it out or give some")
-        if labels_of[part] != labels_of["train"]:
-            named = [" and ".join(names) for names in (labels_of[part], labels_of["train"])]
-            raise UserError(f"{part}: labels come in the columns {named[0]}, those of training in {named[1]}")
-        parts[part] = Examples(f"{part} list", texts, pairs, values, list(range(len(texts))))
-    parts["train"].weights = _weights(sample_weight, len(parts["train"]))
-    second = "text_pair" if parts["train"].pairs is not None else None
-    return parts, Columns(("text",), second, labels_of["train"], delimiter)
+    """(texts, labels) of each split -> its examples, and the columns that a file of the same would have."""
+    splits, names_of = {}, {}
+    for split, pair in given.items():
+        splits[split], names_of[split] = _examples_of(split, pair)
+    names = next(iter(names_of.values()))
+    for split, own in names_of.items():
+        if own != names:
+            said = f"labels come in the columns {' and '.join(own)}, those of training in {' and '.join(names)}"
+            raise UserError(f"{split}: {said}")
+    first = next(iter(splits.values()))
+    first.weights = sample_weights(sample_weight, len(first))
+    second = "text_pair" if first.pairs is not None else None
+    return splits, Columns(("text",), second, names, delimiter)
 
 
-def _weights(sample_weight: Iterable[float] | None, rows: int) -> list[float] | None:
+def _examples_of(split: str, pair: tuple[Iterable[Any], Iterable[Any]]) -> tuple[Examples, tuple[str, ...]]:
+    """The examples of (texts, labels), and the names of the columns that the labels come in."""
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        raise UserError(f"{split}: expected a pair, (texts, labels)")
+    texts, pairs = as_texts(pair[0], None, may_lack=True)
+    names, values = _labels(pair[1])
+    if len(values) != len(texts):
+        raise UserError(f"{split}: {len(texts)} texts but {len(values)} labels; give one label for each text")
+    if not texts:
+        raise UserError(f"{split}: no texts; leave it out or give some")
+    return Examples(f"{split} list", texts, pairs, values, list(range(len(texts)))), names
+
+
+def sample_weights(sample_weight: Iterable[float] | None, rows: int) -> list[float] | None:
     """A weight of at least 0 for each row."""
     if sample_weight is None:
         return None
     try:
-        weights = np.asarray(_plain(sample_weight), dtype=np.float32)
+        weights = np.asarray(plain_values(sample_weight), dtype=np.float32)
     except (TypeError, ValueError):
         raise UserError("sample_weight: expected a number for each text") from None
     if weights.shape != (rows,):
@@ -206,15 +238,15 @@ def _labels(labels: Iterable[Any]) -> tuple[tuple[str, ...], list[Any]]:
         labels = labels.toarray()
     if isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.shape[1] == 1:  # as scikit-learn reads it
         labels = labels[:, 0]
-    rows = _plain(labels)
+    rows = plain_values(labels)
     if not isinstance(rows, Iterable):
         raise UserError(f"expected a list of labels, not {one_line(repr(labels))[:60]}")
     if len(names) > 1:
         return names, [tuple(row) for row in rows]
-    return names, [_plain(row) for row in rows]
+    return names, [plain_values(row) for row in rows]
 
 
-def _plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Python's own value or list for one of numpy, pandas, polars, torch or Arrow; a list for a set."""
     if isinstance(value, set | frozenset):
         return list(value)

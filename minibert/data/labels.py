@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minibert.problem.problem import MULTI, REGRESSION, SINGLE
+from minibert.problem.problem import LABEL_TYPES, MULTI, REGRESSION, SINGLE
 from minibert.runtime.files import valid_unicode
 
 # A whole number as pandas writes it into a column with gaps, or as transformers names a class that has no name.
@@ -212,6 +212,13 @@ def label_text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return valid_unicode(str(value)).strip()
+
+
+def label_type(values: Iterable[Any]) -> str:
+    """int, float or bool where all labels, or all members of lists of them, are; else str."""
+    items = (item for value in values for item in (value if isinstance(value, list | tuple) else [value]))
+    found = {type(item).__name__ for item in items if not is_missing(item)}
+    return found.pop() if len(found) == 1 and found <= LABEL_TYPES.keys() else "str"
 
 
 def sorted_labels(names: set[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,12 +23,21 @@ from minibert.data.examples import (
     Examples,
     count_rows,
     examples_from_table,
+    first_number,
     rows_may_lack_labels,
     text_keys,
     usable,
+    with_label_names,
     with_names,
 )
-from minibert.data.labels import guess_kind, indicator_length, label_warnings, normalize_spelling, sorted_labels
+from minibert.data.labels import (
+    guess_kind,
+    indicator_length,
+    label_type,
+    label_warnings,
+    normalize_spelling,
+    sorted_labels,
+)
 from minibert.data.rows import BadRow, Table, describe_bad
 from minibert.data.splits import stratified_split
 from minibert.data.tables import first_rows, read_table
@@ -63,14 +72,14 @@ def load_data(config: RunConfig) -> RunData:
     for name, path in (("validation", config.validation), ("test", config.test)):
         if path:
             table, header = _read(path, config, notes, None if columns.header else train)
-            own = _columns_like(columns, table, config, header)
+            own = columns_like(columns, table, config, header)
             if str(own) != str(columns):
                 notes.append(f"in {table.path} {own}")
             splits[name] = examples_from_table(table, own)
     return prepare(splits, columns, config, notes)
 
 
-def _columns_like(columns: Columns, table: Table, config: RunConfig, header: bool) -> Columns:
+def columns_like(columns: Columns, table: Table, config: RunConfig, header: bool) -> Columns:
     """The columns of a validation or test file: those of training, or others that hold the same."""
     if all(name in table.columns for name in columns.names()):
         return columns
@@ -106,11 +115,19 @@ def prepare(splits: Splits, columns: Columns, config: RunConfig, notes: list[str
     may_lack = rows_may_lack_labels(columns, config)
     splits = {name: usable(examples, config, may_lack) for name, examples in splits.items()}
     kind, why, indicators = _problem_type(splits["train"].labels or [], columns, config)
+    if len(columns.label) > 1 or config.label_names:
+        given_as = "str"
+    else:
+        given_as = "int" if indicators else label_type(_all_labels(splits))
     splits = {name: with_names(examples, kind, indicators, config) for name, examples in splits.items()}
     if kind != REGRESSION and not indicators:
         splits = _with_one_spelling(splits, kind, notes)
+    if config.label_names:
+        names = indicators = config.label_names
+        first = first_number(splits["train"].labels or [], names)
+        splits = {name: with_label_names(rows, kind, names, first) for name, rows in splits.items()}
     skipped = _skipped(splits, notes)
-    problem = Problem(kind, _label_names(splits, kind, indicators, columns))
+    problem = Problem(kind, _label_names(splits, kind, indicators, columns), label_type=given_as)
     if kind == REGRESSION and config.label_smoothing:
         raise UserError("--label-smoothing: regression has no classes; leave the flag out")
     notes += _problem_notes(problem, why, splits["train"], config)
@@ -175,8 +192,12 @@ def _with_one_spelling(splits: Splits, kind: str, notes: list[str]) -> Splits:
     return splits
 
 
+def _all_labels(splits: Splits) -> Iterator[Any]:
+    return (label for examples in splits.values() for label in examples.labels or [])
+
+
 def _all_names(splits: Splits, kind: str) -> set[str]:
-    labels = (label for examples in splits.values() for label in examples.labels or [])
+    labels = _all_labels(splits)
     return set(labels) if kind == SINGLE else {name for names in labels for name in names}
 
 

@@ -17,8 +17,8 @@ from typing import IO, Any
 from minibert.errors import UserError
 from minibert.runtime.files import one_line
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".label")
-SPREADSHEETS = (".xlsx", ".xls", ".ods")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".label", ".xlsx")
+SPREADSHEETS = (".xls", ".ods")
 SAMPLE = 1 << 20  # bytes from which an encoding is guessed
 FEWEST_NON_ASCII = 8  # bytes beyond ASCII that a guess needs; with fewer, cp1252
 UTF_16 = ("utf_16_le", "utf_16_be")
@@ -35,7 +35,7 @@ def suffix_of(path: Path) -> str:
     """The suffix that tells the format, seen through .gz and .zip."""
     suffix = _inner_suffix(_zip_member(path) if _is_zip(path) else path.name)
     if suffix in SPREADSHEETS:
-        raise UserError(f"{path}: a spreadsheet; save the sheet as .csv and give that")
+        raise UserError(f"{path}: a spreadsheet; save it as .xlsx or .csv and give that")
     if suffix not in SUFFIXES:
         raise UserError(f"{path}: unknown kind of file; minibert reads {' '.join(SUFFIXES)}, also in .gz and .zip")
     return suffix

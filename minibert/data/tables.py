@@ -27,6 +27,7 @@ from minibert.data.rows import (
     tables_of,
 )
 from minibert.data.sources import encoding_of, open_bytes, open_text, reading, suffix_of
+from minibert.data.spreadsheet import sheet_as_csv
 from minibert.errors import UserError
 from minibert.runtime.files import check_regular_file, one_line
 
@@ -76,6 +77,12 @@ def stream_table(
         suffix = suffix_of(path)
         if suffix == ".parquet":
             yield from _parquet(path, rows)
+            return
+        if suffix == ".xlsx":
+            for table in read_delimited(path, sheet_as_csv(path), ".csv", header, rows):
+                if table.bad and on_bad_rows == "error":
+                    raise bad_rows_error(str(path), table.bad)
+                yield table
             return
         encoding = encoding_of(path, encoding)
         with open_text(path, encoding) as text:

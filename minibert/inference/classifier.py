@@ -6,8 +6,9 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -17,16 +18,19 @@ from minibert.batching.dataset import Dataset, collate
 from minibert.batching.plans import plan_evaluation
 from minibert.batching.tokenizer import Tokenizer
 from minibert.batching.tokens import Tokens
-from minibert.config import PROBLEM_TYPES, TRUNCATIONS, RunConfig
-from minibert.data.examples import as_texts
+from minibert.config import PROBLEM_TYPES, TRUNCATIONS, RunConfig, messages_in_python
+from minibert.data.examples import as_texts, examples_from_lists
 from minibert.errors import UserError
+from minibert.filenames import METRICS
 from minibert.inference.logits import check_finite, compute_logits
+from minibert.inference.stream import check_labels_known, with_known_labels
 from minibert.model.bert import BertForSequenceClassification, BertModel, PackedInput
 from minibert.model.checkpoint import OWN_HEAD, load_model, model_folder, save_model
 from minibert.model.config import BertConfig
-from minibert.problem.problem import REGRESSION, SINGLE, Problem
+from minibert.problem.problem import LABEL_TYPES, REGRESSION, SINGLE, Problem
 from minibert.runtime.ambient import allow_fork, default_torch_state, no_autocast, one_thread
 from minibert.runtime.device import Hardware, choose, fit_attention
+from minibert.runtime.files import read_json
 from minibert.runtime.memory import split_on_oom
 
 POOLINGS = ("mean", "cls", "pooler")
@@ -38,7 +42,7 @@ class Prediction:
 
     label: Any
     score: float  # probability of the label; the value itself if regression
-    probabilities: dict[str, float]
+    probabilities: dict[Any, float]  # by label
 
 
 @dataclass(repr=False)
@@ -95,33 +99,90 @@ def pooled(model: BertModel | BertForSequenceClassification, x: PackedInput, poo
 
 @dataclass(repr=False)
 class Classifier(TextEncoder):
-    """A trained classifier: model, tokenizer and what the labels are."""
+    """A trained classifier: model, tokenizer and what the labels are, with the metrics of its run where there was one.
+
+    Labels have the type in which they were given for training. Messages of `UserError` name keywords, not flags.
+    """
 
     model: BertForSequenceClassification
     problem: Problem
+    folder: Path | None = field(default=None, kw_only=True)  # where it was written or loaded
+    metrics: dict[str, Any] = field(default_factory=dict, kw_only=True)  # as in metrics.json
+
+    @property
+    def labels(self) -> list[Any]:
+        """In the order of the columns of logits and probabilities."""
+        return [self.problem.as_given(name) for name in self.problem.labels]
 
     def __repr__(self) -> str:
         labels = ", ".join(self.problem.labels[:6]) + (", ..." if len(self.problem.labels) > 6 else "")
-        return f"Classifier({self.problem.kind}: {labels}; texts up to {self.max_length} tokens)"
+        scores = [f"{split} {name} {value:.4f}" for split, name, value in self._scores()[:1]]
+        where = [] if self.folder is None else [str(self.folder)]
+        length = f"texts up to {self.max_length} tokens"
+        return f"Classifier({'; '.join([f'{self.problem.kind}: {labels}', *scores, length, *where])})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the same, with all scores in a table."""
+        rows = "".join(
+            f"<tr><td>{split}</td><td>{name}</td><td>{value:.4f}</td></tr>" for split, name, value in self._scores()
+        )
+        table = f"<table><tr><th>rows</th><th>metric</th><th>value</th></tr>{rows}</table>" if rows else ""
+        return f"<div>{escape(repr(self))}{table}</div>"
+
+    def _scores(self) -> list[tuple[str, str, float]]:
+        """(split, metric, value), the test rows and the metric that chooses weights first."""
+        found = []
+        for split in ("test", "validation"):
+            values = {name: value for name, value in self.metrics.get(split, {}).items() if isinstance(value, float)}
+            order = sorted(values, key=lambda name: name != self.problem.default_metric)
+            found += [(split, name, values[name]) for name in order]
+        return found
 
     def logits(self, texts: Iterable[Any], pairs: Sequence[str] | None = None) -> np.ndarray:
         """[n, num_labels] float32, in the order of `texts`; a text may be a (first, second) tuple."""
-        tokens = self.encode(*as_texts(texts, pairs))
-        with no_autocast():
+        with messages_in_python(), no_autocast():
+            tokens = self.encode(*as_texts(texts, pairs))
             return check_finite(compute_logits(self.model, Dataset(tokens, np.zeros(tokens.texts)), self.hardware))
 
+    def predict_proba(
+        self, texts: Iterable[Any], pairs: Sequence[str] | None = None, temperature: bool = True
+    ) -> np.ndarray:
+        """[n, num_labels] probabilities, columns in the order of `labels`; of regression, the values themselves."""
+        problem = self.problem if temperature else self.problem.without_temperature()
+        return problem.probabilities(self.logits(texts, pairs))
+
+    @overload
+    def predict(self, texts: str, pairs: str | None = None, temperature: bool = True) -> Prediction: ...
+
+    @overload
     def predict(
         self, texts: Iterable[Any], pairs: Sequence[str] | None = None, temperature: bool = True
-    ) -> list[Prediction]:
-        """A `Prediction` for each text; `temperature=False` gives the probabilities as trained, same labels."""
+    ) -> list[Prediction]: ...
+
+    def predict(
+        self, texts: str | Iterable[Any], pairs: str | Sequence[str] | None = None, temperature: bool = True
+    ) -> Prediction | list[Prediction]:
+        """A `Prediction` for each text, or for the one; `temperature=False`: probabilities as trained, same labels."""
+        if isinstance(texts, str):
+            return self.predict([texts], None if pairs is None else [str(pairs)], temperature)[0]
         problem = self.problem if temperature else self.problem.without_temperature()
         probabilities = problem.probabilities(self.logits(texts, pairs))
-        decisions = problem.decisions(probabilities)
+        decisions = map(problem.as_given, problem.decisions(probabilities))
         scores = probabilities[np.arange(len(probabilities)), problem.top_label(probabilities)]
+        labels = self.labels
         return [
-            Prediction(decision, float(score), dict(zip(problem.labels, map(float, row), strict=True)))
+            Prediction(decision, float(score), dict(zip(labels, map(float, row), strict=True)))
             for decision, score, row in zip(decisions, scores, probabilities, strict=True)
         ]
+
+    def evaluate(self, texts: Iterable[Any], labels: Iterable[Any]) -> dict[str, Any]:
+        """The metrics of the predictions for `texts`, as metrics.json has them for a test file."""
+        with messages_in_python():
+            splits, columns = examples_from_lists({"test": (texts, labels)})
+            examples = with_known_labels(splits["test"], columns, self.problem, RunConfig())
+            check_labels_known(examples, self.problem)
+        targets = self.problem.targets(examples.labels or [])
+        return self.problem.metrics(self.logits(examples.texts, examples.pairs), targets)
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder that transformers and `minibert.load` read; a warning where transformers cannot."""
@@ -142,6 +203,7 @@ class Classifier(TextEncoder):
             window_stride=self.window_stride,
             thresholds=self.problem.thresholds,
             temperature=self.problem.temperature,
+            label_type=self.problem.label_type,
         )
         self.tokenizer.save(folder, self.max_length)
 
@@ -166,7 +228,13 @@ def load(folder: str | Path, device: str = "auto", temperature: bool = True) -> 
     problem = problem if temperature else problem.without_temperature()
     length, truncation, stride = _saved_length(model.config)
     model.to(hardware.device)
-    return Classifier(model, tokenizer, length, truncation, hardware, problem, window_stride=stride)
+    metrics = read_json(path / METRICS) if (path / METRICS).is_file() else {}
+    return Classifier(
+        *(model, tokenizer, length, truncation, hardware, problem),
+        window_stride=stride,
+        folder=path,
+        metrics=metrics if isinstance(metrics, dict) else {},
+    )
 
 
 @one_thread()
@@ -237,7 +305,18 @@ def _saved_problem(config: BertConfig, num_labels: int, ours: dict[str, Any], fo
         raise UserError(f"{folder}/config.json: thresholds are not a number for each label")
     if not _number(temperature) or temperature <= 0:
         raise UserError(f"{folder}/config.json: temperature {str(temperature)[:40]} is not a positive number")
-    return Problem(kind, labels, thresholds, float(temperature))
+    return Problem(kind, labels, thresholds, float(temperature), _saved_label_type(ours, labels))
+
+
+def _saved_label_type(ours: dict[str, Any], labels: list[str]) -> str:
+    """What labels were before they became names; text where the names are not of that type."""
+    kind = str(ours.get("label_type", "str"))
+    try:
+        for label in labels:
+            LABEL_TYPES[kind](label)
+    except (KeyError, ValueError):
+        return "str"
+    return kind
 
 
 def _number(value: Any) -> bool:

@@ -20,7 +20,15 @@ from minibert.data.columns import (
     has_header,
     shown_row,
 )
-from minibert.data.examples import Examples, count_rows, examples_from_table, rows_may_lack_labels, usable, with_names
+from minibert.data.examples import (
+    Examples,
+    count_rows,
+    examples_from_table,
+    rows_may_lack_labels,
+    usable,
+    with_label_names,
+    with_names,
+)
 from minibert.data.labels import indicator_length, normalize_spelling
 from minibert.data.rows import BadRow, Table, describe_bad
 from minibert.data.sources import LONGEST_LINE, known_encoding
@@ -59,20 +67,29 @@ def stream_labelled(
         config = replace(config, label_column=tuple(problem.labels))
 
     def named(examples: Examples, columns: Columns) -> Examples:
-        places = columns.label if len(columns.label) > 1 else ()
-        if places and (missing := [name for name in problem.labels if name not in places]):
-            raise UserError(f"{path}: no column {', '.join(map(repr, missing[:5]))}, which the model has for a label")
-        examples = usable(examples, config, rows_may_lack_labels(columns, config))
-        if not places and indicator_length(examples.labels or []) == len(problem.labels):
-            places = tuple(problem.labels)
-        examples = with_names(examples, problem.kind, places, config)
-        if problem.kind == REGRESSION:
-            return examples
-        return replace(examples, labels=normalize_spelling(examples.labels or [], problem.labels))
+        return with_known_labels(examples, columns, problem, config)
 
     for examples in _stream(path, header, config, trained, True, named):
         check_labels_known(examples, problem)
         yield examples
+
+
+def with_known_labels(examples: Examples, columns: Columns, problem: Problem, config: RunConfig) -> Examples:
+    """The rows that can be used, their labels as a trained model knows them."""
+    places = columns.label if len(columns.label) > 1 else ()
+    if places and (missing := [name for name in problem.labels if name not in places]):
+        raise UserError(
+            f"{examples.source}: no column {', '.join(map(repr, missing[:5]))}, which the model has for a label"
+        )
+    examples = usable(examples, config, rows_may_lack_labels(columns, config))
+    if not places and indicator_length(examples.labels or []) == len(problem.labels):
+        places = tuple(problem.labels)
+    examples = with_names(examples, problem.kind, places, config)
+    if config.label_names:
+        examples = with_label_names(examples, problem.kind, config.label_names)
+    if problem.kind == REGRESSION:
+        return examples
+    return replace(examples, labels=normalize_spelling(examples.labels or [], problem.labels))
 
 
 def _opened(path: str, config: RunConfig, trained: Columns | None) -> tuple[Table, RunConfig, bool]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,12 @@ from minibert.runtime.files import parse_json, read_json
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
+LABEL_TYPES: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": lambda name: name == "1",
+}
 ROWS_FOR_OWN_THRESHOLD = 5
 WIDE_SPREAD = 2.0  # standard deviation of a regression's labels; of STS-B's, from 0 to 5, it is 1.5
 
@@ -32,6 +38,7 @@ class Problem:
     labels: list[str]
     thresholds: list[float] = field(default_factory=list)  # multi-label: from which probability on a label is given
     temperature: float = 1.0
+    label_type: str = "str"  # of the labels as they were given, one of LABEL_TYPES
     unit: float = 1.0  # regression: what the labels are counted in while training
 
     @property
@@ -110,6 +117,13 @@ class Problem:
         given = probabilities >= self.threshold_array()
         return [[self.labels[i] for i in np.flatnonzero(row)] for row in given]
 
+    def as_given(self, label: Any) -> Any:
+        """A decision with its label, or its list of labels, in the type that they were given in."""
+        if self.kind == REGRESSION:
+            return label
+        convert = LABEL_TYPES[self.label_type]
+        return [convert(name) for name in label] if isinstance(label, list) else convert(label)
+
     def top_label(self, probabilities: np.ndarray) -> np.ndarray:
         """[n, L] -> [n] numbers of the most probable label given, of none that is given the most probable."""
         if self.kind != MULTI:
@@ -122,7 +136,7 @@ class Problem:
             return self
         p = np.array(self.thresholds, dtype=np.float64).clip(1e-12, 1 - 1e-12)
         odds = (p / (1 - p)) ** self.temperature
-        return Problem(self.kind, self.labels, (odds / (1 + odds)).tolist())
+        return replace(self, thresholds=(odds / (1 + odds)).tolist(), temperature=1.0)
 
     def threshold_array(self) -> np.ndarray:
         return np.array(self.thresholds or [0.5] * len(self.labels))

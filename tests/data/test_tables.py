@@ -267,7 +267,8 @@ def bomb() -> bytes:
         ("a.csv.gz", b"not gzip", "cannot be read"),
         ("a.zip", b"not a zip", "cannot be read as zip"),
         ("a.docx", b"x", "unknown kind of file"),
-        ("a.xlsx", b"x", "a spreadsheet; save the sheet as .csv"),
+        ("a.xls", b"x", "a spreadsheet; save it as .xlsx or .csv"),
+        ("a.xlsx", b"x", "cannot be read as .xlsx"),
         ("bomb.csv.gz", bomb(), "longer than"),
     ],
 )
