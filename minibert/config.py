@@ -22,6 +22,7 @@ TRUNCATIONS = ("head", "tail", "head_tail", "window")
 FLAG = re.compile(r"--(?P<name>[a-z][a-z-]*[a-z])(?P<rest>(?: (?P<value>[^\s:;,]+))?:?)")
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 IN_MEMORY = re.compile(r"(train|validation|test) (list|table), ")  # where a message begins with the place
+IN_MEMORY_ROW = {"list": "text ", "table": "row "}
 SECONDS_OF = {"s": 1, "m": 60, "h": 3600}  # the units of --search
 
 
@@ -318,4 +319,5 @@ def in_python(message: str) -> str:
         return f"{name}={value if is_number else repr(value)}" + ":" * rest.endswith(":")
 
     message = FLAG.sub(named, message)
-    return re.sub(r"\bline (?=\d)", "row ", message) if IN_MEMORY.match(message) else message
+    in_memory = IN_MEMORY.match(message)
+    return re.sub(r"\bline (?=\d)", IN_MEMORY_ROW[in_memory[2]], message) if in_memory else message

@@ -162,7 +162,7 @@ def test_the_result_knows_itself(recipe: Any, texts: list[str], numbers: list[in
         score = f"{trained.metrics['test']['macro_f1']:.4f}"
         assert f"test macro_f1 {score}" in repr(classifier) and str(recipe["output"]) in repr(classifier)
         assert score in classifier._repr_html_() and "&lt;spam&gt;" in classifier._repr_html_()
-        with pytest.raises(UserError, match=r"test list, row 1: label 'eggs' is unknown to the model"):
+        with pytest.raises(UserError, match=r"test list, text 1: label 'eggs' is unknown to the model"):
             classifier.evaluate(texts[:2], ["ham", "eggs"])
 
 
@@ -218,7 +218,7 @@ def test_names_for_numbers(recipe: Any, texts: list[str], numbers: list[int], sh
     classifier = minibert.finetune(texts, labels, label_names=["zero", "one"], **recipe)
     assert classifier.labels == ["zero", "one"]
     assert right(classifier, texts, [["zero", "one"][number] for number in numbers]) > 0.9
-    with pytest.raises(UserError, match="row 0: label '5' is none of label_names, nor a number from 0 to 1"):
+    with pytest.raises(UserError, match="text 0: label '5' is none of label_names, nor a number from 0 to 1"):
         minibert.finetune(texts, [5, *numbers[1:]], label_names="zero,one", **recipe)
     with pytest.raises(UserError, match="all different"):
         minibert.finetune(texts, numbers, label_names=["a", "a"], **recipe)
@@ -230,7 +230,7 @@ MISTAKES = {
     "max_length=5: give at least 8": {"max_length": 5},
     "metric='f7': not a metric": {"metric": "f7"},
     "only with truncation='window'": {"window_stride": 9},
-    "train list, row 3, 7, 11, .*: 40 rows have no text.*give on_bad_rows='skip'": {"texts": ["a", "b", "c", ""] * 40},
+    "train list, text 3, 7, 11, .*: 40 rows have no text.*give on_bad_rows='skip'": {"texts": ["a", "b", "c", ""] * 40},
     "labels are missing": {"labels": None},
     "text_column: is for tables": {"text_column": "text"},
     "validation: expected a pair": {"validation": ["a"]},

@@ -321,8 +321,8 @@ def test_a_text_that_is_missing_in_a_list_is_a_row_that_cannot_be_used() -> None
         ("one text", "put it in brackets"),
         (Table(["text", "label"]), "expected a column of texts, not a whole table"),
         ([1, 2], "text 0 is int, not a string: 1"),
-        (["a", float("nan")], "line 1: 1 row has no text"),
-        ([("a", "b"), ("a", None)], "line 1: 1 row has no second text"),
+        (["a", float("nan")], "text 1: 1 row has no text"),
+        ([("a", "b"), ("a", None)], "text 1: 1 row has no second text"),
         ([("a", "b"), ("a", 3.5)], "second text 1 is float, not a string: 3.5"),
     ],
 )
