@@ -116,6 +116,9 @@ def _finetune(settings: dict[str, Any], given: dict[str, Any], sample_weight: It
     for name in ("train", "check"):
         if name in settings:
             raise UserError(f"minibert.finetune: {name} is for the command line; the data is the first argument")
+    for name in ("validation", "test"):
+        if name in settings:  # by the name that transformers' scripts have for it
+            raise UserError(f"minibert.finetune: give {name}=, (texts, labels) or what else holds the training data")
     config = RunConfig(**settings)
     from minibert.run import run_from_files, run_in_memory
     from minibert.runtime.ambient import default_torch_state

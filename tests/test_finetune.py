@@ -178,12 +178,12 @@ def test_five_lines_of_python(minilm: Path, messages: Path, tmp_path: Path) -> N
     ("more", "message"),
     [
         ({"epoch": 3}, "unknown setting 'epoch'"),
-        ({"train": "data.csv"}, "train is for data files on the command line; leave it out"),
-        ({"check": True}, "check is for data files on the command line"),
-        ({"text_column": "body"}, "text_column is for data files"),
+        ({"train": "data.csv"}, "train is for the command line; the data is the first argument"),
+        ({"check": True}, "check is for the command line"),
+        ({"text_column": "body"}, "text_column: is for tables and files"),
         ({"test": (["a"],)}, r"test: expected a pair, \(texts, labels\)"),
         ({"validation": 5}, r"validation: expected a pair"),
-        ({"validation_file": "d.csv"}, r"give validation=\(texts, labels\); files are for the command line"),
+        ({"validation_file": "d.csv"}, r"give validation=, \(texts, labels\)"),
         ({"test": ([], [])}, "test: no texts; leave it out"),
         ({"model": object()}, "model is object; expected a name, a path or a number"),
     ],
@@ -444,9 +444,10 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
 
 def test_minibert_finetune_is_a_module_and_a_function() -> None:
     code = """
-import minibert, minibert.finetune as module
+import minibert.finetune
 from minibert import finetune
-assert callable(minibert.finetune) and callable(finetune) and module.main
+from minibert.finetune import main
+assert callable(minibert.finetune) and callable(finetune) and callable(main)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

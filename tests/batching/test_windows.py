@@ -148,7 +148,7 @@ def test_a_run_with_windows_predicts_the_same_from_its_folder(
 def test_strides_that_make_no_sense_are_errors(tiny: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="only with --truncation window"):
         RunConfig(window_stride=4)
-    with pytest.raises(UserError, match="--window-stride 31: windows hold 30 tokens"):
+    with pytest.raises(UserError, match="window_stride=31: windows hold 30 tokens"):
         texts, labels = [f"a {i}" for i in range(40)], ["x", "y"] * 20
         minibert.finetune(
             texts, labels, model=str(tiny()), truncation="window", max_length=32, window_stride=31, quiet=True

@@ -172,11 +172,11 @@ def test_a_search_needs_validation_rows_and_its_package(
     tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags: dict[str, Any] = {"model": str(tiny()), "output": str(tmp_path / "run"), "search": 2, "quiet": True}
-    with pytest.raises(UserError, match="--search: no validation rows to judge trials by"):
+    with pytest.raises(UserError, match="search: no validation rows to judge trials by"):
         minibert.finetune(TEXTS, LABELS, validation_split=0, **flags)
-    with pytest.raises(UserError, match="--search with --report-to: trials are not reported"):
+    with pytest.raises(UserError, match="search with report_to: trials are not reported"):
         minibert.finetune(TEXTS, LABELS, report_to="tensorboard", **flags)
     monkeypatch.setattr(folder, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"--search: needs Optuna.*\[search\]"):
+    with pytest.raises(UserError, match=r"search: needs Optuna.*\[search\]"):
         minibert.finetune(TEXTS, LABELS, **flags)
     assert not (tmp_path / "run").exists()

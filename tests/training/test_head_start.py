@@ -205,5 +205,5 @@ def test_class_weights_count_in_the_probe(tiny: Callable[..., Path], tmp_path: P
     for name, weights in (("plain", "none"), ("weighted", '{"0": 100, "1": 1, "2": 1}')):
         flags = {"learning_rate": 1e-9, "max_steps": 1, "class_weights": weights, "validation_split": 0}
         shares.append(finetune(tiny(), tmp_path / name, **flags).predict(texts(120)))
-    plain, weighted = (sum(each.label == "0" for each in predictions) for predictions in shares)
+    plain, weighted = (sum(each.label == 0 for each in predictions) for predictions in shares)
     assert weighted > plain
