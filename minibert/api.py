@@ -82,6 +82,7 @@ class Settings(TypedDict, total=False):
     quiet: bool
     output: str | PathLike[str] | None
     overwrite: bool
+    push_to_hub: str | None
 
 
 def finetune(

@@ -64,7 +64,7 @@ GROUPS = ("model", "data", "tokens", "recipe", "speed", "stopping", "watching", 
 PLACEHOLDERS = {
     **dict.fromkeys(("train", "validation", "test"), "FILE"),
     **dict.fromkeys(("model", "tokenizer", "output"), "FOLDER"),
-    **dict.fromkeys(("text_column", "text_pair_column", "label_column"), "NAME"),
+    **dict.fromkeys(("text_column", "text_pair_column", "label_column", "push_to_hub"), "NAME"),
     "seeds": "1,2,3",
     "label_names": "A,B",
 }

@@ -209,6 +209,12 @@ class RunConfig:
     # other
     output: str | None = flag(None, "folder to write (default runs/<time>)", "output_dir", group="other", kind=str)
     overwrite: bool = flag(False, "write into a folder that has files", "overwrite_output_dir", group="other")
+    push_to_hub: str | None = flag(
+        None,
+        "upload model, card and metrics, but no texts, to this repository of the Hugging Face Hub",
+        group="other",
+        kind=str,
+    )
     check: bool = flag(False, "look at data, model and memory; train nothing", group="other")
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ SPLITS = "splits.json"
 TRAIN_LOG = "train_log.jsonl"
 REPORT = "report.html"
 CARD = "README.md"
+GITIGNORE = ".gitignore"
 ONNX, ONNX_INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"  # where transformers.js and optimum look
 TRACKERS = "tracker.json"  # which runs of the trackers --resume goes on with
 TENSORBOARD = "tensorboard"  # the folder of its event files

@@ -59,7 +59,7 @@ def run_from_files(given: dict[str, Any], command: list[str]) -> Classifier | No
         if config.check:
             check(config, load_data(config))
             return None
-        return run(config, load_data(config), command)
+        return published(run(config, load_data(config), command), config)
 
 
 def demonstration() -> dict[str, Any]:
@@ -71,7 +71,16 @@ def run_in_memory(config: RunConfig, given: dict[str, Any], sample_weight: Itera
     """The Python API's run: the same, from lists and tables."""
     with distributed.processes(config):
         refuse_at_once(config)
-        return run(config, load_in_memory(given, config, sample_weight), ["minibert.finetune(...)"])
+        data = load_in_memory(given, config, sample_weight)
+        return published(run(config, data, ["minibert.finetune(...)"]), config)
+
+
+def published(classifier: Classifier, config: RunConfig) -> Classifier:
+    """The same, after --push-to-hub."""
+    if config.push_to_hub is not None and distributed.is_first():
+        address = classifier.push_to_hub(config.push_to_hub)
+        (silence if config.quiet else aloud)(f"published: {address}")
+    return classifier
 
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:

@@ -22,6 +22,7 @@ from minibert.config import PROBLEM_TYPES, TRUNCATIONS, RunConfig, messages_in_p
 from minibert.data.examples import as_texts, examples_from_lists
 from minibert.errors import UserError
 from minibert.filenames import METRICS
+from minibert.inference.hub import push
 from minibert.inference.logits import check_finite, compute_logits
 from minibert.inference.stream import check_labels_known, with_known_labels
 from minibert.model.bert import BertForSequenceClassification, BertModel, PackedInput
@@ -183,6 +184,13 @@ class Classifier(TextEncoder):
             check_labels_known(examples, self.problem)
         targets = self.problem.targets(examples.labels or [])
         return self.problem.metrics(self.logits(examples.texts, examples.pairs), targets)
+
+    def push_to_hub(self, name: str, private: bool | None = None) -> str:
+        """Upload model, card and metrics of its folder, but no texts, to the Hugging Face Hub; returns the address."""
+        with messages_in_python():
+            if self.folder is None:
+                raise UserError("push_to_hub: this model has no folder; save it, and load it from there")
+            return push(self.folder, name, private)
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder that transformers and `minibert.load` read; a warning where transformers cannot."""

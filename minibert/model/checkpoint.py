@@ -53,6 +53,7 @@ NO_LINEAR_HEAD = "classifier.weight"
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 DOWNLOADS = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors"]
 DOWNLOADS += ["tokenizer.json", "tokenizer_config.json", "vocab.txt", "added_tokens.json"]
+DOWNLOADS += ["README.md"]  # licence and language, for the card of what is made from it
 
 Model = TypeVar("Model", BertModel, BertForSequenceClassification)
 

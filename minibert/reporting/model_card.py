@@ -10,6 +10,7 @@ from typing import Any
 
 from minibert.filenames import CARD
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE
+from minibert.reporting.base_card import base_metadata
 from minibert.reporting.format import fixed, shorten
 from minibert.reporting.render import ENVIRONMENT, render
 from minibert.reporting.results import TITLES, Finished, headline
@@ -55,7 +56,7 @@ def write_card(output: Path, run: Finished) -> None:
         table=table,
         name=name,
         metadata=metadata(run, name),
-        model=base_model(run) or run.model_name,
+        model=base_metadata(run.config.model)["base_model"] or run.model_name,
         subject="a pair of texts" if run.data.columns.pair else "a text",
         gives={SINGLE: "one label", MULTI: "any number of labels", REGRESSION: "a number"}[run.problem.kind],
         labels=names + more,
@@ -97,17 +98,11 @@ def metadata(run: Finished, name: str) -> str:
         library_name="minibert" if run.config.mlp_size() else "transformers",
         pipeline_tag="text-classification",
         tags=["bert", "minibert", run.problem.kind.replace("_", "-")],
-        base_model=base_model(run),
+        **base_metadata(run.config.model),
         model_name=name if results else None,
         eval_results=results or None,
     )
     return card.to_yaml().strip()
-
-
-def base_model(run: Finished) -> str | None:
-    """The model's id on the Hub, where that is what --model was: a folder's path says nothing to others."""
-    model = run.config.model or ""
-    return model if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) and not Path(model).exists() else None
 
 
 def recipe(run: Finished) -> list[tuple[str, object]]:

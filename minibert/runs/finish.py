@@ -14,6 +14,7 @@ import numpy as np
 from minibert.data.examples import Examples
 from minibert.filenames import METRICS, TRAIN_LOG, predictions_file
 from minibert.inference.classifier import Classifier, load
+from minibert.inference.hub import write_gitignore
 from minibert.inference.logits import check_finite, compute_logits
 from minibert.inference.predictions import write_predictions
 from minibert.problem.calibration import calibration_metrics, fit_temperature
@@ -64,6 +65,7 @@ def finish(
     finished = Finished(job.config, job.data, job.sets, logits, metrics, record)
     write_report(output, finished)
     write_card(output, finished)
+    write_gitignore(output)
     text, label = headline(finished)
     return text.format(label=f"“{terminal_name(label)}”")
 

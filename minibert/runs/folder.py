@@ -15,6 +15,7 @@ from minibert.filenames import (
     CARD,
     CHECK,
     CHECKPOINTS,
+    GITIGNORE,
     METRICS,
     MODEL_FILES,
     ONNX,
@@ -30,6 +31,7 @@ from minibert.filenames import (
     TRAIN_LOG,
     predictions_file,
 )
+from minibert.inference.hub import check_hub
 from minibert.runs.trackers import check_tracker
 from minibert.runtime import distributed
 from minibert.runtime.device import choose
@@ -38,7 +40,7 @@ from minibert.training.resume import STATE_FILE
 
 OUTPUT_FILES = (
     *MODEL_FILES,
-    *(METRICS, CHECK, SPLITS, TRAIN_LOG, REPORT, CARD, TRACKERS),
+    *(METRICS, CHECK, SPLITS, TRAIN_LOG, REPORT, CARD, TRACKERS, GITIGNORE),
     *(predictions_file("validation"), predictions_file("test")),
     *(ONNX, ONNX_INT8, "model.onnx", "model-int8.onnx"),  # the last two: of versions before
 )
@@ -48,6 +50,8 @@ def refuse_at_once(config: RunConfig) -> None:
     """What can be seen to fail before anything is read: flags without effect, no such device, a folder in use."""
     choose(config)
     check_tracker(config)
+    if config.push_to_hub is not None and distributed.is_first():
+        check_hub(config.push_to_hub)
     if config.seeds and distributed.world() > 1:
         raise UserError("--seeds: for one process; under torchrun start one run for each --seed")
     if config.search is not None:

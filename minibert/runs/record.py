@@ -167,6 +167,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         "check",
         "save_steps",
         "keep_checkpoint",
+        "push_to_hub",
         *PATHS,
     )
     return {key: value for key, value in config.to_dict().items() if key not in free}
