@@ -106,7 +106,7 @@ def test_a_failed_upload_leaves_a_finished_run(
 
 
 def test_the_cards_metadata(minilm: Path, film_model: Path, tmp_path: Path) -> None:
-    texts, labels = ["a good film", "a bad film"] * 20, [1, 0] * 20
+    texts, labels = [f"a {word} film {i}" for i in range(20) for word in ("good", "bad")], [1, 0] * 20
     recipe: dict[str, Any] = {"max_steps": 1, "quiet": True, "device": "cpu", "freeze": "all"}
     minibert.finetune(texts, labels, output=tmp_path / "default", **recipe)
     minibert.finetune(texts, labels, model=tmp_path / "default", output=tmp_path / "further", **recipe)

@@ -27,33 +27,20 @@ from minibert.runtime.files import one_line, write_text
 
 PUBLISHED = (*MODEL_FILES, CARD, METRICS, ONNX, ONNX_INT8)
 # They hold texts of the data, or names of files and folders.
-KEPT_HOME = (
-    "predictions-*.csv",
-    REPORT,
-    RECORD,
-    CHECK,
-    SPLITS,
-    TRAIN_LOG,
-    TRACKERS,
-    SEEDS,
-    SEARCH,
-    f"{SEARCH_JOURNAL}*",
-)
-KEPT_HOME += ("checkpoints/", f"{TENSORBOARD}/", "seed-*/", "trial-*/", ".lock")
+FILES_AT_HOME = ("predictions-*.csv", REPORT, RECORD, CHECK, SPLITS, TRAIN_LOG, TRACKERS, SEEDS, SEARCH, SEARCH_JOURNAL)
+KEPT_HOME = (*FILES_AT_HOME, "checkpoints/", f"{TENSORBOARD}/", "seed-*/", "trial-*/")
 
 
 def write_gitignore(folder: Path) -> None:
     """Let git, and the Hub's own tools, leave out what is not to be published."""
-    write_text(
-        folder / GITIGNORE,
-        "# texts of the data, and paths of the computer that trained on them\n" + "\n".join(KEPT_HOME) + "\n",
-    )
+    lines = ["# texts of the data, and paths of the computer that trained on them", *KEPT_HOME]
+    write_text(folder / GITIGNORE, "\n".join(lines) + "\n")
 
 
 def check_hub(name: str) -> None:
     """UserError for a name that no repository may have, or where nobody is logged in."""
     from huggingface_hub import get_token
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
