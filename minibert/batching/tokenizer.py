@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, BertWordPieceTokenizer
 
 from minibert.batching.tokens import Tokens, gather_spans, keep_longest_first, kept_spans, offsets_of
 from minibert.config import TRUNCATIONS
@@ -203,23 +203,14 @@ def _from_vocabulary(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer
     missing = [token for token in special.values() if token not in vocabulary]
     if missing:
         raise UserError(f"{path.name} lacks {', '.join(missing)}; is it a BERT vocabulary?")
-    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk"]))
-    backend.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
+    backend = BertWordPieceTokenizer(
+        vocabulary,
+        **{f"{key}_token": token for key, token in special.items()},
         handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
         strip_accents=config.get("strip_accents"),
         lowercase=bool(config.get("do_lower_case", True)),
     )
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    cls, sep = special["cls"], special["sep"]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{cls}:0 $A:0 {sep}:0",
-        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-        special_tokens=[(cls, vocabulary[cls]), (sep, vocabulary[sep])],
-    )
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
-    return backend
+    return tokenizers.Tokenizer.from_str(backend.to_str())  # of its wrapper, which lacks some methods
 
 
 def _added_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
