@@ -60,7 +60,7 @@ LABEL_FLAGS = ("label_column", "label_delimiter", "label_names")
 GROUPS = ("model", "data", "tokens", "recipe", "speed", "stopping", "watching", "other")
 
 
-# What stands for a flag's value in --help; elsewhere N is a whole number and X any number.
+# What stands for a flag's value in --help; elsewhere N is an integer and X any number.
 PLACEHOLDERS = {
     **dict.fromkeys(("train", "validation", "test"), "FILE"),
     **dict.fromkeys(("model", "tokenizer", "output"), "FOLDER"),
@@ -103,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument (--[\w-]+)[^:]*: ", r"\1: ", message)
         message = re.sub(r"invalid float value: (.*)", r"\1 is no number", message)
         message = re.sub(r"invalid auto_or_number value: (.*)", r"\1 is neither auto nor a number", message)
-        message = re.sub(r"invalid int value: (.*)", r"\1 is no whole number", message)
+        message = re.sub(r"invalid int value: (.*)", r"\1 is not an integer", message)
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             message += self._meant(unknown[1].split("=")[0])
         raise UserError(f"{message}; see {self.prog} --help")

@@ -172,7 +172,7 @@ class RunConfig:
         True, "on a CPU: fp32 products by oneDNN where that is faster (same accuracy, other rounding)", group="speed"
     )
     length_buckets: bool = flag(
-        False, "batches of texts of like length: hardly faster, and less accurate on some data", group="speed"
+        False, "batches of texts of similar length: hardly faster, and less accurate on some data", group="speed"
     )
     cls_only: bool = flag(True, "compute the last layer for the [CLS] row only (exact)", group="speed")
     compact_vocabulary: bool = flag(True, "train only the embedding rows that occur (exact)", group="speed")
@@ -257,7 +257,7 @@ class RunConfig:
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and not 1 <= value < 1 << 31:
-                raise UserError(f"{flag_name(name)} {value}: give a whole number of at least 1, below 2**31")
+                raise UserError(f"{flag_name(name)} {value}: give an integer of at least 1, below 2**31")
         shares = ("dropout", "head_dropout", "validation_split", "test_split", "warmup_ratio", "label_smoothing")
         for name in shares:
             value = getattr(self, name)

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     trained = trained_columns(arguments.model)
     parts = [
         encoder.embed(examples.texts, examples.pairs, pooling=arguments.pooling)
-        for examples in stream_examples(arguments.file, column_config(arguments), trained=trained, alike=False)
+        for examples in stream_examples(arguments.file, column_config(arguments), trained=trained, same_kind=False)
     ]
     if not sum(map(len, parts)):
         raise UserError(f"{arguments.file}: no rows")

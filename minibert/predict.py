@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
 def output_format(arguments: argparse.Namespace) -> str:
     """csv, jsonl or parquet; UserError now for what could not be written in the end."""
     if arguments.top_k is not None and arguments.top_k < 1:
-        raise UserError(f"--top-k {arguments.top_k}: give a whole number of at least 1")
+        raise UserError(f"--top-k {arguments.top_k}: give an integer of at least 1")
     result = arguments.format or "csv"
     if arguments.output is not None:
         path = Path(arguments.output)

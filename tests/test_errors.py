@@ -53,7 +53,7 @@ def refused(match: str) -> Any:
         ({"dropout": 1.0}, "--dropout 1.0: give a number from 0 up to, not including, 1"),
         ({"layer_lr_decay": 0.0}, "--layer-lr-decay 0.0: give a positive number"),
         ({"weight_decay": -1.0}, "--weight-decay -1.0: give a number of at least 0"),
-        ({"batch_tokens": 0}, "--batch-tokens 0: give a whole number of at least 1"),
+        ({"batch_tokens": 0}, "--batch-tokens 0: give an integer of at least 1"),
         ({"seeds": ("1", "1")}, "--seeds 1,1: give different whole numbers"),
         ({"output": ""}, "--output: is empty; give a value, or leave it out"),
     ],
@@ -173,7 +173,7 @@ def test_archives_of_several_or_packed_files(tmp_path: Path) -> None:
 
 
 def test_a_quote_that_takes_in_the_rest_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delimited, "LONGEST_LINE", 100)
+    monkeypatch.setattr(delimited, "MAX_LINE_LENGTH", 100)
     (tmp_path / "a.csv").write_text('text,label\n"a,b\n' + "c,d\n" * 50)
     limit = csv.field_size_limit()
     with refused("line 2: .*; is a quote not closed"):

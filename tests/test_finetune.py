@@ -278,7 +278,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
         (["--overwrite_output_dir", "True"], "True (a switch has no value: --x, or --no-x)"),
         (["--fancy"], "unrecognized arguments: --fancy; see"),
         (["--epochs", "ten"], "--epochs: 'ten' is neither auto nor a number; see"),
-        (["--batch_size", "1.5"], "--batch-size: '1.5' is no whole number; see"),
+        (["--batch_size", "1.5"], "--batch-size: '1.5' is not an integer; see"),
     ],
 )
 def test_a_mistyped_flag_is_answered_with_the_one_that_was_meant(arguments: list[str], message: str) -> None:

@@ -233,7 +233,7 @@ def test_bombs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_line_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sparse file of 10 GB takes no disk; its one line is refused after LONGEST_LINE characters."""
+    """A sparse file of 10 GB takes no disk; its one line is refused after MAX_LINE_LENGTH characters."""
     monkeypatch.setattr(sources, "_detected", lambda path: "latin-1")  # that reads it all, in constant memory
     for name in ("a.csv", "a.jsonl", "a.txt"):
         with open(tmp_path / name, "wb") as file:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minibert.batching.tokens import Tokens, places_of
+from minibert.batching.tokens import Tokens, flat_indices
 from minibert.training.loop import planned_batches
 
 from .clock import Windows, peak_gigabytes, synchronize
@@ -59,7 +59,7 @@ def pad(tokens: Tokens, labels: np.ndarray, rows: np.ndarray, multiple: int) -> 
     longest = -(-int(lengths.max()) // multiple) * multiple
     real = np.arange(longest) < lengths[:, None]
     ids = np.zeros(real.shape, dtype=np.int64)
-    ids[real] = tokens.ids[places_of(tokens.offsets, rows)]
+    ids[real] = tokens.ids[flat_indices(tokens.offsets, rows)]
     arrays = {"input_ids": ids, "attention_mask": real.astype(np.int64), "labels": labels[rows]}
     batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return {name: t.pin_memory() for name, t in batch.items()} if torch.cuda.is_available() else batch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minibert.batching.plans import Batch
-from minibert.batching.tokens import Tokens, places_of
+from minibert.batching.tokens import Tokens, flat_indices
 from minibert.model.bert import PackedInput
 from minibert.model.packing import Packing
 
@@ -42,7 +42,7 @@ class Dataset:
     def batch(self, rows: np.ndarray) -> PackedInput:
         if self.tokens.windows is None:
             return self.rows(rows)
-        windows = places_of(self.tokens.windows, rows)
+        windows = flat_indices(self.tokens.windows, rows)
         owner = np.repeat(np.arange(len(rows)), np.diff(self.tokens.windows)[rows])
         order = np.argsort(self.tokens.lengths[windows], kind="stable")
         x = self.rows(windows[order])
@@ -70,14 +70,14 @@ class FrozenActivations:
 
     def batch(self, rows: np.ndarray, lengths: np.ndarray) -> PackedInput:
         """The packed input of some texts, from the first unfrozen layer on."""
-        hidden = torch.from_numpy(np.take(self.values, places_of(self.offsets, rows), axis=0))
+        hidden = torch.from_numpy(np.take(self.values, flat_indices(self.offsets, rows), axis=0))
         return PackedInput(Packing.from_lengths(lengths), hidden=hidden, start_layer=self.start_layer)
 
 
 def collate(tokens: Tokens, rows: Batch) -> PackedInput:
     """Pack the tokens of some examples into one batch, in the order of `rows`."""
     lengths = tokens.offsets[rows + 1] - tokens.offsets[rows]
-    index = places_of(tokens.offsets, rows)
+    index = flat_indices(tokens.offsets, rows)
     position = index - np.repeat(tokens.offsets[rows], lengths)  # [T]
     return PackedInput(
         packing=Packing.from_lengths(lengths),

@@ -1,6 +1,6 @@
 """Which examples share a batch.
 
-Any examples may share a batch, as their tokens are packed; batches of like length are hardly faster to compute, and
+Any examples may share a batch, as their tokens are packed; batches of similar length are hardly faster to compute, and
 some tasks learn less from them (figures: benchmarks). Batches by tokens hold as many examples as fit a budget.
 Every plan is a pure function of (lengths, sizes, seed, epoch).
 """
@@ -11,7 +11,7 @@ import heapq
 
 import numpy as np
 
-POOL = 16  # batches of like length come from so many batches of random examples
+POOL = 16  # batches of similar length come from so many batches of random examples
 
 Batch = np.ndarray  # [B] int64, row numbers of the examples
 
@@ -25,7 +25,7 @@ def plan_epoch(
     seed: int = 0,
     epoch: int = 0,
 ) -> list[Batch]:
-    """Every example once, in batches of random examples, or with `buckets` of random ones of like length.
+    """Every example once, in batches of random examples, or with `buckets` of random ones of similar length.
 
     Only pools of random examples are sorted: of all texts sorted, the longest would meet in every epoch.
     """

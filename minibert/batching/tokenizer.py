@@ -26,11 +26,11 @@ NORMALIZER_OPTIONS = {
     "tokenize_chinese_chars": "handle_chinese_chars",
 }
 SPECIAL_TOKENS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-LONGEST_TOKEN = 1000  # characters of a word that WordPiece looks up; BERT's is 100
+MAX_WORD_LENGTH = 1000  # characters of a word that WordPiece looks up; BERT's is 100
 MAX_COMPONENTS = 50  # of a tokenizer's normalizer or pre-tokenizer
 ALLOWED_COMPONENTS = """BertNormalizer BertPreTokenizer ByteLevel CharDelimiterSplit Digits Lowercase Metaspace NFC NFD
 NFKC NFKD Nmt Precompiled Punctuation Strip StripAccents UnicodeScripts Whitespace WhitespaceSplit""".split()
-CHUNK = 20_000  # texts handed to Rust at once: enough for all cores, little enough memory
+TEXTS_PER_CALL = 20_000  # texts handed to Rust at once: enough for all cores, little enough memory
 
 
 class Tokenizer:
@@ -91,10 +91,10 @@ class Tokenizer:
         assert truncation in TRUNCATIONS
         stride = window_stride or max_length // 2
         parts = []
-        for start in range(0, max(len(texts), 1), CHUNK):
-            pieces = [self._pieces(texts[start : start + CHUNK])]
+        for start in range(0, max(len(texts), 1), TEXTS_PER_CALL):
+            pieces = [self._pieces(texts[start : start + TEXTS_PER_CALL])]
             if pairs is not None:
-                pieces.append(self._pieces(pairs[start : start + CHUNK]))
+                pieces.append(self._pieces(pairs[start : start + TEXTS_PER_CALL]))
             if truncation == "window":
                 parts.append(self._windows(pieces, max_length, stride))
             else:
@@ -196,8 +196,8 @@ def _from_vocabulary(path: Path, config: dict[str, Any]) -> tokenizers.Tokenizer
     check_regular_file(path)
     with open(path, encoding="utf-8") as file:  # its lines end at newlines alone: a token may be any other separator
         words = [line.rstrip("\n") for line in file]
-    if max(map(len, words), default=0) > LONGEST_TOKEN:
-        raise UserError(f"{path.name} holds a token of more than {LONGEST_TOKEN} characters; is it a vocabulary?")
+    if max(map(len, words), default=0) > MAX_WORD_LENGTH:
+        raise UserError(f"{path.name} holds a token of more than {MAX_WORD_LENGTH} characters; is it a vocabulary?")
     vocabulary = {word: index for index, word in enumerate(words)}
     special = {key: _token_text(config.get(f"{key}_token"), default) for key, default in SPECIAL_TOKENS.items()}
     missing = [token for token in special.values() if token not in vocabulary]
@@ -267,8 +267,8 @@ def check_components(source: Any) -> None:
                 raise UserError(f"{TOKENIZER}: {stage} {str(kind)[:40]!r} is not of a BERT tokenizer")
     model = source.get("model")
     longest = model.get("max_input_chars_per_word", 100) if isinstance(model, dict) else 100
-    if not isinstance(longest, int) or longest > LONGEST_TOKEN:
-        raise UserError(f"{TOKENIZER}: max_input_chars_per_word {str(longest)[:40]} is more than {LONGEST_TOKEN}")
+    if not isinstance(longest, int) or longest > MAX_WORD_LENGTH:
+        raise UserError(f"{TOKENIZER}: max_input_chars_per_word {str(longest)[:40]} is more than {MAX_WORD_LENGTH}")
 
 
 def _lowercases(backend: tokenizers.Tokenizer) -> bool:

@@ -53,9 +53,9 @@ class Tokens:
     def take(self, texts: np.ndarray) -> Tokens:
         rows, windows, repeated = texts, None, None
         if self.windows is not None and self.repeated is not None:
-            rows, repeated = places_of(self.windows, texts), self.repeated[texts]
+            rows, repeated = flat_indices(self.windows, texts), self.repeated[texts]
             windows = offsets_of(np.diff(self.windows)[texts])
-        index = places_of(self.offsets, rows)
+        index = flat_indices(self.offsets, rows)
         types = None if self.type_ids is None else self.type_ids[index]
         return Tokens(self.ids[index], offsets_of(self.lengths[rows]), types, self.truncated[texts], windows, repeated)
 
@@ -80,7 +80,7 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
 
-def places_of(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def flat_indices(offsets: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """[T] places in a flat array of what belongs to `rows`, where row i has offsets[i] to offsets[i + 1]."""
     lengths = offsets[rows + 1] - offsets[rows]
     ends = np.cumsum(lengths)

@@ -15,7 +15,7 @@ from minibert.data.labels import (
     is_number,
     label_text,
 )
-from minibert.data.rows import Table, again, describe_bad
+from minibert.data.rows import Table, describe_bad, repeated_name
 from minibert.errors import UserError
 from minibert.runtime.files import one_line, read_json
 
@@ -39,7 +39,7 @@ PAIR_NAMES = (
 KNOWN_NAMES = {*TEXT_NAMES, *LABEL_NAMES, *(name for pair in PAIR_NAMES for name in pair)}
 
 
-ROOM_FOR_ROW = 60  # characters
+MAX_ROW_LENGTH = 60  # characters
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Co
     for name in columns.names():
         if columns.names().count(name) > 1:
             raise UserError(f"{table.path}: column {name!r} is asked for twice; text, second text and label differ")
-        if again(name) in table.columns:
+        if repeated_name(name) in table.columns:
             raise UserError(f"{table.path}: column {name!r} appears twice; rename one")
     return columns
 
 
-def guessed_text(columns: Columns, table: Table, config: RunConfig) -> str:
+def text_column_note(columns: Columns, table: Table, config: RunConfig) -> str:
     """What to say where nothing but its content tells which column is the text; "" where a name or a flag does."""
     known = config.text_column or columns.pair or _plain_name(columns.text[0]) in KNOWN_NAMES
     if known or len(table.columns) == 1:
@@ -264,14 +264,14 @@ def check_same_kind(columns: Columns, path: str, trained: Columns) -> None:
     raise UserError(f"{path}: {has} a row ({columns}), unlike training ({' + '.join(trained.texts())}); give {flags}")
 
 
-def doubtful_header(first: Table, config: RunConfig, header: bool) -> str:
+def header_note(first: Table, config: RunConfig, header: bool) -> str:
     """What to say where a first row is taken for names none of which is known: it may be a row that would be lost."""
     if not header or not first.delimited or not first.lines or known_names(first, config):
         return ""
-    row = shown_row(first)
+    row = row_preview(first)
     return f"{first.path}: the first row ({row}) is taken for the columns' names; --no-header if it is data"
 
 
-def shown_row(first: Table) -> str:
+def row_preview(first: Table) -> str:
     row = ", ".join(str(cells[0]) for cells in first.columns.values() if cells)
-    return one_line(row if len(row) <= ROOM_FOR_ROW else row[: ROOM_FOR_ROW - 3] + "...")
+    return one_line(row if len(row) <= MAX_ROW_LENGTH else row[: MAX_ROW_LENGTH - 3] + "...")

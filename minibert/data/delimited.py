@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from minibert.data.rows import BadRow, Table, again, check_width, numbered_lines, rows_to_columns, tables_of
-from minibert.data.sources import LONGEST_LINE
+from minibert.data.rows import BadRow, Table, check_width, numbered_lines, repeated_name, rows_to_columns, tables_of
+from minibert.data.sources import MAX_LINE_LENGTH
 from minibert.errors import UserError
 from minibert.runtime.files import one_line
 
-LEAST_FIT = 0.6  # share of the first rows that a delimiter must cut as it cuts the header
+MIN_FIT = 0.6  # fraction of the first rows that a delimiter must cut as it cuts the header
 ROWS_COMPARED = 50  # with the header
 NO_DELIMITER = "\x1f"  # which no text holds
 SAMPLE = 1 << 18  # characters looked at to guess delimiter and quoting
@@ -39,7 +39,7 @@ class _LongFields:
 
     def __enter__(self) -> None:
         self.lock.acquire()
-        self.before = csv.field_size_limit(LONGEST_LINE)
+        self.before = csv.field_size_limit(MAX_LINE_LENGTH)
 
     def __exit__(self, *_: object) -> None:
         csv.field_size_limit(self.before)
@@ -72,7 +72,7 @@ def read_delimited(path: Path, text: IO[str], suffix: str, header: bool, size: i
         names = _column_names(path, first.cells)
         tables = tables_of(path, _checked(rows, first.cells, bad), partial(rows_to_columns, names), size, bad)
     else:
-        tables = _headless(path, first, rows, size, extra_cells=quoting["quoting"] == csv.QUOTE_NONE)
+        tables = _without_header(path, first, rows, size, extra_cells=quoting["quoting"] == csv.QUOTE_NONE)
     for table in tables:
         table.delimited = True
         yield table
@@ -167,7 +167,7 @@ def _of_wrong_width(row: CsvRow, expected: str) -> BadRow:
     return BadRow(row.line, f"{cells} cell{'s' * (cells != 1)} where {expected}{span}")
 
 
-def _headless(path: Path, first: CsvRow, rows: Iterator[CsvRow], size: int, extra_cells: bool) -> Iterator[Table]:
+def _without_header(path: Path, first: CsvRow, rows: Iterator[CsvRow], size: int, extra_cells: bool) -> Iterator[Table]:
     """Columns called 0, 1, 2, ...; short rows are filled up with None.
 
     A row longer than most holds a text with the delimiter in it, unless nothing is quoted: then (`extra_cells`) the
@@ -203,7 +203,7 @@ def _column_names(path: Path, cells: list[str]) -> list[str]:
     for i, cell in enumerate(cells):
         name = cell.strip() or (f"unnamed {i}" if str(i) in given else str(i))
         seen[name] += 1
-        names.append(name if seen[name] == 1 else again(name, seen[name]))
+        names.append(name if seen[name] == 1 else repeated_name(name, seen[name]))
     return names
 
 
@@ -227,7 +227,7 @@ def _delimiter(sample: str, usual: str) -> str:
             fit = (sum(len(row) == width for row in rows) / len(rows), delimiter == usual, width)
             fitting[delimiter] = max(fit, fitting.get(delimiter, fit))
     best = max(fitting, key=lambda delimiter: fitting[delimiter], default=usual)
-    return best if best in fitting and fitting[best][0] >= LEAST_FIT else usual
+    return best if best in fitting and fitting[best][0] >= MIN_FIT else usual
 
 
 def _quoting(sample: str, delimiter: str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def rows_may_lack_labels(columns: Columns, config: RunConfig) -> bool:
     return config.label_delimiter is not None or len(columns.label) > 1
 
 
-def usable(examples: Examples, config: RunConfig, may_lack_labels: bool) -> Examples:
+def usable_rows(examples: Examples, config: RunConfig, may_lack_labels: bool) -> Examples:
     """The rows that have text and label. The others are an error that names them or, if asked for, left in `bad`."""
     bad, kept = [], []
     labels = None if may_lack_labels else examples.labels
@@ -101,12 +101,12 @@ def usable(examples: Examples, config: RunConfig, may_lack_labels: bool) -> Exam
     return _without(examples, kept, bad, config)
 
 
-def with_names(examples: Examples, kind: str, places: Sequence[str], config: RunConfig) -> Examples:
-    """The rows whose labels can be read, as names, lists of names or numbers; the others are bad, as in `usable`."""
+def with_parsed_labels(examples: Examples, kind: str, indicators: Sequence[str], config: RunConfig) -> Examples:
+    """The rows whose labels can be read, as names, lists of names or numbers; the others are bad, as above."""
     bad, kept, labels = [], [], []
     for i, value in enumerate(examples.labels or []):
         try:
-            labels.append(read_label(value, kind, places, config.label_delimiter))
+            labels.append(read_label(value, kind, indicators, config.label_delimiter))
             kept.append(i)
         except ValueError as error:
             bad.append(BadRow(examples.lines[i], str(error)))

@@ -15,7 +15,7 @@ import numpy as np
 from minibert.problem.problem import LABEL_TYPES, MULTI, REGRESSION, SINGLE
 from minibert.runtime.files import valid_unicode
 
-# A whole number as pandas writes it into a column with gaps, or as transformers names a class that has no name.
+# An integer as pandas writes it into a column with gaps, or as transformers names a class that has no name.
 WHOLE = re.compile(r"(?:LABEL_)?(-?(?:0|[1-9][0-9]*))(?:\.0+)?")
 DECIMAL_COMMA = re.compile(r"-?[0-9]+,[0-9]+")
 LIST = re.compile(r"\s*\[.*\]\s*", re.DOTALL)
@@ -23,7 +23,7 @@ STRINGS_IN_A_ROW = re.compile(r"""['"]\s+['"]""")
 FLAGS = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}  # in a column of one label
 TRUTH = {"false": "0", "true": "1"}  # JSON's, which typed files have for what others write as 0 and 1
 MISSING_NUMBERS = ("nan", "na", "n/a", "null", "none", "inf", "-inf", "-")  # among numbers, a value that is not there
-LARGEST = float(np.finfo(np.float32).max)
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def is_missing(value: Any) -> bool:
@@ -35,7 +35,7 @@ def is_missing(value: Any) -> bool:
 
 
 def guess_kind(values: Sequence[Any], columns: int, delimiter: str | None) -> tuple[str, str]:
-    """The problem type of a part's labels, as read from so many columns, and why."""
+    """The problem type of labels, as read from so many columns, and why."""
     if columns > 1:
         return MULTI, "as each label has a column of 0 and 1"
     if delimiter:
@@ -55,7 +55,7 @@ def guess_kind(values: Sequence[Any], columns: int, delimiter: str | None) -> tu
 def indicator_length(values: Sequence[Any]) -> int:
     """The length of rows of 0 and 1, a place for each label; 0 if they are none, or lists of the labels 0 and 1.
 
-    Two or more are places in any case: lists of as many different labels would all be the same.
+    Two or more are taken for indicators: lists of as many different labels would all be the same.
     """
     if not values or not isinstance(_as_list(values[0]), list | tuple):
         return 0
@@ -66,15 +66,15 @@ def indicator_length(values: Sequence[Any]) -> int:
     return len(rows[0]) if are_flags else 0
 
 
-def read_label(value: Any, kind: str, places: Sequence[str], delimiter: str | None) -> Any:
+def read_label(value: Any, kind: str, indicators: Sequence[str], delimiter: str | None) -> Any:
     """A name, a list of names (multi-label) or a number; ValueError says why a value is none.
 
-    places: what the 0s and 1s of a row stand for, where a row has one for each label.
+    indicators: what the 0s and 1s of a row stand for, where a row has one for each label.
     """
     if kind == REGRESSION:
         return _number(value)
     if kind == MULTI:
-        return _of_flags(_as_list(value), places) if places else _several(value, delimiter)
+        return _of_flags(_as_list(value), indicators) if indicators else _several(value, delimiter)
     if isinstance(value, list | tuple):
         if len(value) != 1:
             raise ValueError(f"{len(value)} labels where {SINGLE} takes one")
@@ -85,7 +85,7 @@ def read_label(value: Any, kind: str, places: Sequence[str], delimiter: str | No
 
 
 def normalize_spelling(labels: list[Any], known: Iterable[str]) -> list[Any]:
-    """Labels (or lists of them) with each whole number spelled as in `known`: 1, 1.0, true and LABEL_1 are one."""
+    """Labels (or lists of them) with each integer spelled as in `known`: 1, 1.0, true and LABEL_1 are one."""
     known = set(known)
     longest_first = sorted(known, key=lambda name: (-len(name), name))
     spelling = {_whole(name): name for name in longest_first}  # the shortest, where it has both
@@ -119,10 +119,10 @@ def label_warnings(labels: list[str]) -> list[str]:
     if numbers:
         return [f"labels such as {comma[0]!r} look like numbers; write them with a point for the comma"]
     if blank := sorted(name for name in names if name.lower() in ("nan", "<na>", "null", "n/a", "-")):
-        return [f"label {blank[0]!r} is taken for a name; empty these cells if they mean that there is none"]
+        return [f"label {blank[0]!r} is read as a name; empty these cells if they mean that there is none"]
     if written := sorted(name for name in names if LIST.fullmatch(name)):
         shown = written[0] if len(written[0]) <= 40 else written[0][:39] + "…"
-        return [f"label {shown} is taken for a name: not all labels are lists as JSON or Python write them"]
+        return [f"label {shown} is read as a name: not all labels are lists as JSON or Python write them"]
     folded = Counter(name.casefold() for name in names)
     if folded and (most := folded.most_common(1)[0])[1] > 1:
         alike = [repr(name) for name in sorted(names) if name.casefold() == most[0]]
@@ -137,7 +137,7 @@ def label_warnings(labels: list[str]) -> list[str]:
 def is_number(text: str) -> bool:
     """A number that fp32 holds, written as files write it."""
     try:
-        return abs(float(text)) <= LARGEST and "_" not in text
+        return abs(float(text)) <= MAX_FLOAT32 and "_" not in text
     except ValueError:
         return False
 
@@ -158,12 +158,12 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _of_flags(row: Any, places: Sequence[str]) -> list[str]:
-    """The names of the places where a 1 stands."""
-    if not isinstance(row, list | tuple) or len(row) != len(places):
-        raise ValueError(f"expected {len(places)} values of 0 and 1, one for each label")
+def _of_flags(row: Any, indicators: Sequence[str]) -> list[str]:
+    """The names of the labels that are 1."""
+    if not isinstance(row, list | tuple) or len(row) != len(indicators):
+        raise ValueError(f"expected {len(indicators)} values of 0 and 1, one for each label")
     names = []
-    for name, value in zip(places, row, strict=True):
+    for name, value in zip(indicators, row, strict=True):
         flag = FLAGS.get(label_text(value).lower())
         if flag is None:
             raise ValueError(f"column {name}: {str(value)[:40]!r} is neither 0 nor 1, as one column a label needs")

@@ -14,9 +14,9 @@ from minibert.data.columns import (
     Columns,
     check_label_column,
     check_same_kind,
-    doubtful_header,
     find_columns,
     has_header,
+    header_note,
     known_names,
 )
 from minibert.data.examples import (
@@ -26,9 +26,9 @@ from minibert.data.examples import (
     first_number,
     rows_may_lack_labels,
     text_keys,
-    usable,
+    usable_rows,
     with_label_names,
-    with_names,
+    with_parsed_labels,
 )
 from minibert.data.labels import (
     guess_kind,
@@ -44,7 +44,7 @@ from minibert.data.tables import first_rows, read_table
 from minibert.errors import UserError
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 
-ROOM_FOR_LABELS = 30  # characters
+MAX_LABELS_LENGTH = 30  # characters
 VALIDATION_FLAGS = ("metric", "eval_steps", "early_stopping_patience")  # without effect where nothing is validated
 
 Splits = dict[str, Examples]  # train, validation and, if there is one, test
@@ -100,7 +100,7 @@ def _read(path: str, config: RunConfig, notes: list[str], headerless: Table | No
         header = header and bool(known_names(first, config))
     if not header and not config.no_header:
         notes.append(f"{path} has no header: its first row looks like the others")
-    if doubt := doubtful_header(first, config, header):
+    if doubt := header_note(first, config, header):
         notes.append(doubt)
     table = read_table(path, header=header, encoding=config.encoding, on_bad_rows="skip")
     if not table.lines and not table.bad:
@@ -113,13 +113,13 @@ def _read(path: str, config: RunConfig, notes: list[str], headerless: Table | No
 def prepare(splits: Splits, columns: Columns, config: RunConfig, notes: list[str]) -> RunData:
     """Check rows, name the labels, and split off validation and test rows."""
     may_lack = rows_may_lack_labels(columns, config)
-    splits = {name: usable(examples, config, may_lack) for name, examples in splits.items()}
+    splits = {name: usable_rows(examples, config, may_lack) for name, examples in splits.items()}
     kind, why, indicators = _problem_type(splits["train"].labels or [], columns, config)
     if len(columns.label) > 1 or config.label_names:
         given_as = "str"
     else:
         given_as = "int" if indicators else label_type(_all_labels(splits))
-    splits = {name: with_names(examples, kind, indicators, config) for name, examples in splits.items()}
+    splits = {name: with_parsed_labels(examples, kind, indicators, config) for name, examples in splits.items()}
     if kind != REGRESSION and not indicators:
         splits = _with_one_spelling(splits, kind, notes)
     if config.label_names:
@@ -213,7 +213,7 @@ def _problem_notes(problem: Problem, why: str, train: Examples, config: RunConfi
 def _some_names(labels: list[str]) -> str:
     """As many labels as a line has room for."""
     shown = labels[:6]
-    while len(shown) > 1 and len(", ".join(shown)) > ROOM_FOR_LABELS:
+    while len(shown) > 1 and len(", ".join(shown)) > MAX_LABELS_LENGTH:
         shown.pop()
     return ", ".join(shown) + (", ..." if len(shown) < len(labels) else "")
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from minibert.data.sources import LONGEST_LINE
+from minibert.data.sources import MAX_LINE_LENGTH
 from minibert.errors import UserError
 
-MOST_COLUMNS = 4096  # more is a broken or hostile file, which rows of that width would let fill the memory
+MAX_COLUMNS = 4096  # more is a broken or hostile file, which rows of that width would let fill the memory
 Row = TypeVar("Row")
 
 
@@ -36,7 +36,7 @@ class Table:
 
 
 def bad_rows_error(source: str, bad: list[BadRow]) -> UserError:
-    return UserError(f"{source}, {describe_bad(bad)}; mend or remove them, or give --on-bad-rows skip")
+    return UserError(f"{source}, {describe_bad(bad)}; fix or remove them, or give --on-bad-rows skip")
 
 
 def describe_bad(bad: list[BadRow], named: int = 5) -> str:
@@ -57,11 +57,11 @@ def describe_bad(bad: list[BadRow], named: int = 5) -> str:
 def numbered_lines(path: Path, text: IO[str], first: int = 1) -> Iterator[str]:
     """Lines with their endings, from the line number `first` on; no line may fill the memory."""
     for number in range(first, 1 << 62):
-        line = text.readline(LONGEST_LINE)
+        line = text.readline(MAX_LINE_LENGTH)
         if not line:
             return
-        if len(line) == LONGEST_LINE:
-            raise UserError(f"{path}, line {number}: longer than {LONGEST_LINE >> 20} million characters; split it")
+        if len(line) == MAX_LINE_LENGTH:
+            raise UserError(f"{path}, line {number}: longer than {MAX_LINE_LENGTH >> 20} million characters; split it")
         if "\0" in line:
             raise UserError(f"{path}, line {number}: holds a NUL character; is this a text file?")
         yield line
@@ -88,11 +88,11 @@ def rows_to_columns(names: list[str], rows: list[list[Any]]) -> dict[str, list[A
     return dict(zip(names, columns, strict=True))
 
 
-def again(name: str, number: int = 2) -> str:
+def repeated_name(name: str, number: int = 2) -> str:
     """What a further column of the same name is called."""
     return f"{name} ({number})"
 
 
 def check_width(path: Path | str, width: int) -> None:
-    if width > MOST_COLUMNS:
-        raise UserError(f"{path}: {width} columns; minibert reads at most {MOST_COLUMNS}")
+    if width > MAX_COLUMNS:
+        raise UserError(f"{path}: {width} columns; minibert reads at most {MAX_COLUMNS}")

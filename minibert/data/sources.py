@@ -20,13 +20,13 @@ from minibert.runtime.files import one_line
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".txt", ".label", ".xlsx")
 SPREADSHEETS = (".xls", ".ods")
 SAMPLE = 1 << 20  # bytes from which an encoding is guessed
-FEWEST_NON_ASCII = 8  # bytes beyond ASCII that a guess needs; with fewer, cp1252
+MIN_NON_ASCII = 8  # bytes beyond ASCII that a guess needs; with fewer, cp1252
 UTF_16 = ("utf_16_le", "utf_16_be")
 LEGACY_ENCODINGS = (
     *("cp1252", "cp1250", "cp1251", "koi8_r", "cp1253", "cp1254", "cp1255", "cp1256"),
     *("gb18030", "big5", "cp932", "euc_jp", "cp949", *UTF_16),
 )
-LONGEST_LINE = 64 << 20  # characters: a longer one is a broken or hostile file, not a text
+MAX_LINE_LENGTH = 64 << 20  # characters: a longer one is a broken or hostile file, not a text
 EXPANSION, EXPANSION_FREE = 200, 256 << 20  # decompressed over compressed bytes, once that much has come out
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, struct.error)
 
@@ -147,7 +147,7 @@ def _detected(path: Path) -> str:
     if _decodes(path, "utf-8"):
         return "utf-8"
     _check_damaged_utf8(path)
-    candidates = _likely(sample, LEGACY_ENCODINGS) if _non_ascii(sample) >= FEWEST_NON_ASCII else []
+    candidates = _likely(sample, LEGACY_ENCODINGS) if _non_ascii(sample) >= MIN_NON_ASCII else []
     return next((encoding for encoding in [*candidates, "cp1252"] if _decodes(path, encoding)), "latin-1")
 
 
@@ -183,7 +183,7 @@ def _check_damaged_utf8(path: Path) -> None:
     """A few bad bytes among much good UTF-8: read as anything else, every accent of the file would be wrong."""
     good = bad = first = 0
     with open_bytes(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_LENGTH), b""), start=1):
             if line.isascii():
                 continue
             text = line.decode("utf-8", "replace")
@@ -191,4 +191,4 @@ def _check_damaged_utf8(path: Path) -> None:
             good, bad = good + sum(ord(c) > 127 for c in text) - broken, bad + broken
             first = first or (number if broken else 0)
     if good > bad:
-        raise UserError(f"{path}, line {first}: not UTF-8, which the rest of the file is; mend it or give --encoding")
+        raise UserError(f"{path}, line {first}: not UTF-8, which the rest of the file is; fix it or give --encoding")

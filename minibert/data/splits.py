@@ -11,8 +11,10 @@ import numpy as np
 from minibert.problem.problem import MULTI, REGRESSION
 
 
-def stratified_split(keys: Sequence[str], labels: Sequence[Any], kind: str, share: float, seed: int) -> tuple[Any, Any]:
-    """Row numbers (kept, taken), `share` of each class taken; rows of equal keys stay together.
+def stratified_split(
+    keys: Sequence[str], labels: Sequence[Any], kind: str, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers (kept, taken), `fraction` of each class taken; rows of equal keys stay together.
 
     labels: a name, a list of names or a number for each row, as `kind` has it.
     """
@@ -22,11 +24,11 @@ def stratified_split(keys: Sequence[str], labels: Sequence[Any], kind: str, shar
         groups.setdefault(key, []).append(i)
     members = list(groups.values())
     if kind == MULTI:
-        taken = _iterative_stratification([[labels[row] for row in rows] for rows in members], share, rng)
+        taken = _iterative_stratification([[labels[row] for row in rows] for rows in members], fraction, rng)
     else:
         firsts = [labels[rows[0]] for rows in members]
         strata = _value_ranges(firsts) if kind == REGRESSION else firsts
-        taken = _stratified(strata, [len(rows) for rows in members], share, rng)
+        taken = _stratified(strata, [len(rows) for rows in members], fraction, rng)
     chosen = np.zeros(len(keys), dtype=bool)
     chosen[[row for group in taken for row in members[group]]] = True
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
@@ -39,15 +41,15 @@ def _value_ranges(values: list[float]) -> list[int]:
     return (ranks * ranges // max(len(values), 1)).tolist()
 
 
-def _stratified(strata: list[Any], sizes: list[int], share: float, rng: np.random.Generator) -> list[int]:
-    """The groups to take, `share` of the rows of each stratum; at least one group of each stays."""
+def _stratified(strata: list[Any], sizes: list[int], fraction: float, rng: np.random.Generator) -> list[int]:
+    """The groups to take, `fraction` of the rows of each stratum; at least one group of each stays."""
     groups: dict[Any, list[int]] = {}
     for group, stratum in enumerate(strata):
         groups.setdefault(stratum, []).append(group)
     taken = []
     owed = 0.0  # what rounding in one stratum left over is made up for in the next, not what it could not give
     for stratum in sorted(groups, key=str):
-        owed += share * sum(sizes[group] for group in groups[stratum])
+        owed += fraction * sum(sizes[group] for group in groups[stratum])
         for group in rng.permutation(groups[stratum])[: len(groups[stratum]) - 1]:
             if sizes[group] <= owed + 0.5:
                 taken.append(int(group))
@@ -56,16 +58,16 @@ def _stratified(strata: list[Any], sizes: list[int], share: float, rng: np.rando
     return taken
 
 
-def _iterative_stratification(labels_of: list[list[list[str]]], share: float, rng: np.random.Generator) -> list[int]:
-    """The groups to take of rows with several labels each, `share` of the rows of each label (Sechidis et al. 2011).
+def _iterative_stratification(labels_of: list[list[list[str]]], fraction: float, rng: np.random.Generator) -> list[int]:
+    """The groups to take of rows with several labels each, `fraction` of the rows of each label (Sechidis et al. 2011).
 
     The label with the fewest rows left goes first, as later nothing could make up for it; each of its groups goes to
     the side that lacks the label more. labels_of: for each group the labels of each of its rows.
     """
     counts = [Counter(name for names in rows for name in names) for rows in labels_of]
-    shares = np.array([1 - share, share])
-    lacking = {name: shares * count for name, count in _total(counts).items()}  # rows that each side still lacks
-    lacking_rows = shares * sum(map(len, labels_of))
+    fractions = np.array([1 - fraction, fraction])
+    lacking = {name: fractions * count for name, count in _total(counts).items()}  # rows that each side still lacks
+    lacking_rows = fractions * sum(map(len, labels_of))
     left = Counter(name for count in counts for name in count)  # groups not yet placed, by label
     holders: dict[str | None, list[int]] = {}
     for group in rng.permutation(len(counts)).tolist():

@@ -31,7 +31,7 @@ from minibert.data.spreadsheet import sheet_as_csv
 from minibert.errors import UserError
 from minibert.runtime.files import check_regular_file, one_line
 
-LARGEST_JSON = 2 << 30  # bytes: a JSON array, like packed Parquet, can only be read as a whole
+MAX_JSON_SIZE = 2 << 30  # bytes: a JSON array, like packed Parquet, can only be read as a whole
 NOT_AN_OBJECT = 'expected an object such as {"text": ..., "label": ...}'
 PLAIN_SAMPLE = 50  # lines looked at to tell `LABEL text` lines from plain texts
 LINE_LABEL = re.compile(r"([A-Za-z]\w*:[\w-]+|__label__\S+)[ \t]")  # as in TREC and in fastText
@@ -136,8 +136,8 @@ def _json_lines(path: Path, text: IO[str], size: int) -> Iterator[Table]:
 
 def _json(path: Path, text: IO[str], size: int) -> Iterator[Table]:
     """One JSON value, or JSON lines under the wrong name."""
-    content = text.read(LARGEST_JSON)
-    if len(content) == LARGEST_JSON:
+    content = text.read(MAX_JSON_SIZE)
+    if len(content) == MAX_JSON_SIZE:
         raise UserError(f"{path}: too large for one JSON value; convert it to .jsonl")
     try:
         value = json.loads(content)
@@ -257,8 +257,8 @@ def _as_text(cells: list[Any]) -> list[Any]:
 def _unpacked(path: Path) -> bytes:
     """Parquet is read from its end, so what is packed is unpacked whole."""
     with open_bytes(path) as file:
-        content = file.read(LARGEST_JSON)
-    if len(content) == LARGEST_JSON:
+        content = file.read(MAX_JSON_SIZE)
+    if len(content) == MAX_JSON_SIZE:
         raise UserError(f"{path}: too large to be unpacked in memory; unpack it first")
     return content
 

@@ -54,11 +54,11 @@ def explain(
     result: list[list[Word]] = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         rows = slice(start, start + TEXTS_AT_ONCE)
-        result += _explain_few(classifier, texts[rows], None if pairs is None else pairs[rows], logits[rows])
+        result += _explain_batch(classifier, texts[rows], None if pairs is None else pairs[rows], logits[rows])
     return result
 
 
-def _explain_few(
+def _explain_batch(
     classifier: Classifier, texts: Sequence[str], pairs: Sequence[str] | None, logits: np.ndarray
 ) -> list[list[Word]]:
     found = [(i, span) for i in range(len(texts)) for span in _spans(classifier, texts, pairs, i)]

@@ -1,4 +1,4 @@
-"""Logits of encoded texts, computed in batches of like length."""
+"""Logits of encoded texts, computed in batches of similar length."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from minibert.runtime.memory import split_on_oom
 
 
 def compute_logits(
-    model: BertForSequenceClassification, data: Dataset, hardware: Hardware, together: bool = False
+    model: BertForSequenceClassification, data: Dataset, hardware: Hardware, all_ranks: bool = False
 ) -> np.ndarray:
-    """Logits [n, L] of every example, in their order; computed in batches of like length.
+    """Logits [n, L] of every example, in their order; computed in batches of similar length.
 
-    `together`: all processes call this at once; each computes its share and gets all logits.
+    `all_ranks`: all processes call this at once; each computes a part and gets all logits.
     Windows are batched as if each were a text, so that even a book needs no more memory than other texts.
     """
     logits = np.zeros((len(data.tokens), model.num_labels), dtype=np.float32)
@@ -31,10 +31,10 @@ def compute_logits(
 
     with torch.inference_mode():
         for rows, found in split_on_oom(
-            batches[distributed.rank() :: distributed.world()] if together else batches, computed
+            batches[distributed.rank() :: distributed.world()] if all_ranks else batches, computed
         ):
             logits[rows] = found
-    return data.tokens.mean_of_windows(distributed.sum_array(logits) if together else logits)
+    return data.tokens.mean_of_windows(distributed.sum_array(logits) if all_ranks else logits)
 
 
 def check_finite(logits: np.ndarray) -> np.ndarray:

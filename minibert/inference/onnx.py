@@ -163,7 +163,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def session_logits(session: onnxruntime.InferenceSession, tokens: Tokens, *, by_length: bool = True) -> np.ndarray:
-    """[texts, L], in batches of texts of like length or as they come; of windows their mean."""
+    """[texts, L], in batches of texts of similar length or as they come; of windows their mean."""
     order = np.argsort(-tokens.lengths, kind="stable") if by_length else np.arange(len(tokens))
     batches = (order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE))
     logits = np.concatenate([session.run(["logits"], padded(tokens, rows))[0] for rows in batches])

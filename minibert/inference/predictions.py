@@ -19,7 +19,7 @@ from minibert.runtime.files import atomic, printable
 
 # What a spreadsheet takes for the start of a formula (OWASP, "CSV Injection"), behind any number of apostrophes.
 FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
-CHUNK = 10_000  # rows that are text at a time
+ROWS_PER_WRITE = 10_000  # rows that are text at a time
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
@@ -132,8 +132,8 @@ def write_predictions(
     """predictions-*.csv of a run."""
     options: dict[str, Any] = {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
     with atomic(path) as temporary, open(temporary, "w", **options) as file:
-        for start in range(0, len(examples), CHUNK) or [0]:  # as text all cells at once would be larger than the data
-            rows = np.arange(start, min(start + CHUNK, len(examples)))
+        for start in range(0, len(examples), ROWS_PER_WRITE) or [0]:  # all as text would be larger than the data
+            rows = np.arange(start, min(start + ROWS_PER_WRITE, len(examples)))
             table = prediction_columns(Predicted(examples.take(rows), logits[rows]), problem, targets[rows])
             write_csv(file, table, header=start == 0)
 

@@ -14,45 +14,45 @@ from minibert.data.columns import (
     check_label_column,
     check_same_kind,
     column_names,
-    doubtful_header,
     find_columns,
-    guessed_text,
     has_header,
-    shown_row,
+    header_note,
+    row_preview,
+    text_column_note,
 )
 from minibert.data.examples import (
     Examples,
     count_rows,
     examples_from_table,
     rows_may_lack_labels,
-    usable,
+    usable_rows,
     with_label_names,
-    with_names,
+    with_parsed_labels,
 )
 from minibert.data.labels import indicator_length, normalize_spelling
 from minibert.data.rows import BadRow, Table, describe_bad
-from minibert.data.sources import LONGEST_LINE, known_encoding
+from minibert.data.sources import MAX_LINE_LENGTH, known_encoding
 from minibert.data.tables import first_rows, stream_table
 from minibert.errors import UserError
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 
 
 def stream_examples(
-    path: str, config: RunConfig, with_labels: bool = False, trained: Columns | None = None, alike: bool = True
+    path: str, config: RunConfig, with_labels: bool = False, trained: Columns | None = None, same_kind: bool = True
 ) -> Iterator[Examples]:
     """Rows of a file, chunk by chunk, so that it may be larger than memory; the first chunk decides on the columns.
 
-    `trained`: where the model's training found its texts, for the columns that no flag names. `alike`: single texts
+    `trained`: where the model's training found its texts, for the columns that no flag names. `same_kind`: single texts
     for a model of pairs are an error, as are pairs for one of single texts.
     """
     _, config, header = _opened(path, config, trained)
-    trained = trained if alike else None
+    trained = trained if same_kind else None
 
     def checked(examples: Examples, columns: Columns) -> Examples:
         if with_labels:
-            return usable(examples, config, rows_may_lack_labels(columns, config))
+            return usable_rows(examples, config, rows_may_lack_labels(columns, config))
         skips = config.on_bad_rows == "skip"
-        return usable(examples, config, may_lack_labels=True) if skips else examples  # a blank text has an answer, too
+        return usable_rows(examples, config, may_lack_labels=True) if skips else examples  # blank texts get an answer
 
     yield from _stream(path, header, config, trained, with_labels, checked)
 
@@ -76,15 +76,15 @@ def stream_labelled(
 
 def with_known_labels(examples: Examples, columns: Columns, problem: Problem, config: RunConfig) -> Examples:
     """The rows that can be used, their labels as a trained model knows them."""
-    places = columns.label if len(columns.label) > 1 else ()
-    if places and (missing := [name for name in problem.labels if name not in places]):
+    indicators = columns.label if len(columns.label) > 1 else ()
+    if indicators and (missing := [name for name in problem.labels if name not in indicators]):
         raise UserError(
             f"{examples.source}: no column {', '.join(map(repr, missing[:5]))}, which the model has for a label"
         )
-    examples = usable(examples, config, rows_may_lack_labels(columns, config))
-    if not places and indicator_length(examples.labels or []) == len(problem.labels):
-        places = tuple(problem.labels)
-    examples = with_names(examples, problem.kind, places, config)
+    examples = usable_rows(examples, config, rows_may_lack_labels(columns, config))
+    if not indicators and indicator_length(examples.labels or []) == len(problem.labels):
+        indicators = tuple(problem.labels)
+    examples = with_parsed_labels(examples, problem.kind, indicators, config)
     if config.label_names:
         examples = with_label_names(examples, problem.kind, config.label_names)
     if problem.kind == REGRESSION:
@@ -96,9 +96,9 @@ def _opened(path: str, config: RunConfig, trained: Columns | None) -> tuple[Tabl
     """(first rows, flags with training's columns, whether there is a header), with a note where that is doubtful."""
     first = first_rows(path, config)
     config, header = as_trained(config, trained, first)
-    doubt = doubtful_header(first, config, header)
+    doubt = header_note(first, config, header)
     if not header and has_header(first, config):
-        doubt = f"{path}: the first row ({shown_row(first)}) is read as data, for training's file had no header"
+        doubt = f"{path}: the first row ({row_preview(first)}) is read as data, for training's file had no header"
     if doubt:
         print(f"note: {doubt}", file=sys.stderr)
     return first, config, header
@@ -118,7 +118,7 @@ def _stream(
     for table in stream_table(path, header=header, encoding=config.encoding, on_bad_rows=config.on_bad_rows):
         if columns is None:
             columns = find_columns(table, config, need_label)
-            if not need_label and (guess := guessed_text(columns, table, config)):
+            if not need_label and (guess := text_column_note(columns, table, config)):
                 print(f"note: {guess}", file=sys.stderr)
             if trained is not None:
                 check_same_kind(columns, path, trained)
@@ -157,9 +157,9 @@ def stream_lines(read: Callable[[], bytes], encoding: str) -> Iterator[Examples]
             *lines, rest = (rest + decoder.decode(data, final=not data)).split("\n")
         except UnicodeError:
             raise UserError(f"{source}, after line {count}: not {encoding} text; give --encoding") from None
-        if len(rest) > LONGEST_LINE:
+        if len(rest) > MAX_LINE_LENGTH:
             raise UserError(
-                f"{source}, line {count + len(lines) + 1}: longer than {LONGEST_LINE >> 20} million characters"
+                f"{source}, line {count + len(lines) + 1}: longer than {MAX_LINE_LENGTH >> 20} million characters"
             )
         if lines:
             numbers = list(range(count + 1, count + len(lines) + 1))

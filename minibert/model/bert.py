@@ -225,7 +225,7 @@ class Pooler(nn.Module):
         return torch.tanh(ops.linear(first_tokens, self.dense, masks))  # [B, H]
 
 
-class Classifier(nn.Module):
+class ClassificationHead(nn.Module):
     """The head: one linear layer as in BERT, or with one hidden ReLU layer before it (`mlp_size`)."""
 
     def __init__(self, config: BertConfig, num_labels: int, mlp_size: int = 0) -> None:
@@ -290,7 +290,7 @@ class BertForSequenceClassification(nn.Module):
         self.compiled_head: Callable[[BertForSequenceClassification, Tensor, DropoutMasks], Tensor] | None = None
         self.encoder = Encoder(config)
         self.pooler = Pooler(config)
-        self.classifier = Classifier(config, num_labels, mlp_size)
+        self.classifier = ClassificationHead(config, num_labels, mlp_size)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, num_labels: int | None = None) -> BertForSequenceClassification:

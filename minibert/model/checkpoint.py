@@ -92,7 +92,7 @@ def model_folder(name: str | Path) -> Path:
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
         why = one_line(error).partition(" An error happened")[0][:120]
         raise UserError(
-            f"{name}: neither a folder here nor to be had from the hub ({why}); "
+            f"{name}: not a local folder and not found on the Hub ({why}); "
             "give a folder with config.json and model.safetensors, or check the name and the network"
         ) from None
 

@@ -80,7 +80,7 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
             data = training.data[part]
             known = training.best_logits if part == "validation" else None
             if known is None:
-                known = compute_logits(training.model, data, training.hardware, together=True)
+                known = compute_logits(training.model, data, training.hardware, all_ranks=True)
             logits[part] = known = check_finite(known)
             if part == "validation":
                 if training.config.temperature:

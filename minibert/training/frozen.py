@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minibert.batching.dataset import FrozenActivations, collate
 from minibert.batching.plans import plan_evaluation
-from minibert.batching.tokens import Tokens, places_of
+from minibert.batching.tokens import Tokens, flat_indices
 from minibert.model.bert import BertForSequenceClassification
 from minibert.runtime import distributed
 from minibert.runtime.device import Hardware
@@ -56,7 +56,7 @@ def compute(
 
         own = batches[distributed.rank() :: distributed.world()]
         for rows, hidden in split_on_oom(own, computed):
-            values[places_of(offsets, rows)] = hidden
+            values[flat_indices(offsets, rows)] = hidden
             progress.update(len(rows))
     return FrozenActivations(start_layer, distributed.sum_array(values), offsets)
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from minibert.batching.dataset import Dataset
 from minibert.batching.plans import cut_into_batches, plan_epoch, split_by_tokens
-from minibert.batching.tokens import places_of
+from minibert.batching.tokens import flat_indices
 from minibert.config import RunConfig
 from minibert.errors import UserError
 from minibert.inference.logits import compute_logits
@@ -475,7 +475,7 @@ class Training:
         self.optimizer.flush()
         self._settle()
         data = self.data["validation"]
-        logits = compute_logits(self.model, data, self.hardware, together=True)
+        logits = compute_logits(self.model, data, self.hardware, all_ranks=True)
         self.problem.tune(logits, data.targets)
         metrics = self.problem.metrics(logits, data.targets)
         sound = bool(np.isfinite(logits).all())  # argmax makes something of NaN, but no diverged weights are the best
@@ -537,7 +537,7 @@ class Training:
             return 0.0, 0.0
         inside = elsewhere = 0
         for rows in (rows for step in self._steps_of_epoch(0) for rows in step.batches):
-            lengths = np.sort(tokens.lengths[rows if tokens.windows is None else places_of(tokens.windows, rows)])
+            lengths = np.sort(tokens.lengths[rows if tokens.windows is None else flat_indices(tokens.windows, rows)])
             if self.fixed is not None:
                 from minibert.training.graph_step import Bucket
 

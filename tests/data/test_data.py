@@ -425,7 +425,7 @@ def test_a_first_row_of_values_that_are_also_names(tmp_path: Path, first: str, h
 def test_labels_that_cannot_be_read_are_bad_rows(tmp_path: Path) -> None:
     content = "text,score\n" + "".join(f"text {i},{'nan' if i == 4 else i / 8}\n" for i in range(40))
     train = write(tmp_path / "a.csv", content)
-    with pytest.raises(UserError, match=r"line 6: label 'nan' is not a number, as regression needs; mend"):
+    with pytest.raises(UserError, match=r"line 6: label 'nan' is not a number, as regression needs; fix"):
         load_data(RunConfig(train=train))
     data = load_data(RunConfig(train=train, on_bad_rows="skip"))
     assert data.problem.kind == REGRESSION and sum(map(len, data.splits.values())) == 39
@@ -449,7 +449,7 @@ def test_lists_with_apostrophes_and_what_only_looks_like_a_list() -> None:
     for written in ("['anger' 'joy']", "[1 0]", "[anger, joy]", "[['a'], ['b']]", "[" * 9999 + "]", "[b'a', {1}]"):
         data = run_data([written, "['anger']"] * 10)
         assert data.problem.kind == SINGLE
-        assert any(" is taken for a name: not all labels are lists" in note for note in data.notes)
+        assert any(" is read as a name: not all labels are lists" in note for note in data.notes)
 
 
 def test_evaluation_finds_label_columns_and_skips_a_chunk_of_bad_rows(
@@ -598,7 +598,7 @@ def test_a_file_of_single_texts_is_refused_for_a_model_of_pairs(tmp_path: Path) 
     pairs = write(tmp_path / "b.csv", "question1,question2,label\na,b,x\n")
     with pytest.raises(UserError, match=r"two texts a row .*, unlike training \(words\); give --text-column"):
         list(stream_labelled(pairs, Problem(MULTI, ["x"]), RunConfig(), Columns(("words",), None, ("label",))))
-    assert len(list(stream_examples(path, RunConfig(), trained=TRAINED, alike=False))) == 1
+    assert len(list(stream_examples(path, RunConfig(), trained=TRAINED, same_kind=False))) == 1
     assert len(list(stream_examples(pairs, RunConfig(), trained=TRAINED))) == 1
 
 

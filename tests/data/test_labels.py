@@ -231,7 +231,7 @@ def test_labels_that_differ_in_case_draw_a_remark() -> None:
 
 @pytest.mark.parametrize("blank", ["nan", "NULL", "N/A", "-"])
 def test_labels_that_may_mean_nothing_draw_a_remark(blank: str) -> None:
-    assert f"label {blank!r} is taken for a name" in label_warnings(["yes", "no", blank] * 4)[0]
+    assert f"label {blank!r} is read as a name" in label_warnings(["yes", "no", blank] * 4)[0]
     assert label_warnings(["yes", "no"] * 4) == []
 
 

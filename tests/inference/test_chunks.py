@@ -19,7 +19,7 @@ def test_a_file_of_predictions_is_the_same_in_pieces(tmp_path: Path, monkeypatch
     examples = Examples("f", texts, None, ["ab"[i % 2] for i in range(25)], list(range(2, 27)))
     logits, targets = np.random.default_rng(0).normal(size=(25, 2)).astype(np.float32), np.arange(25) % 2
     for size in (1000, 10, 25):
-        monkeypatch.setattr(predictions, "CHUNK", size)
+        monkeypatch.setattr(predictions, "ROWS_PER_WRITE", size)
         predictions.write_predictions(tmp_path / f"{size}.csv", examples, Problem(SINGLE, ["a", "b"]), logits, targets)
     whole = (tmp_path / "1000.csv").read_text()
     assert whole.count("\n") == 26

@@ -20,8 +20,7 @@ import minibert
 from minibert.errors import UserError
 from minibert.export import describe_change, main
 from minibert.inference.onnx import PaddedClassifier, export, open_session, session_logits, verify
-from minibert.model.bert import ACTIVATIONS
-from minibert.model.bert import Classifier as ClassificationHead
+from minibert.model.bert import ACTIVATIONS, ClassificationHead
 from minibert.problem.problem import REGRESSION, Problem
 
 HOW_TO = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "export-and-serve.md"

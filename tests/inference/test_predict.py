@@ -335,7 +335,7 @@ def test_standard_input_that_is_no_text(encoding: str, data: bytes, message: str
         (["--text", "a", "--no-header"], None, "--no-header: is about a data file"),
         (["--text", "a", "--on-bad-rows", "skip"], None, "--on-bad-rows: is about a data file"),
         (["--text", "a", "--encoding", "cp1252"], None, "--encoding: is about a data file"),
-        (["--text", "a", "--top-k", "0"], None, "--top-k 0: give a whole number of at least 1"),
+        (["--text", "a", "--top-k", "0"], None, "--top-k 0: give an integer of at least 1"),
         (["--file", "-", "--text-column", "x"], "a\n", "--text-column: is about a data file"),
     ],
 )

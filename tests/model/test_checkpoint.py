@@ -235,7 +235,7 @@ def test_an_unknown_name_without_network_is_a_clear_line(tmp_path: Path, monkeyp
     for path in ("runs/spam", "./bert"):  # no hub is asked for what can only be a path
         with pytest.raises(UserError, match=f"^{path}: no such model folder"):
             model_folder(path)
-    with pytest.raises(UserError, match="neither a folder here nor to be had from the hub"):
+    with pytest.raises(UserError, match="not a local folder and not found on the Hub"):
         model_folder("somebody/no-such-bert")
     with pytest.raises(UserError, match="no such model folder"):
         model_folder("/no/such/folder")
