@@ -42,9 +42,7 @@ def parser() -> Parser:
     result.add_argument("--format", choices=FORMATS[:2], help="of what goes to stdout (default csv)")
     result.add_argument("--top-k", type=int, metavar="K", help="only the K most probable classes")
     result.add_argument("--explain", action="store_true", help="mark the words that moved the result (a pass a word)")
-    help = (
-        "put an apostrophe before CSV cells that a spreadsheet would run as a formula (those that begin with = + - @)"
-    )
+    help = "put an apostrophe before CSV cells that a spreadsheet would run as a formula (that begin with = + - @)"
     result.add_argument("--spreadsheet-safe", action="store_true", help=help)
     result.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     help = "give probabilities as trained, without the temperature fitted on validation (labels stay the same)"

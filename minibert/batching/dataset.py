@@ -17,7 +17,7 @@ from minibert.model.packing import Packing
 
 @dataclass
 class Dataset:
-    """Encoded examples of one part, ready to be batched."""
+    """Encoded examples of one split, ready to be batched."""
 
     tokens: Tokens
     targets: np.ndarray
@@ -46,8 +46,8 @@ class Dataset:
         owner = np.repeat(np.arange(len(rows)), np.diff(self.tokens.windows)[rows])
         order = np.argsort(self.tokens.lengths[windows], kind="stable")
         x = self.rows(windows[order])
-        shares = (owner[order] == np.arange(len(rows))[:, None]).astype(np.float32)  # [texts, windows]
-        x.window_weights = torch.from_numpy(shares / shares.sum(1, keepdims=True))
+        belongs = (owner[order] == np.arange(len(rows))[:, None]).astype(np.float32)  # [texts, windows]
+        x.window_weights = torch.from_numpy(belongs / belongs.sum(1, keepdims=True))
         return x
 
     def rows(self, rows: np.ndarray) -> PackedInput:

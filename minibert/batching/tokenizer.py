@@ -121,12 +121,8 @@ class Tokenizer:
         """Cut the pieces to fit and put the special tokens around them."""
         lengths = np.stack([piece_lengths for _, piece_lengths in pieces])  # [1 or 2, n]
         kept = keep_longest_first(lengths, max_length - 1 - len(pieces))
-        segments = []
-        base = 0
-        for (ids, piece_lengths), kept_lengths in zip(pieces, kept, strict=True):
-            starts = base + offsets_of(piece_lengths)[:-1]
-            segments.append(kept_spans(starts, piece_lengths, kept_lengths, truncation))
-            base += len(ids)
+        sides = zip(_starts(pieces), lengths, kept, strict=True)
+        segments = [kept_spans(starts, own, kept_own, truncation) for starts, own, kept_own in sides]
         flat, offsets, type_ids = self._with_special_tokens(pieces, segments)
         return Tokens(flat, offsets, type_ids, (lengths.sum(0) - kept.sum(0)).astype(np.int32))
 
@@ -148,12 +144,10 @@ class Tokenizer:
         place = np.arange(len(text)) - windows[:-1][text]
         skipped = np.minimum(place * step[text], (long - size)[text])
         segments = []
-        base = 0
-        for segment, (ids, piece_lengths) in enumerate(pieces):
+        for segment, starts in enumerate(_starts(pieces)):
             is_long = (windowed == segment)[text]
-            starts = (base + offsets_of(piece_lengths)[:-1])[text] + np.where(is_long, skipped, 0)
-            segments.append([(starts, np.where(is_long, size[text], short[text]))])
-            base += len(ids)
+            span = starts[text] + np.where(is_long, skipped, 0), np.where(is_long, size[text], short[text])
+            segments.append([span])
         flat, offsets, type_ids = self._with_special_tokens(pieces, segments)
         cut = lengths.sum(0) - long - short
         whole = lengths.sum(0) + 1 + len(pieces)
@@ -183,6 +177,12 @@ class Tokenizer:
             config.setdefault(f"{key}_token", default)
         write_text(folder / TOKENIZER, self.backend.to_str(pretty=False))
         write_json(folder / TOKENIZER_CONFIG, config)
+
+
+def _starts(pieces: list[tuple[np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """[n] for texts and for second texts: where each begins in the joined ids of all."""
+    bases = offsets_of(np.array([len(ids) for ids, _ in pieces]))
+    return [base + offsets_of(lengths)[:-1] for base, (_, lengths) in zip(bases, pieces, strict=False)]
 
 
 def _token_text(value: Any, default: str) -> str:

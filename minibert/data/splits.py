@@ -66,7 +66,8 @@ def _iterative_stratification(labels_of: list[list[list[str]]], fraction: float,
     """
     counts = [Counter(name for names in rows for name in names) for rows in labels_of]
     fractions = np.array([1 - fraction, fraction])
-    lacking = {name: fractions * count for name, count in _total(counts).items()}  # rows that each side still lacks
+    total = Counter(name for rows in labels_of for names in rows for name in names)
+    lacking = {name: fractions * count for name, count in total.items()}  # rows that each side still lacks
     lacking_rows = fractions * sum(map(len, labels_of))
     left = Counter(name for count in counts for name in count)  # groups not yet placed, by label
     holders: dict[str | None, list[int]] = {}
@@ -91,10 +92,3 @@ def _iterative_stratification(labels_of: list[list[list[str]]], fraction: float,
     for group in holders.get(None, []):
         place(group, None)
     return np.flatnonzero(side == 1).tolist()
-
-
-def _total(counts: list[Counter[str]]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for count in counts:
-        total.update(count)
-    return total
