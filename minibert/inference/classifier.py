@@ -149,8 +149,10 @@ class Classifier(TextEncoder):
         self, texts: Iterable[Any], pairs: Sequence[str] | None = None, temperature: bool = True
     ) -> np.ndarray:
         """[n, num_labels] probabilities, columns in the order of `labels`; of regression, the values themselves."""
-        problem = self.problem if temperature else self.problem.without_temperature()
-        return problem.probabilities(self.logits(texts, pairs))
+        return self._problem(temperature).probabilities(self.logits(texts, pairs))
+
+    def _problem(self, temperature: bool) -> Problem:
+        return self.problem if temperature else self.problem.without_temperature()
 
     @overload
     def predict(self, texts: str, pairs: str | None = None, temperature: bool = True) -> Prediction: ...
@@ -166,7 +168,7 @@ class Classifier(TextEncoder):
         """A `Prediction` for each text, or for the one; `temperature=False`: probabilities as trained, same labels."""
         if isinstance(texts, str):
             return self.predict([texts], None if pairs is None else [str(pairs)], temperature)[0]
-        problem = self.problem if temperature else self.problem.without_temperature()
+        problem = self._problem(temperature)
         probabilities = problem.probabilities(self.logits(texts, pairs))
         decisions = map(problem.as_given, problem.decisions(probabilities))
         scores = probabilities[np.arange(len(probabilities)), problem.top_label(probabilities)]
