@@ -26,7 +26,8 @@ PAGES = [
 OTHER_FLAGS = {
     *("--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"),  # torchrun
     *("--logdir", "--again", "--rounds", "--only", "--batches", "--pack", "--packed"),  # TensorBoard, our benchmarks
-    *("--follow", "--no-deps", "--durations"),  # git, pip, pytest
+    *("--follow", "--no-deps", "--durations", "--no-cache-dir", "--index-url"),  # git, pip, pytest
+    *("--host", "--port", "--workers", "--preload"),  # uvicorn, gunicorn
 }
 
 
