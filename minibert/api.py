@@ -9,8 +9,9 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, get_type_hints
 
 from minibert.cli import checked_values
-from minibert.config import RunConfig, messages_in_python
+from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.messages import messages_in_python
 
 if TYPE_CHECKING:
     from minibert.inference.classifier import Classifier

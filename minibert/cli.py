@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from minibert.config import RunConfig, auto_or_number, flag_name
+from minibert.config import KIND_NAMES, DataSettings, RunConfig, flag_name, kind_of
 from minibert.errors import UserError
 from minibert.runtime.files import check_regular_file, one_line
 from minibert.version import __version__
@@ -24,7 +24,7 @@ from minibert.version import __version__
 # Flags of transformers' Trainer and its scripts that have no counterpart of the same meaning, and what to do.
 NOT_NEEDED = "leave it out"
 OF_TRAINER = {
-    "warmup_steps": "--warmup-ratio is the share of all steps",
+    "warmup_steps": "--warmup-ratio is the fraction of all steps",
     "per_device_eval_batch_size": f"evaluation chooses its own batches; {NOT_NEEDED}",
     "fp16": "--precision fp16",
     "bf16": "--precision bf16, as is the default on a GPU",
@@ -36,6 +36,8 @@ OF_TRAINER = {
     "do_eval": f"{NOT_NEEDED}; --validation or --validation-split",
     "do_predict": f"{NOT_NEEDED}; --test, or minibert.predict",
     "task_name": "give the task's files: --train, --validation, --test",
+    "data": "--train",
+    "data_path": "--train",
     "dataset_name": "give the data's files: --train, --validation, --test",
     "test_size": "--test-split",
     "eval_strategy": "--eval-steps, or once an epoch",
@@ -54,6 +56,7 @@ COMMANDS = {
     "embed": "sentence embeddings",
     "export": "a model for onnxruntime",
 }
+OTHER_NAMES = {"train": "finetune", "fit": "finetune", "test": "evaluate", "encode": "embed", "infer": "predict"}
 LARGEST_CONFIG = 1 << 18  # bytes of a --config file
 TEXT_FLAGS = ("text_column", "text_pair_column", "no_header", "encoding", "on_bad_rows")
 LABEL_FLAGS = ("label_column", "label_delimiter", "label_names")
@@ -66,6 +69,8 @@ PLACEHOLDERS = {
     **dict.fromkeys(("model", "tokenizer", "output"), "FOLDER"),
     **dict.fromkeys(("text_column", "text_pair_column", "label_column", "push_to_hub"), "NAME"),
     "seeds": "1,2,3",
+    "report_to": "NAME",
+    "max_train_samples": "N",
     "label_names": "A,B",
 }
 
@@ -101,9 +106,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (--[\w-]+)[^:]*: ", r"\1: ", message)
-        message = re.sub(r"invalid float value: (.*)", r"\1 is no number", message)
-        message = re.sub(r"invalid auto_or_number value: (.*)", r"\1 is neither auto nor a number", message)
-        message = re.sub(r"invalid int value: (.*)", r"\1 is not an integer", message)
+        for kind, name in KIND_NAMES.items():
+            message = re.sub(rf"invalid {kind.__name__} value: (.*)", rf"\1 is not {name}", message)
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             message += self._meant(unknown[1].split("=")[0])
         raise UserError(f"{message}; see {self.prog} --help")
@@ -171,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if arguments and arguments[0] not in ("--help", "-h"):
-        close = get_close_matches(arguments[0], COMMANDS, 1)
+        close = [OTHER_NAMES[arguments[0]]] if arguments[0] in OTHER_NAMES else []
+        close = close or get_close_matches(arguments[0], COMMANDS, 1)
         meant = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         print(f"error: no command {arguments[0]!r}; {meant}", file=sys.stderr)
         return 2
@@ -212,7 +217,7 @@ def run_parser() -> Parser:
 def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -> None:
     """One flag under its name and its aliases."""
     names = [flag_name(name) for name in (field.name, *field.metadata["aliases"])]
-    kind, default = field.metadata["kind"], field.default
+    kind, default = kind_of(field), field.default
     shown = "" if default in (None, ()) or isinstance(default, bool) else f" (default {default})"
     text = (field.metadata["help"] + shown).replace("%", "%%")
     if kind is bool and field.name.startswith("no_"):
@@ -223,7 +228,7 @@ def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field[Any]) -
         group.add_argument(*names, dest=field.name, action=Several, metavar=PLACEHOLDERS[field.name], help=text)
     else:
         choices = field.metadata["choices"] or None
-        placeholder = PLACEHOLDERS.get(field.name, {int: "N", float: "X", auto_or_number: "X"}.get(kind, "VALUE"))
+        placeholder = PLACEHOLDERS.get(field.name, {str: "VALUE", int: "N"}.get(kind, "X"))
         placeholder = "{" + ",".join(choices) + "}" if choices else placeholder
         group.add_argument(*names, dest=field.name, type=kind, choices=choices, metavar=placeholder, help=text)
 
@@ -243,7 +248,7 @@ def add_column_flags(parser: Parser, labels: bool = False) -> None:
             add_flag(parser, field)
 
 
-def column_config(arguments: argparse.Namespace) -> RunConfig:
+def column_config(arguments: argparse.Namespace) -> DataSettings:
     given = {name: getattr(arguments, name, None) for name in (*TEXT_FLAGS, *LABEL_FLAGS)}
     return RunConfig(**{name: value for name, value in given.items() if value})
 
@@ -270,7 +275,7 @@ def checked_values(values: dict[str, Any], where: str) -> dict[str, Any]:
     for key, value in values.items():
         name = key.replace("-", "_")
         field = fields.get(name) or fields.get(name.removeprefix("no_"))
-        if field is None or (name not in fields and field.metadata["kind"] is not bool):
+        if field is None or (name not in fields and kind_of(field) is not bool):
             close = get_close_matches(name, fields, 1)
             meant = f"did you mean {close[0]}?" if close else "the names are those of the flags"
             raise UserError(f"{where}: unknown setting {key!r}; {meant}")
@@ -280,17 +285,13 @@ def checked_values(values: dict[str, Any], where: str) -> dict[str, Any]:
     return result
 
 
-def kind_name(kind: Any) -> str:
-    return "auto or a number" if kind is auto_or_number else str(kind.__name__)
-
-
 def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
-    kind = field.metadata["kind"]
+    kind = kind_of(field)
     if kind is tuple:
         items = value if isinstance(value, list | tuple) else [part for part in str(value).split(",") if part]
         return tuple(str(item) for item in items)
     if isinstance(value, bool) is not (kind is bool) or (kind is int and isinstance(value, float)):
-        raise UserError(f"{where}: {field.name} = {value!r} is not {kind_name(kind)}")
+        raise UserError(f"{where}: {field.name} = {value!r} is not {KIND_NAMES[kind]}")
     if kind is str and not isinstance(value, str | os.PathLike | int | float | dict):
         expected = "{label: weight}" if field.name == "class_weights" else "a name, a path or a number"
         raise UserError(f"{where}: {field.name} is {type(value).__name__}; expected {expected}")
@@ -303,7 +304,7 @@ def _converted(value: Any, field: dataclasses.Field[Any], where: str) -> Any:
             return json.dumps({label_text(label): weight for label, weight in value.items()}, default=float)
         return kind(value)
     except (TypeError, ValueError, OverflowError, RecursionError):
-        raise UserError(f"{where}: {field.name} = {value!r} is not {kind_name(kind)}") from None
+        raise UserError(f"{where}: {field.name} = {value!r} is not {KIND_NAMES[kind]}") from None
 
 
 if __name__ == "__main__":

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minibert.config import RunConfig
+from minibert.config import OutputSettings, RunConfig
 from minibert.data.in_memory import load_in_memory
 from minibert.data.loading import RunData, load_data
 from minibert.errors import UserError
 from minibert.filenames import CHECKPOINTS, TRAIN_LOG
 from minibert.inference.classifier import Classifier
 from minibert.problem.problem import class_weights
-from minibert.reporting.console import Progress, Say, aloud, describe, silence, summarise
+from minibert.reporting.console import Progress, console, describe, summarise
 from minibert.reporting.data_summary import screen
 from minibert.runs.check import check
 from minibert.runs.finish import evaluate_parts, finish
@@ -26,7 +27,7 @@ from minibert.runs.record import begun_with, fingerprint_of, first_command, must
 from minibert.runs.search import Encoded, Watch, run_search
 from minibert.runs.seeds import run_each_seed
 from minibert.runs.setup import Job, get_ready, prepare_sets, recipe_lines, start_head
-from minibert.runs.trackers import Tracker, open_tracker
+from minibert.runs.trackers import Trackers, open_trackers
 from minibert.runtime import distributed
 from minibert.training.compact_vocabulary import CompactVocabulary
 from minibert.training.loop import Interrupted, Training
@@ -39,6 +40,7 @@ from minibert.training.resume import (
     weights_digest,
 )
 
+logger = logging.getLogger(__name__)
 DEMO_DATA = Path(__file__).parent / "demo" / "messages.csv"
 
 
@@ -54,7 +56,7 @@ def run_from_files(given: dict[str, Any], command: list[str]) -> Classifier | No
         if config.validation or config.test:
             raise UserError("--train is missing: give the training file beside the others")
         config = RunConfig(**demonstration() | given)
-    with distributed.processes(config):
+    with distributed.processes(config), console(quiet_here(config)):
         refuse_at_once(config)
         if config.check:
             check(config, load_data(config))
@@ -69,18 +71,23 @@ def demonstration() -> dict[str, Any]:
 
 def run_in_memory(config: RunConfig, given: dict[str, Any], sample_weight: Iterable[float] | None = None) -> Classifier:
     """The Python API's run: the same, from lists and tables."""
-    with distributed.processes(config):
+    with distributed.processes(config), console(quiet_here(config)):
         refuse_at_once(config)
         data = load_in_memory(given, config, sample_weight)
         return published(run(config, data, ["minibert.finetune(...)"]), config)
 
 
-def published(classifier: Classifier, config: RunConfig) -> Classifier:
+def published(classifier: Classifier, config: OutputSettings) -> Classifier:
     """The same, after --push-to-hub."""
     if config.push_to_hub is not None and distributed.is_first():
         address = classifier.push_to_hub(config.push_to_hub)
-        (silence if config.quiet else aloud)(f"published: {address}")
+        logger.info(f"published: {address}")
     return classifier
+
+
+def quiet_here(config: OutputSettings) -> bool:
+    """Whether this process says nothing: one of several, or --quiet, which --check does not heed."""
+    return (config.quiet and not config.check) or not distributed.is_first()
 
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
@@ -101,10 +108,9 @@ class Trained:
     training: Training
     output: Path
     record: dict[str, Any]
-    tracker: Tracker
+    trackers: Trackers
     compact: CompactVocabulary | None
     moments: list[float]
-    say: Say
 
 
 def train_run(
@@ -112,7 +118,6 @@ def train_run(
     data: RunData,
     command: list[str],
     held: ExitStack,
-    say: Say | None = None,
     watch: Watch = lambda line: None,
     encoded: Encoded | None = None,
 ) -> Trained:
@@ -123,35 +128,34 @@ def train_run(
     """
     moments = [time.perf_counter()]
     config = replace(config, quiet=config.quiet or not distributed.is_first())
-    say = say or (silence if config.quiet else aloud)
     job = get_ready(config, data, encoded)
-    describe(say, job.config, job.report, job.hardware, job.frozen, config.model is not None)
+    describe(job.config, job.report, job.hardware, job.frozen, config.model is not None)
     for line in [*screen(job.inspection), *recipe_lines(job)]:
-        say(line)
+        logger.info(line)
 
     weights = class_weights(data.problem, config.class_weights, job.sets["train"].targets)
     fingerprint = fingerprint_of(job.config, data, job.tokenizer, job.hardware, weights_digest(job.model), weights)
     if distributed.world() > 1:
-        say(f"spread  over {distributed.world()} processes, each batch split by tokens")
+        logger.info(f"spread  over {distributed.world()} processes, each batch split by tokens")
         distributed.refuse_unlike(must_be_alike(fingerprint, job.model.config, job.sets))
     compact = prepare_sets(job)
     start_head(job, weights, resumed=has_checkpoint(config))
     if distributed.world() > 1:
         distributed.same_weights(job.model)
-    training = Training(job.model, data.problem, job.sets, job.config, job.hardware, weights, say)
+    training = Training(job.model, data.problem, job.sets, job.config, job.hardware, weights, logger.info)
     training.head_is_fitted = job.head_is_new and job.config.head_init == "probe"
     job.hardware = training.hardware  # eager, where the engine that `auto` chose does not work
     moments.append(time.perf_counter())
     output = open_output(config, held)  # the last thing before training: an earlier run there is safe from mistakes
     record = run_record(job.config, data, first_command(output, command) if config.resume else command)
     record["automatic"] = list(job.automatic)
-    begin(job, training, output, record, fingerprint, say)
+    begin(job, training, output, record, fingerprint)
     moments = [moment - training.state.seconds for moment in moments]  # a resumed run has trained before
-    tracker = begin_tracking(job.config, output, record, training.state.step)
-    held.callback(tracker.stop)  # however this ends; else its run would seem to go on
-    train(training, output, fingerprint, tracker, say, watch)
+    trackers = begin_tracking(job.config, output, record, training.state.step)
+    held.callback(trackers.stop)  # however this ends; else its run would seem to go on
+    train(training, output, fingerprint, trackers, watch)
     moments.append(time.perf_counter())
-    return Trained(job, training, output, record, tracker, compact, moments, say)
+    return Trained(job, training, output, record, trackers, compact, moments)
 
 
 def finish_run(run: Trained) -> Classifier:
@@ -164,8 +168,8 @@ def finish_run(run: Trained) -> Classifier:
     classifier.folder, classifier.metrics = output, metrics
     if distributed.is_first():
         judged = finish(job, training, classifier, output, run.record, metrics, logits, run.moments)
-        run.tracker.finish(metrics, output)
-        summarise(run.say, output, metrics, job.model.mlp_size, job.data.columns.pair is not None, judged)
+        run.trackers.finish(metrics, output)
+        summarise(output, metrics, job.model.mlp_size, job.data.columns.pair is not None, judged)
         if not job.config.keep_checkpoint:
             remove_checkpoint(output)
     return classifier
@@ -177,42 +181,39 @@ def begin(
     output: Path,
     record: dict[str, Any],
     fingerprint: dict[str, Any],
-    say: Callable[[str], None],
 ) -> None:
     """Put a resumed run where its checkpoint stood, and write down what this run is."""
     first = distributed.is_first()  # it alone reads and writes the folder
     if job.config.resume and not has_checkpoint(job.config):
-        say("no checkpoint yet: from the beginning")
+        logger.info("no checkpoint yet: from the beginning")
     elif job.config.resume:
         if first:
             load_checkpoint(output / CHECKPOINTS, training, fingerprint)
         share_checkpoint(training)
-        say(f"resumed at step {training.state.step} of {training.total_steps}")
+        logger.info(f"resumed at step {training.state.step} of {training.total_steps}")
     if first:
         write_record(output, record, job.inspection, job.config, job.data)
 
 
-def has_checkpoint(config: RunConfig) -> bool:
+def has_checkpoint(config: OutputSettings) -> bool:
     """Whether the run goes on from a checkpoint, by the first process's folder."""
     state = Path(config.output or "") / CHECKPOINTS / STATE_FILE
     return bool(distributed.from_first(config.resume and distributed.is_first() and state.is_file()))
 
 
-def begin_tracking(config: RunConfig, output: Path, record: dict[str, Any], step: int) -> Tracker:
+def begin_tracking(config: OutputSettings, output: Path, record: dict[str, Any], step: int) -> Trackers:
     """The first process alone reports."""
-    config = config if distributed.is_first() else replace(config, report_to="none")
-    return open_tracker(config, output, record, step)
+    config = config if distributed.is_first() else replace(config, report_to=())
+    return open_trackers(config, output, record, step)
 
 
-def train(
-    training: Training, output: Path, fingerprint: dict[str, Any], tracker: Tracker, say: Say, watch: Watch
-) -> None:
+def train(training: Training, output: Path, fingerprint: dict[str, Any], trackers: Trackers, watch: Watch) -> None:
     """Train to the end, with checkpoints and tracker; KeyboardInterrupt after a checkpoint where asked to stop."""
     save = partial(save_checkpoint, output / CHECKPOINTS, training, fingerprint)
-    progress = Progress(say, training)
+    progress = Progress(training)
 
     def log(line: dict[str, Any]) -> None:
-        tracker.log(line)
+        trackers.log(line)
         progress.log(line)
         watch(line)
 
@@ -220,6 +221,6 @@ def train(
     try:
         training.run(output / TRAIN_LOG, save if distributed.is_first() else lambda: None)
     except Interrupted:
-        say(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
+        logger.info(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
         distributed.wait_for_all()
         raise KeyboardInterrupt from None

@@ -54,7 +54,7 @@ def refused(match: str) -> Any:
         ({"layer_lr_decay": 0.0}, "--layer-lr-decay 0.0: give a positive number"),
         ({"weight_decay": -1.0}, "--weight-decay -1.0: give a number of at least 0"),
         ({"batch_tokens": 0}, "--batch-tokens 0: give an integer of at least 1"),
-        ({"seeds": ("1", "1")}, "--seeds 1,1: give different whole numbers"),
+        ({"seeds": ("1", "1")}, "--seeds 1,1: give different integers"),
         ({"output": ""}, "--output: is empty; give a value, or leave it out"),
     ],
 )
@@ -68,7 +68,7 @@ def test_flags_out_of_range(flags: dict[str, Any], message: str) -> None:
     [
         ({"epochs": True}, "here: epochs = True is not auto or a number"),
         ({"epochs": "many"}, "here: epochs = 'many' is not auto or a number"),
-        ({"batch_size": 1.5}, "here: batch_size = 1.5 is not int"),
+        ({"batch_size": 1.5}, "here: batch_size = 1.5 is not an integer"),
         ({"class_weights": [1, 2]}, r"here: class_weights is list; expected \{label: weight\}"),
     ],
 )

@@ -274,10 +274,10 @@ def test_mistakes_get_one_line_and_exit_code_2(
         (["--epoch=3"], "did you mean --epochs?"),
         (["reviews.csv"], "reviews.csv (did you mean --train in front of it?)"),
         (["--fp16"], "--fp16 (--precision fp16)"),
-        (["--warmup-steps", "100"], "(--warmup-ratio is the share of all steps)"),
+        (["--warmup-steps", "100"], "(--warmup-ratio is the fraction of all steps)"),
         (["--overwrite_output_dir", "True"], "True (a switch has no value: --x, or --no-x)"),
         (["--fancy"], "unrecognized arguments: --fancy; see"),
-        (["--epochs", "ten"], "--epochs: 'ten' is neither auto nor a number; see"),
+        (["--epochs", "ten"], "--epochs: 'ten' is not auto or a number; see"),
         (["--batch_size", "1.5"], "--batch-size: '1.5' is not an integer; see"),
     ],
 )

@@ -29,6 +29,7 @@ ORDER = [
     ("model",),
     ("problem",),
     ("runtime",),
+    ("messages",),
     ("config",),
     ("errors", "filenames", "version"),
 ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minibert.config import RunConfig
+from minibert.config import DataSettings
 from minibert.data.labels import (
     FLAGS,
     is_missing,
@@ -62,7 +62,7 @@ class Columns:
         return f"text: {' + '.join(self.texts())} · label: {', '.join(self.label)}"
 
 
-def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Columns:
+def find_columns(table: Table, config: DataSettings, need_label: bool = True) -> Columns:
     """The columns named by flags, or else by the names that people use; UserError lists what is there."""
     found = {_plain_name(name): name for name in reversed(table.columns)}
     text = _asked_several(table, config.text_column, found)
@@ -90,7 +90,7 @@ def find_columns(table: Table, config: RunConfig, need_label: bool = True) -> Co
     return columns
 
 
-def text_column_note(columns: Columns, table: Table, config: RunConfig) -> str:
+def text_column_note(columns: Columns, table: Table, config: DataSettings) -> str:
     """What to say where nothing but its content tells which column is the text; "" where a name or a flag does."""
     known = config.text_column or columns.pair or _plain_name(columns.text[0]) in KNOWN_NAMES
     if known or len(table.columns) == 1:
@@ -169,7 +169,7 @@ def _not_found(table: Table, flag: str) -> UserError:
     return UserError(f"{table.path}: give {flag}; there is no header; the columns are {shown}")
 
 
-def has_header(first: Table, config: RunConfig) -> bool:
+def has_header(first: Table, config: DataSettings) -> bool:
     """Whether the first row holds names: one is known and no value of its column, or none at all is such a value."""
     if config.no_header:
         return False
@@ -180,7 +180,7 @@ def has_header(first: Table, config: RunConfig) -> bool:
     return not values or any(name not in values for name in known_names(first, config))
 
 
-def known_names(first: Table, config: RunConfig) -> list[str]:
+def known_names(first: Table, config: DataSettings) -> list[str]:
     """Cells of a file's first row that are names which flags ask for, or which people use."""
     asked = {*config.text_column, *config.label_column, *filter(None, [config.text_pair_column])}
     known = {*map(_plain_name, asked), *KNOWN_NAMES}
@@ -213,7 +213,7 @@ def trained_columns(folder: str | Path) -> Columns | None:
     return found if all(isinstance(name, str) for name in [*found.names(), found.delimiter or ""]) else None
 
 
-def as_trained(config: RunConfig, trained: Columns | None, first: Table) -> tuple[RunConfig, bool]:
+def as_trained(config: DataSettings, trained: Columns | None, first: Table) -> tuple[DataSettings, bool]:
     """The flags, with training's columns for those not given where the file has them, and whether it has a header.
 
     `first`: the file's first rows, read as if it had none.
@@ -241,7 +241,7 @@ def as_trained(config: RunConfig, trained: Columns | None, first: Table) -> tupl
     return known, header
 
 
-def check_label_column(columns: Columns, path: str, config: RunConfig, trained: Columns, header: bool) -> None:
+def check_label_column(columns: Columns, path: str, config: DataSettings, trained: Columns, header: bool) -> None:
     """UserError where only its content makes a column the labels, though training has a name for them.
 
     A file to measure by may have no labels at all, and what looks most like some is its column of numbers.
@@ -264,7 +264,7 @@ def check_same_kind(columns: Columns, path: str, trained: Columns) -> None:
     raise UserError(f"{path}: {has} a row ({columns}), unlike training ({' + '.join(trained.texts())}); give {flags}")
 
 
-def header_note(first: Table, config: RunConfig, header: bool) -> str:
+def header_note(first: Table, config: DataSettings, header: bool) -> str:
     """What to say where a first row is taken for names none of which is known: it may be a row that would be lost."""
     if not header or not first.delimited or not first.lines or known_names(first, config):
         return ""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minibert.config import RunConfig
+from minibert.config import DataSettings
 from minibert.data.columns import Columns
 from minibert.data.labels import is_missing, read_label
 from minibert.data.rows import BadRow, Table, bad_rows_error
@@ -80,12 +80,12 @@ def _texts(table: Table, name: str) -> list[str]:
     return texts
 
 
-def rows_may_lack_labels(columns: Columns, config: RunConfig) -> bool:
+def rows_may_lack_labels(columns: Columns, config: DataSettings) -> bool:
     """Whether a row without a label is a row with none of several labels."""
     return config.label_delimiter is not None or len(columns.label) > 1
 
 
-def usable_rows(examples: Examples, config: RunConfig, may_lack_labels: bool) -> Examples:
+def usable_rows(examples: Examples, config: DataSettings, may_lack_labels: bool) -> Examples:
     """The rows that have text and label. The others are an error that names them or, if asked for, left in `bad`."""
     bad, kept = [], []
     labels = None if may_lack_labels else examples.labels
@@ -101,7 +101,7 @@ def usable_rows(examples: Examples, config: RunConfig, may_lack_labels: bool) ->
     return _without(examples, kept, bad, config)
 
 
-def with_parsed_labels(examples: Examples, kind: str, indicators: Sequence[str], config: RunConfig) -> Examples:
+def with_parsed_labels(examples: Examples, kind: str, indicators: Sequence[str], config: DataSettings) -> Examples:
     """The rows whose labels can be read, as names, lists of names or numbers; the others are bad, as above."""
     bad, kept, labels = [], [], []
     for i, value in enumerate(examples.labels or []):
@@ -136,7 +136,7 @@ def first_number(labels: list[Any], names: tuple[str, ...]) -> int:
     return int("0" not in seen and str(len(names)) in seen)
 
 
-def _without(examples: Examples, kept: list[int], bad: list[BadRow], config: RunConfig) -> Examples:
+def _without(examples: Examples, kept: list[int], bad: list[BadRow], config: DataSettings) -> Examples:
     """The rows `kept`, the others told or refused as --on-bad-rows says."""
     together = sorted([*examples.bad, *bad], key=lambda row: row.line)
     if together and config.on_bad_rows == "error":

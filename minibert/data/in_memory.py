@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from minibert.config import RunConfig
+from minibert.config import DataSettings
 from minibert.data.columns import find_columns
 from minibert.data.examples import examples_from_lists, examples_from_table, plain_values, sample_weights
 from minibert.data.loading import RunData, columns_like, prepare
@@ -13,7 +13,9 @@ from minibert.data.rows import Table, check_width
 from minibert.errors import UserError
 
 
-def load_in_memory(given: dict[str, Any], config: RunConfig, sample_weight: Iterable[float] | None = None) -> RunData:
+def load_in_memory(
+    given: dict[str, Any], config: DataSettings, sample_weight: Iterable[float] | None = None
+) -> RunData:
     """Of each split (texts, labels), or a table of both; the columns of a table are found as those of a file."""
     tables = {split: table_of(data, split) for split, data in given.items()}
     train = tables["train"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minibert.config import RunConfig, flag_name
+from minibert.config import DataSettings
 from minibert.data.columns import (
     Columns,
     check_label_column,
@@ -45,7 +46,6 @@ from minibert.errors import UserError
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 
 MAX_LABELS_LENGTH = 30  # characters
-VALIDATION_FLAGS = ("metric", "eval_steps", "early_stopping_patience")  # without effect where nothing is validated
 
 Splits = dict[str, Examples]  # train, validation and, if there is one, test
 
@@ -61,7 +61,7 @@ class RunData:
     skipped: dict[str, list[BadRow]] = field(default_factory=dict)  # by --on-bad-rows skip
 
 
-def load_data(config: RunConfig) -> RunData:
+def load_data(config: DataSettings) -> RunData:
     """Read the files that the flags name, decide what the labels are, and split what has no file of its own."""
     assert config.train is not None
     notes: list[str] = []
@@ -79,7 +79,7 @@ def load_data(config: RunConfig) -> RunData:
     return prepare(splits, columns, config, notes)
 
 
-def columns_like(columns: Columns, table: Table, config: RunConfig, header: bool) -> Columns:
+def columns_like(columns: Columns, table: Table, config: DataSettings, header: bool) -> Columns:
     """The columns of a validation or test file: those of training, or others that hold the same."""
     if all(name in table.columns for name in columns.names()):
         return columns
@@ -92,7 +92,7 @@ def columns_like(columns: Columns, table: Table, config: RunConfig, header: bool
     return own
 
 
-def _read(path: str, config: RunConfig, notes: list[str], headerless: Table | None = None) -> tuple[Table, bool]:
+def _read(path: str, config: DataSettings, notes: list[str], headerless: Table | None = None) -> tuple[Table, bool]:
     """A whole file, and whether it has a header; `headerless`: the training table, if that has none."""
     first = first_rows(path, config)
     header = has_header(first, config)
@@ -110,7 +110,7 @@ def _read(path: str, config: RunConfig, notes: list[str], headerless: Table | No
     return table, header
 
 
-def prepare(splits: Splits, columns: Columns, config: RunConfig, notes: list[str]) -> RunData:
+def prepare(splits: Splits, columns: Columns, config: DataSettings, notes: list[str]) -> RunData:
     """Check rows, name the labels, and split off validation and test rows."""
     may_lack = rows_may_lack_labels(columns, config)
     splits = {name: usable_rows(examples, config, may_lack) for name, examples in splits.items()}
@@ -128,21 +128,18 @@ def prepare(splits: Splits, columns: Columns, config: RunConfig, notes: list[str
         splits = {name: with_label_names(rows, kind, names, first) for name, rows in splits.items()}
     skipped = _skipped(splits, notes)
     problem = Problem(kind, _label_names(splits, kind, indicators, columns), label_type=given_as)
-    if kind == REGRESSION and config.label_smoothing:
-        raise UserError("--label-smoothing: regression has no classes; leave the flag out")
     notes += _problem_notes(problem, why, splits["train"], config)
-    rows, limit = len(splits["train"]), config.max_train_samples
-    if limit and limit < rows:
+    rows, given = len(splits["train"]), config.max_train_samples
+    limit = math.ceil(given * rows) if given and given < 1 else int(given or 0)
+    if 0 < limit < rows:
         splits["train"] = _sampled(splits["train"], kind, limit, config)
-        notes.append(f"{len(splits['train'])} of {rows} training rows are used (--max-train-samples {limit})")
+        flag = f"--max-train-samples {100 * given:g}%" if given and given < 1 else f"--max-train-samples {limit}"
+        notes.append(f"{len(splits['train'])} of {rows} training rows are used ({flag})")
     _split_off(splits, problem, config)
     if kind == REGRESSION:
         problem.choose_unit(problem.targets(splits["train"].labels or []))
     if problem.unit > 1:
         notes.append(f"labels of so wide a spread are counted in units of {problem.unit:.4g} while training")
-    if "validation" not in splits:
-        given = [flag_name(name) for name in VALIDATION_FLAGS if getattr(config, name) is not None]
-        notes += [f"there are no validation rows: {flag} has no effect" for flag in given]
     return RunData(splits, problem, columns, notes, skipped)
 
 
@@ -158,7 +155,7 @@ def _skipped(splits: Splits, notes: list[str]) -> dict[str, list[BadRow]]:
     return skipped
 
 
-def _problem_type(values: Sequence[Any], columns: Columns, config: RunConfig) -> tuple[str, str, tuple[str, ...]]:
+def _problem_type(values: Sequence[Any], columns: Columns, config: DataSettings) -> tuple[str, str, tuple[str, ...]]:
     """The problem type, why, and the labels' names where a row has a 0 or 1 for each label."""
     kind, why = guess_kind(values, len(columns.label), config.label_delimiter)
     if config.problem_type != "auto":
@@ -201,7 +198,7 @@ def _all_names(splits: Splits, kind: str) -> set[str]:
     return set(labels) if kind == SINGLE else {name for names in labels for name in names}
 
 
-def _problem_notes(problem: Problem, why: str, train: Examples, config: RunConfig) -> list[str]:
+def _problem_notes(problem: Problem, why: str, train: Examples, config: DataSettings) -> list[str]:
     if problem.kind == REGRESSION:
         return [f"{problem.kind}, {why}"]
     names = problem.labels
@@ -218,7 +215,7 @@ def _some_names(labels: list[str]) -> str:
     return ", ".join(shown) + (", ..." if len(shown) < len(labels) else "")
 
 
-def _split_off(splits: Splits, problem: Problem, config: RunConfig) -> None:
+def _split_off(splits: Splits, problem: Problem, config: DataSettings) -> None:
     """Give test and validation their fraction of the training rows, where they have no file."""
     total = len(splits["train"])
     for name, fraction in (("test", config.test_split), ("validation", config.validation_split)):
@@ -238,7 +235,7 @@ def _split_off(splits: Splits, problem: Problem, config: RunConfig) -> None:
         splits["train"], splits[name] = train.take(kept), train.take(taken)
 
 
-def _sampled(examples: Examples, kind: str, limit: int, config: RunConfig) -> Examples:
+def _sampled(examples: Examples, kind: str, limit: int, config: DataSettings) -> Examples:
     """At most `limit` rows, stratified by label; the labels with most rows make up for those with few."""
     keys = [str(row) for row in range(len(examples))]  # equal texts may be separated: the others are not used
     kept, _ = stratified_split(keys, examples.labels or [], kind, 1 - limit / len(examples), config.split_seed)

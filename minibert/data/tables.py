@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from minibert.config import RunConfig
+from minibert.config import DataSettings
 from minibert.data.delimited import read_delimited
 from minibert.data.rows import (
     BadRow,
@@ -263,6 +263,6 @@ def _unpacked(path: Path) -> bytes:
     return content
 
 
-def first_rows(path: str, config: RunConfig) -> Table:
+def first_rows(path: str, config: DataSettings) -> Table:
     """The first rows, a header among them as a row of cells."""
     return next(stream_table(path, header=False, encoding=config.encoding, rows=HEADER_ROWS, on_bad_rows="skip"))

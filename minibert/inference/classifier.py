@@ -18,13 +18,14 @@ from minibert.batching.dataset import Dataset, collate
 from minibert.batching.plans import plan_evaluation
 from minibert.batching.tokenizer import Tokenizer
 from minibert.batching.tokens import Tokens
-from minibert.config import PROBLEM_TYPES, TRUNCATIONS, RunConfig, messages_in_python
+from minibert.config import PROBLEM_TYPES, TRUNCATIONS, RunConfig
 from minibert.data.examples import as_texts, examples_from_lists
 from minibert.errors import UserError
 from minibert.filenames import METRICS
 from minibert.inference.hub import push
 from minibert.inference.logits import check_finite, compute_logits
 from minibert.inference.stream import check_labels_known, with_known_labels
+from minibert.messages import messages_in_python
 from minibert.model.bert import BertForSequenceClassification, BertModel, PackedInput
 from minibert.model.checkpoint import OWN_HEAD, load_model, model_folder, save_model
 from minibert.model.config import BertConfig

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from minibert.config import RunConfig
+from minibert.config import DataSettings
 from minibert.data.columns import (
     Columns,
     as_trained,
@@ -38,7 +38,7 @@ from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 
 
 def stream_examples(
-    path: str, config: RunConfig, with_labels: bool = False, trained: Columns | None = None, same_kind: bool = True
+    path: str, config: DataSettings, with_labels: bool = False, trained: Columns | None = None, same_kind: bool = True
 ) -> Iterator[Examples]:
     """Rows of a file, chunk by chunk, so that it may be larger than memory; the first chunk decides on the columns.
 
@@ -58,7 +58,7 @@ def stream_examples(
 
 
 def stream_labelled(
-    path: str, problem: Problem, config: RunConfig, trained: Columns | None = None
+    path: str, problem: Problem, config: DataSettings, trained: Columns | None = None
 ) -> Iterator[Examples]:
     """`stream_examples` with labels that a trained model knows, for `evaluate`."""
     first, config, header = _opened(path, config, trained)
@@ -74,7 +74,7 @@ def stream_labelled(
         yield examples
 
 
-def with_known_labels(examples: Examples, columns: Columns, problem: Problem, config: RunConfig) -> Examples:
+def with_known_labels(examples: Examples, columns: Columns, problem: Problem, config: DataSettings) -> Examples:
     """The rows that can be used, their labels as a trained model knows them."""
     indicators = columns.label if len(columns.label) > 1 else ()
     if indicators and (missing := [name for name in problem.labels if name not in indicators]):
@@ -92,7 +92,7 @@ def with_known_labels(examples: Examples, columns: Columns, problem: Problem, co
     return replace(examples, labels=normalize_spelling(examples.labels or [], problem.labels))
 
 
-def _opened(path: str, config: RunConfig, trained: Columns | None) -> tuple[Table, RunConfig, bool]:
+def _opened(path: str, config: DataSettings, trained: Columns | None) -> tuple[Table, DataSettings, bool]:
     """(first rows, flags with training's columns, whether there is a header), with a note where that is doubtful."""
     first = first_rows(path, config)
     config, header = as_trained(config, trained, first)
@@ -107,7 +107,7 @@ def _opened(path: str, config: RunConfig, trained: Columns | None) -> tuple[Tabl
 def _stream(
     path: str,
     header: bool,
-    config: RunConfig,
+    config: DataSettings,
     trained: Columns | None,
     need_label: bool,
     checked: Callable[[Examples, Columns], Examples],

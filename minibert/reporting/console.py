@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from minibert.config import RunConfig
+from minibert.config import RecipeSettings
 from minibert.model.checkpoint import OWN_HEAD, LoadReport
 from minibert.reporting.format import fixed, shorten
 from minibert.runtime.device import Hardware, duration
@@ -20,40 +22,69 @@ from minibert.runtime.files import printable
 from minibert.training.loop import Training
 from minibert.version import __version__
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 # The metrics worth a place on the terminal, where a problem has them; metrics.json has all.
 PRINTED_METRICS = """accuracy micro_f1 macro_f1 weighted_f1 subset_accuracy mcc roc_auc pearson spearman mse mae
 loss""".split()
 CLASSES, NAME_LENGTH = 30, 40  # of the table of classes
 
 
-def silence(line: str) -> None:
-    """Say nothing, as --quiet asks."""
+class ConsoleHandler(logging.Handler):
+    """Information on standard output, above the progress bar; warnings on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Errors are the caller's, but for a reader that went away, as after `| head`: the run goes on."""
+        is_warning = record.levelno >= logging.WARNING
+        try:
+            with tqdm.external_write_mode():
+                text = f"warning: {record.getMessage()}" if is_warning else record.getMessage()
+                print(text, file=sys.stderr if is_warning else sys.stdout, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def aloud(line: str) -> None:
-    """Print a line, above the progress bar. A run goes on where nobody reads any more, as after `| head`."""
+@contextmanager
+def console(quiet: bool) -> Iterator[None]:
+    """Show what minibert logs until the block ends; with `quiet`, warnings alone."""
+    root, handler = logging.getLogger("minibert"), ConsoleHandler()
+    before = root.level, root.propagate
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING if quiet else logging.INFO)
+    root.propagate = False
     try:
-        with tqdm.external_write_mode():
-            print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(before[0])
+        root.propagate = before[1]
 
 
-def describe(say: Say, config: RunConfig, report: LoadReport, hardware: Hardware, frozen: int, given: bool) -> None:
+@contextmanager
+def only_warnings() -> Iterator[None]:
+    """Log no information until the block ends, as for one of many trials."""
+    root = logging.getLogger("minibert")
+    before = root.level
+    root.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
+
+
+def describe(config: RecipeSettings, report: LoadReport, hardware: Hardware, frozen: int, given: bool) -> None:
     """The head of a run: what computes, and which model; `inspection` says the rest."""
-    say(f"minibert {__version__} · {hardware}")
-    say(f"model   {config.model}{'' if given else ', as no --model is given'}")
-    say(f"        {report}")
+    logger.info(f"minibert {__version__} · {hardware}")
+    logger.info(f"model   {config.model}{'' if given else ', as no --model is given'}")
+    logger.info(f"        {report}")
     if frozen >= 0:
-        say(f"frozen  embeddings and {frozen} layers")
+        logger.info(f"frozen  embeddings and {frozen} layers")
 
 
 class Progress:
     """A line for each evaluation, so that a run shows that it moves where there is no terminal for a bar."""
 
-    def __init__(self, say: Say, training: Training) -> None:
-        self.say, self.training = say, training
+    def __init__(self, training: Training) -> None:
+        self.training = training
         self.started, self.first = time.monotonic(), training.state.step
         self.loss = ""
 
@@ -66,46 +97,46 @@ class Progress:
             return
         value = "-" if line[name] is None else f"{line[name]:.4f}"
         if line["step"] == 0:
-            self.say(f"linear probe alone: {name.replace('_', ' ', 1)} {value}")
+            logger.info(f"linear probe alone: {name.replace('_', ' ', 1)} {value}")
             return
         best = " (best so far)" if self.training.state.best_step == line["step"] else ""
         taken, total = time.monotonic() - self.started, self.training.total_steps
         left = taken / max(line["step"] - self.first, 1) * (total - line["step"])
         times = f"{duration(taken)}, {duration(left)} left" if line["step"] < total else duration(taken)
         where = f"epoch {line['epoch']:<3.3g} step {line['step']} of {total}"
-        self.say(f"{where} · {self.loss}{name.replace('_', ' ', 1)} {value}{best} · {times}")
+        logger.info(f"{where} · {self.loss}{name.replace('_', ' ', 1)} {value}{best} · {times}")
 
 
-def summarise(say: Say, output: Path, metrics: dict[str, Any], mlp_size: int, pairs: bool, verdict: str) -> None:
+def summarise(output: Path, metrics: dict[str, Any], mlp_size: int, pairs: bool, headline: str) -> None:
     """The end of a run: metrics, a row for each class, speed, and what to do next."""
-    say("")
-    say(verdict)
+    logger.info("")
+    logger.info(headline)
     for part in ("validation", "test"):
         if part in metrics:
             numbers = [f"{name} {fixed(metrics[part][name])}" for name in PRINTED_METRICS if name in metrics[part]]
-            say(f"{part:<11}" + " · ".join(numbers))
+            logger.info(f"{part:<11}" + " · ".join(numbers))
     if "linear_probe" in metrics:
         probe = metrics["linear_probe"]["validation"]
         numbers = [f"{name} {fixed(probe[name])}" for name in PRINTED_METRICS if name in probe]
-        say(f"{'probe':<11}" + " · ".join(numbers) + " (the linear probe alone, on validation)")
+        logger.info(f"{'probe':<11}" + " · ".join(numbers) + " (the linear probe alone, on validation)")
     for line in metrics["train"]["advice"]:
-        say(line)
+        logger.info(line)
     if "at_threshold_0.5" in metrics.get("validation", {}):
-        say("           thresholds: the best F1 of each label on validation, kept in config.json for predict")
+        logger.info("           thresholds: the best F1 of each label on validation, kept in config.json for predict")
     part = "test" if "test" in metrics else "validation"
     for line in class_lines(part, metrics.get(part, {}).get("per_class", {})):
-        say(line)
+        logger.info(line)
     timing = metrics["speed"]
-    say(
+    logger.info(
         f"\ntrained in {timing['train_seconds']:.1f} s, {timing['examples_per_second']:.0f} examples/s, "
         f"{timing['tokens_per_second']:.0f} tokens/s · whole run {timing['total_seconds']:.1f} s"
     )
-    say(f"saved to {output} · loaded again, its logits differ by {metrics['reload_max_difference']:.1g}")
+    logger.info(f"saved to {output} · loaded again, its logits differ by {metrics['reload_max_difference']:.1g}")
     if mlp_size:
-        say(OWN_HEAD)
-    say(f"\nreport:  {output / 'report.html'}")
+        logger.info(OWN_HEAD)
+    logger.info(f"\nreport:  {output / 'report.html'}")
     second = ' --text-pair "Its second text"' if pairs else ""
-    say(f'predict: python -m minibert.predict {shlex.quote(str(output))} --text "A text to classify"{second}')
+    logger.info(f'predict: python -m minibert.predict {shlex.quote(str(output))} --text "A text to classify"{second}')
 
 
 def class_lines(part: str, per_class: dict[str, dict[str, Any]]) -> list[str]:

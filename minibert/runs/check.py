@@ -7,6 +7,7 @@ Memory is the peak after the run's largest batch, or scaled up from a smaller on
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from minibert.batching.dataset import Dataset
-from minibert.config import RunConfig
+from minibert.config import RecipeSettings, RunConfig
 from minibert.data.loading import RunData
 from minibert.filenames import CHECK
 from minibert.inference.logits import compute_logits
@@ -31,6 +32,8 @@ from minibert.runtime.files import write_json
 from minibert.training.head_start import ROWS, sampled_rows
 from minibert.training.loop import Step, Training, planned_batches, total_steps
 
+logger = logging.getLogger(__name__)
+
 TIMED_BATCHES = 4
 PATIENCE = 20.0  # seconds, after which no further batch is timed
 SAMPLE_ROWS = 256  # whose evaluation is timed
@@ -39,10 +42,10 @@ SAMPLE_ROWS = 256  # whose evaluation is timed
 def check(config: RunConfig, data: RunData) -> None:
     """--check: print what data and model are like and what the run would cost; check.json in --output, if given."""
     job = get_ready(config, data)
-    describe(print, job.config, job.report, job.hardware, job.frozen, config.model is not None)
-    print("\n".join(screen(job.inspection)), flush=True)
+    describe(job.config, job.report, job.hardware, job.frozen, config.model is not None)
+    logger.info("\n".join(screen(job.inspection)))
     cost = expected_cost(job)
-    print(fit([cost.line()])[0])
+    logger.info(fit([cost.line()])[0])
     if config.output is not None:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +153,7 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
     )
 
 
-def sample_rows(lengths: np.ndarray, config: RunConfig) -> np.ndarray:
+def sample_rows(lengths: np.ndarray, config: RecipeSettings) -> np.ndarray:
     """Rows enough for `measure`: some of every length, and those of the largest batch."""
     order = np.argsort(lengths, kind="stable")
     spread = order[np.linspace(0, len(order) - 1, min(len(order), 6 * config.batch_size)).astype(np.int64)]

@@ -9,7 +9,7 @@ from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 
-from minibert.config import RunConfig
+from minibert.config import OutputSettings, RunConfig
 from minibert.errors import UserError
 from minibert.filenames import (
     CARD,
@@ -32,7 +32,7 @@ from minibert.filenames import (
     predictions_file,
 )
 from minibert.inference.hub import check_hub
-from minibert.runs.trackers import check_tracker
+from minibert.runs.trackers import check_trackers
 from minibert.runtime import distributed
 from minibert.runtime.device import choose
 from minibert.runtime.files import locked, sweep
@@ -49,9 +49,9 @@ OUTPUT_FILES = (
 def refuse_at_once(config: RunConfig) -> None:
     """What can be seen to fail before anything is read: flags without effect, no such device, a folder in use."""
     choose(config)
-    check_tracker(config)
     if config.push_to_hub is not None and distributed.is_first():
         check_hub(config.push_to_hub)
+    check_trackers(config)
     if config.seeds and distributed.world() > 1:
         raise UserError("--seeds: for one process; under torchrun start one run for each --seed")
     if config.search is not None:
@@ -93,7 +93,7 @@ def check_search(config: RunConfig) -> None:
     check_optuna()
     if distributed.world() > 1:
         raise UserError("--search: for one process; leave torchrun out")
-    if config.report_to != "none":
+    if config.report_to:
         raise UserError("--search with --report-to: trials are not reported; leave --report-to out")
 
 
@@ -110,7 +110,7 @@ def finished(output: Path) -> bool:
     return (output / METRICS).is_file() and not (output / CHECKPOINTS / STATE_FILE).is_file()
 
 
-def refuse_full(output: Path, config: RunConfig) -> None:
+def refuse_full(output: Path, config: OutputSettings) -> None:
     """A folder with anything in it but the result of --check."""
     if config.overwrite or config.resume or not output.is_dir():
         return
@@ -118,7 +118,7 @@ def refuse_full(output: Path, config: RunConfig) -> None:
         raise UserError(f"{output}: not empty; give --overwrite, --resume or another --output")
 
 
-def output_folder(config: RunConfig) -> Path:
+def output_folder(config: OutputSettings) -> Path:
     """--output, or a new folder runs/<time>, with a number where another run began in the same second."""
     if config.output is not None:
         return Path(config.output)
@@ -141,7 +141,7 @@ def clear(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def open_output(config: RunConfig, held: ExitStack) -> Path:
+def open_output(config: OutputSettings, held: ExitStack) -> Path:
     """Make the output folder: --output, or runs/<time>, and lock it until `held` is closed.
 
     What an earlier run left there goes, unless it is resumed. Of several processes, the first alone does this.

@@ -19,7 +19,7 @@ import torch
 from minibert.batching.dataset import Dataset
 from minibert.batching.tokenizer import Tokenizer
 from minibert.cli import checked_values
-from minibert.config import PATHS, RunConfig
+from minibert.config import PATHS, DataSettings, RunConfig
 from minibert.data.examples import Examples
 from minibert.data.loading import RunData
 from minibert.data.rows import BadRow
@@ -85,14 +85,14 @@ def first_command(output: Path, command: list[str]) -> list[str]:
     return words if isinstance(words, list) and words and all(isinstance(word, str) for word in words) else command
 
 
-def splits_record(config: RunConfig, data: RunData) -> dict[str, Any]:
+def splits_record(config: DataSettings, data: RunData) -> dict[str, Any]:
     """splits.json: which rows of which file are in which part, by the line they start on, as in the predictions."""
     parts = {part: {"file": examples.source, "rows": examples.lines} for part, examples in data.splits.items()}
     return {"split_seed": config.split_seed, "parts": parts}
 
 
 def write_record(
-    output: Path, record: dict[str, Any], inspection: Inspection, config: RunConfig, data: RunData
+    output: Path, record: dict[str, Any], inspection: Inspection, config: DataSettings, data: RunData
 ) -> None:
     """What a run is, written down as it begins: run.json, check.json, splits.json."""
     write_json(output / RECORD, record)

@@ -8,6 +8,7 @@ goes on with Optuna's journal beside it and with the checkpoint of the trial tha
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import shlex
@@ -25,7 +26,7 @@ from minibert.data.loading import RunData
 from minibert.errors import UserError
 from minibert.inference.classifier import Classifier
 from minibert.problem.problem import class_weights
-from minibert.reporting.console import aloud, describe, silence
+from minibert.reporting.console import describe, only_warnings
 from minibert.reporting.data_summary import screen
 from minibert.reporting.format import fixed
 from minibert.reporting.search_report import described, table_lines
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 
 RANDOM_TRIALS = 6  # before Optuna's model (TPE) proposes recipes
 Watch = Callable[[dict[str, Any]], None]
+logger = logging.getLogger(__name__)
+
 Encoded = dict[str, Tokens]  # the encoded texts of each part
 Train = Callable[[RunConfig, list[str], Watch], float | None]
 
@@ -64,14 +67,13 @@ def run_search(
     """--search: trials of recipes, judged on validation; the best one is then finished, its test rows scored."""
     if "validation" not in data.splits:
         raise UserError("--search: no validation rows to judge trials by; give --validation or a --validation-split")
-    say = silence if config.quiet else aloud
     encoded: Encoded = {}
     job = get_ready(config, data, encoded)
     metric = checked_metric(data.problem, config, job.sets["train"].targets)
     class_weights(data.problem, config.class_weights, job.sets["train"].targets)
-    describe(say, job.config, job.report, job.hardware, job.frozen, config.model is not None)
+    describe(job.config, job.report, job.hardware, job.frozen, config.model is not None)
     for line in screen(job.inspection):
-        say(line)
+        logger.info(line)
     output = output_folder(config)
     config = replace(config, output=str(output))
     fingerprint = common_fingerprint(config, data)
@@ -79,10 +81,8 @@ def run_search(
     del job  # each trial loads the weights anew
 
     def train_trial(one: RunConfig, words: list[str], watch: Watch) -> float | None:
-        with ExitStack() as held:
-            return train_run(
-                one, with_own_problem(data), words, held, silence, watch, encoded
-            ).training.state.best_value
+        with ExitStack() as held, only_warnings():
+            return train_run(one, with_own_problem(data), words, held, watch, encoded).training.state.best_value
 
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -92,18 +92,19 @@ def run_search(
                 clear(output)
                 remove_runs(output)
                 remove_trials(output)
-            search = begin_search(config, bert, ready, metric, fingerprint, say)
+            search = begin_search(config, bert, ready, metric, fingerprint)
             number, best, words = run_trials(search, command, train_trial)
             if trial_folder(output, number).is_dir():
                 clear(output)
                 move_up(trial_folder(output, number), output)
     except KeyboardInterrupt:
-        say(f"for the whole search: the same command with --resume --output {output}")
+        logger.info(f"for the whole search: the same command with --resume --output {output}")
         raise
-    with ExitStack() as held:  # its training is over: this reads the checkpoint
-        trained = train_run(replace(best, resume=True), data, words, held, silence, encoded=encoded)
-        classifier = finish_run(replace(trained, say=say))
-    say(f"the same model again: {shlex.join(words) if len(words) > 1 else words[0]}")
+    with ExitStack() as held:
+        with only_warnings():  # its training is over: this reads the checkpoint
+            trained = train_run(replace(best, resume=True), data, words, held, encoded=encoded)
+        classifier = finish_run(trained)
+    logger.info(f"the same model again: {shlex.join(words) if len(words) > 1 else words[0]}")
     return classifier
 
 
@@ -128,7 +129,7 @@ def run_trials(search: Search, command: list[str], train: Train) -> tuple[int, R
     best = search.best
     if best is None:
         raise UserError("--search: no trial came to a result; try another model, or look at the data with --check")
-    search.say("\n" + "\n".join(table_lines(summary_of(search))))
+    logger.info("\n" + "\n".join(table_lines(summary_of(search))))
     number = search.number(best)
     config = trial_config(search, number, best.params)
     return number, config, trial_command(config, search.command)
@@ -214,7 +215,7 @@ def announce(search: Search, trial: FrozenTrial) -> None:
     total = f" of {search.trials}" if search.trials else ""
     result = f"{search.metric} {fixed(record['value'])}" if not record["reason"] else record["reason"]
     found = "none yet" if best is None else f"{fixed(best.value)} (trial {search.number(best)})"
-    search.say(
+    logger.info(
         f"trial {record['number']}{total} · {result} · best {found} · {described(record['settings'])} · "
         f"{duration(record['seconds'])}, {search.left()} left"
     )

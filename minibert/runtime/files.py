@@ -152,8 +152,8 @@ def file_hash(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def one_line(error: object) -> str:
-    return " ".join(printable(str(error)).split())[:300]
+def one_line(error: object, length: int = 300) -> str:
+    return " ".join(printable(str(error)).split())[:length]
 
 
 def printable(text: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from minibert.config import RunConfig
+from minibert.config import RecipeSettings
 from minibert.training.deferred import DeferredUpdate
 from minibert.training.optimizer import (
     FIRST_LOSS_SCALE,
@@ -35,7 +35,7 @@ class FlatOptimizer:
         self,
         model: nn.Module,
         twin: nn.Module,
-        config: RunConfig,
+        config: RecipeSettings,
         total_steps: int,
         dtype: torch.dtype,
         unit: float = 1.0,

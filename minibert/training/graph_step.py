@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minibert.config import RunConfig
+from minibert.config import RecipeSettings
 from minibert.errors import UserError
 from minibert.model.bert import BertForSequenceClassification, PackedInput
 from minibert.model.dropout import DropoutMasks
@@ -145,7 +145,7 @@ class FixedSteps:
         self,
         model: BertForSequenceClassification,
         problem: Problem,
-        config: RunConfig,
+        config: RecipeSettings,
         hardware: Hardware,
         total_steps: int,
         class_weights: np.ndarray | None,

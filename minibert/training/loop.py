@@ -23,7 +23,7 @@ from tqdm import tqdm
 from minibert.batching.dataset import Dataset
 from minibert.batching.plans import cut_into_batches, plan_epoch, split_by_tokens
 from minibert.batching.tokens import flat_indices
-from minibert.config import RunConfig
+from minibert.config import RecipeSettings, RunConfig
 from minibert.errors import UserError
 from minibert.inference.logits import compute_logits
 from minibert.model.bert import BertForSequenceClassification, PackedInput
@@ -122,7 +122,7 @@ def train_step(
         raise UserError("not enough memory for the optimizer; use a smaller model or --freeze") from None
 
 
-def planned_batches(lengths: np.ndarray, config: RunConfig, epoch: int = 0) -> list[np.ndarray]:
+def planned_batches(lengths: np.ndarray, config: RecipeSettings, epoch: int = 0) -> list[np.ndarray]:
     """The row numbers of each batch of an epoch."""
     return plan_epoch(
         lengths,
@@ -134,11 +134,11 @@ def planned_batches(lengths: np.ndarray, config: RunConfig, epoch: int = 0) -> l
     )
 
 
-def total_steps(steps_per_epoch: int, config: RunConfig) -> int:
+def total_steps(steps_per_epoch: int, config: RecipeSettings) -> int:
     return config.max_steps or math.ceil(steps_per_epoch * (config.epochs or EPOCHS))
 
 
-def checked_metric(problem: Problem, config: RunConfig, targets: np.ndarray) -> str:
+def checked_metric(problem: Problem, config: RecipeSettings, targets: np.ndarray) -> str:
     """The metric that chooses the best weights, known to exist before hours are spent."""
     metric = config.metric or problem.default_metric
     example = problem.metrics(np.zeros((1, len(problem.labels))), targets[:1])

@@ -8,14 +8,14 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from minibert.config import RunConfig
+from minibert.config import RecipeSettings
 from minibert.errors import UserError
 from minibert.training.recipe import HEAD_ALONE_LEARNING_RATE, USUAL_LEARNING_RATE
 
 FIRST_LOSS_SCALE = 65536.0  # of fp16, as in torch's GradScaler
 
 
-def parameter_groups(model: nn.Module, config: RunConfig, unit: float = 1.0) -> list[dict[str, object]]:
+def parameter_groups(model: nn.Module, config: RecipeSettings, unit: float = 1.0) -> list[dict[str, object]]:
     """One group for each (peak learning rate, weight decay): no decay on biases and LayerNorm.
 
     unit: what the labels are counted in; the last layer's steps are, too, so that it learns as if labels were divided.
@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, config: RunConfig, unit: float = 1.0) -> 
     return [{"params": ps, "lr": lr, "peak_lr": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()]
 
 
-def peak_learning_rate(name: str, layers: int, config: RunConfig) -> float:
+def peak_learning_rate(name: str, layers: int, config: RecipeSettings) -> float:
     """Of a parameter, by its depth: the head's own, or the encoder's times layer_lr_decay for each layer below."""
     usual = HEAD_ALONE_LEARNING_RATE if config.freeze == "all" else USUAL_LEARNING_RATE
     if config.freeze == "all" and config.learning_rate is None:
@@ -68,12 +68,12 @@ def freeze(model: nn.Module, choice: str, new: Collection[str]) -> int:
     return frozen
 
 
-def shown_learning_rate(config: RunConfig) -> float:
+def shown_learning_rate(config: RecipeSettings) -> float:
     """The peak that the log follows: the encoder's or, where that is frozen, the head's."""
     return peak_learning_rate("classifier.weight" if config.freeze == "all" else "pooler.weight", 0, config)
 
 
-def learning_rate_factor(step: int, total: int, config: RunConfig) -> float:
+def learning_rate_factor(step: int, total: int, config: RecipeSettings) -> float:
     """Share of the peak learning rate at step 0, 1, ... of `total`: linear warm-up, then the schedule."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
@@ -98,7 +98,7 @@ class Optimizer:
     """
 
     def __init__(
-        self, model: nn.Module, config: RunConfig, total_steps: int, scale_loss: bool = False, unit: float = 1.0
+        self, model: nn.Module, config: RecipeSettings, total_steps: int, scale_loss: bool = False, unit: float = 1.0
     ) -> None:
         self.config, self.total_steps, self.learning_rate = config, total_steps, shown_learning_rate(config)
         self.adamw = torch.optim.AdamW(parameter_groups(model, config, unit), betas=(0.9, 0.999), eps=1e-8, fused=True)

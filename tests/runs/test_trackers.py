@@ -23,7 +23,7 @@ import minibert.runs.finish
 import minibert.runs.trackers
 from minibert.config import RunConfig
 from minibert.errors import UserError
-from minibert.runs.trackers import Tracker, check_tracker, curve_values, final_values
+from minibert.runs.trackers import Trackers, check_trackers, curve_values, final_values
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers' own libraries
 
@@ -182,14 +182,14 @@ def test_a_missing_package_is_said_before_anything_is_read(monkeypatch: pytest.M
     monkeypatch.setattr(minibert.runs.trackers, "find_spec", lambda name: None)
     for name in ("tensorboard", "wandb", "mlflow"):
         with pytest.raises(UserError, match=f"--report-to {name}: .* pip install {name}$"):
-            check_tracker(RunConfig(report_to=name))
+            check_trackers(RunConfig(report_to=(name,)))
         with pytest.raises(UserError, match=f"report_to='{name}'"):
             minibert.finetune(["a", "b"], [0, 1], report_to=name, model="/none", output=str(tmp_path / "x"))
     folder = ModuleSpec("wandb", None, is_package=True)  # what Python takes a folder for that wandb left
     monkeypatch.setattr(minibert.runs.trackers, "find_spec", lambda name: folder)
     with pytest.raises(UserError, match="wandb is not installed"):
-        check_tracker(RunConfig(report_to="wandb"))
-    check_tracker(RunConfig())
+        check_trackers(RunConfig(report_to=("wandb",)))
+    check_trackers(RunConfig())
     assert not (tmp_path / "x").exists()
 
 
@@ -211,7 +211,7 @@ def test_a_failing_service_is_given_up_with_one_warning(capsys: pytest.CaptureFi
         def log(self, values: dict[str, float], step: int) -> None:
             raise ConnectionError("server\nis away")
 
-    tracker = Tracker("mlflow", Broken())  # type: ignore[arg-type]
+    tracker = Trackers({"mlflow": Broken()})  # type: ignore[arg-type]
     tracker.log({"step": 1, "loss": 0.5})
     tracker.log({"step": 2, "loss": 0.5})
     tracker.finish({}, Path())
@@ -229,7 +229,7 @@ def test_a_run_that_fails_after_training_ends_its_tracker(
         def stop(self) -> None:
             stopped.append(True)
 
-    monkeypatch.setattr(minibert.run, "open_tracker", lambda *_: Tracker("none", Service()))  # type: ignore[arg-type]
+    monkeypatch.setattr(minibert.run, "open_trackers", lambda *_: Trackers({"service": Service()}))  # type: ignore[arg-type]
     flags = {"train": str(films), "model": str(film_model), "max_steps": 2, "quiet": True}
     minibert.run.run_from_files({**flags, "output": str(tmp_path / "well")}, ["x"])
     assert not stopped
