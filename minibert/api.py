@@ -37,7 +37,7 @@ class Settings(TypedDict, total=False):
     test_split: float
     split_seed: int
     problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"]
-    max_train_samples: int | None
+    max_train_samples: float | str | None  # a number of rows, or "10%"
     max_length: int | None
     truncation: Literal["head", "tail", "head_tail", "window"]
     window_stride: int | None
@@ -78,7 +78,7 @@ class Settings(TypedDict, total=False):
     save_steps: int | None
     resume: bool
     keep_checkpoint: bool
-    report_to: Literal["none", "tensorboard", "wandb", "mlflow"]
+    report_to: str | Sequence[str]  # tensorboard, wandb, mlflow
     run_name: str | None
     quiet: bool
     output: str | PathLike[str] | None
