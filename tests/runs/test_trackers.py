@@ -23,6 +23,7 @@ import minibert.runs.finish
 import minibert.runs.trackers
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.reporting.console import console
 from minibert.runs.trackers import Trackers, check_trackers, curve_values, final_values
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trackers' own libraries
@@ -211,10 +212,22 @@ def test_a_failing_service_is_given_up_with_one_warning(capsys: pytest.CaptureFi
         def log(self, values: dict[str, float], step: int) -> None:
             raise ConnectionError("server\nis away")
 
-    tracker = Trackers({"mlflow": Broken()})  # type: ignore[arg-type]
-    tracker.log({"step": 1, "loss": 0.5})
-    tracker.log({"step": 2, "loss": 0.5})
-    tracker.finish({}, Path())
+    class Working:
+        steps: list[int] = []  # noqa: RUF012
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            self.steps.append(step)
+
+        def stop(self) -> None:
+            self.steps.append(-1)
+
+    trackers = Trackers({"mlflow": Broken(), "tensorboard": Working()})  # type: ignore[dict-item]
+    with console(quiet=True):
+        trackers.log({"step": 1, "loss": 0.5})
+        trackers.log({"step": 2, "loss": 0.5})
+        trackers.stop()
+        trackers.stop()
+    assert Working.steps == [1, 2, -1]  # the other one goes on
     assert capsys.readouterr().err == "warning: --report-to mlflow is given up: server is away\n"
 
 
