@@ -158,9 +158,15 @@ def film_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def references_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernels' references stand in: Triton's interpreter takes a second where a GPU takes microseconds."""
-    monkeypatch.setattr(backend, "INTERPRET", False)
+def references_of_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' references stand in for them: Triton's interpreter takes a second where a GPU takes microseconds.
+
+    Not in a test that is marked `interpreter`.
+    """
+    if "interpreter" in request.keywords:
+        skip_without_interpreter()
+    else:
+        monkeypatch.setattr(backend, "INTERPRET", False)
 
 
 @pytest.fixture(params=DEVICES)

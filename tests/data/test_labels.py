@@ -17,7 +17,6 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import minibert
-from minibert.cli import checked_values
 from minibert.config import RunConfig
 from minibert.data.columns import Columns
 from minibert.data.examples import Examples, examples_from_lists
@@ -25,8 +24,7 @@ from minibert.data.labels import label_warnings, normalize_spelling
 from minibert.data.loading import RunData, load_data, prepare
 from minibert.errors import UserError
 from minibert.inference.stream import stream_labelled
-from minibert.problem.metrics import tune_thresholds
-from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 
 CLASSES = 150
 
@@ -34,31 +32,6 @@ CLASSES = 150
 def prepared(labels: list[Any], **flags: Any) -> RunData:
     examples = Examples("list", [f"text {i}" for i in range(len(labels))], None, labels, list(range(len(labels))))
     return prepare({"train": examples}, Columns(("text",), None, ("label",)), RunConfig(**flags), [])
-
-
-def logit(probabilities: np.ndarray) -> np.ndarray:
-    return np.log(probabilities / (1 - probabilities))
-
-
-def test_thresholds_are_tuned_and_few_rows_share_the_common_one() -> None:
-    rng = np.random.default_rng(0)
-    targets = (rng.random((400, 3)) < [0.3, 0.1, 0.005]).astype(np.float32)
-    assert targets[:, 2].sum() < 5 < targets[:, 1].sum()
-    probabilities = np.clip(0.3 * targets + rng.random((400, 3)) * [0.5, 0.35, 0.2], 0.001, 0.999)
-    problem = Problem(MULTI, ["a", "b", "c"])
-    problem.tune(logit(probabilities), targets)
-    own = tune_thresholds(targets, probabilities)
-    common = tune_thresholds(targets.reshape(-1, 1), probabilities.reshape(-1, 1))[0]
-    assert np.allclose(problem.thresholds, [own[0], own[1], common])
-    assert abs(own[0] - own[1]) > 0.01 and not np.isclose(own[2], common)
-    tuned = problem.metrics(logit(probabilities), targets)
-    assert tuned["macro_f1"] > Problem(MULTI, ["a", "b", "c"]).metrics(logit(probabilities), targets)["macro_f1"]
-
-
-def test_other_problems_have_no_thresholds() -> None:
-    problem = Problem(SINGLE, ["a", "b"])
-    problem.tune(np.zeros((2, 2)), np.array([0, 1]))
-    assert problem.thresholds == []
 
 
 @pytest.mark.parametrize(
@@ -332,11 +305,6 @@ def test_what_is_no_list_of_texts_is_one_line(texts: Any, message: str, tiny: Ca
     assert not Path("none").exists()
 
 
-def test_a_label_of_every_row_has_a_positive_balanced_weight() -> None:
-    problem, targets = Problem(MULTI, ["a", "b"]), np.array([[1, 0], [1, 1], [1, 0]], dtype=np.float32)
-    assert (class_weights(problem, "balanced", targets) > 0).all()
-
-
 def test_order_and_spelling_of_labels_are_the_same_in_every_process() -> None:
     """Sets of strings have another order in each."""
     code = """
@@ -371,14 +339,6 @@ def test_sparse_tables_and_bytes_as_labels() -> None:
     assert parts["train"].labels[:2] == [[1, 0, 0], [0, 1, 0]]  # type: ignore[index]
     with pytest.raises(UserError, match="bytes where a label is expected"):
         prepared([b"a", b"b"] * 10)
-
-
-def test_class_weights_may_be_keyed_as_the_labels_are() -> None:
-    given = checked_values({"class_weights": {True: 5, 0.0: 1}}, "finetune")["class_weights"]
-    weights = class_weights(Problem(SINGLE, ["0", "1"]), given, np.array([0, 1]))
-    assert weights is not None and weights.tolist() == [1, 5]
-    with pytest.raises(UserError, match=r"class_weights is list; expected \{label: weight\}"):
-        checked_values({"class_weights": [1, 5]}, "finetune")
 
 
 def test_numbers_of_a_wide_spread_are_learned_as_small_ones_are(tiny: Callable[..., Path], tmp_path: Path) -> None:
