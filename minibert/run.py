@@ -21,7 +21,7 @@ from minibert.problem.problem import class_weights
 from minibert.reporting.console import Progress, console, describe, summarise
 from minibert.reporting.data_summary import screen
 from minibert.runs.check import check
-from minibert.runs.finish import evaluate_parts, finish
+from minibert.runs.finish import evaluate_splits, finish
 from minibert.runs.folder import open_output, refuse_at_once
 from minibert.runs.record import begun_with, fingerprint_of, first_command, must_be_alike, run_record, write_record
 from minibert.runs.search import Encoded, Watch, run_search
@@ -161,7 +161,9 @@ def train_run(
 def finish_run(run: Trained) -> Classifier:
     """Evaluate a trained model and leave the output folder of the contract."""
     job, training, output = run.job, run.training, run.output
-    metrics, logits = evaluate_parts(training)
+    metrics, logits, calibration = evaluate_splits(training)
+    problem = replace(job.data.problem, calibration=calibration)
+    job = replace(job, data=replace(job.data, problem=problem))
     if run.compact is not None:
         run.compact.expand()
     classifier = job.classifier()

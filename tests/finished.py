@@ -13,7 +13,7 @@ from minibert.data.columns import Columns
 from minibert.data.examples import Examples
 from minibert.data.loading import RunData
 from minibert.problem.calibration import calibration_metrics
-from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Calibration, Problem
 from minibert.reporting.results import Finished
 
 
@@ -29,7 +29,7 @@ def finished(
     rate = {} if flags.get("freeze") == "all" else {"learning_rate": 5e-5}
     rng = np.random.default_rng(0)
     labels = labels or (["score"] if kind == REGRESSION else ["ham", "spam"])
-    problem = Problem(kind, labels, temperature=1.0 if kind == REGRESSION else 1.3)
+    problem = Problem(kind, labels, Calibration(1.0 if kind == REGRESSION else 1.3))
     config = RunConfig(**{"model": "org/model", "max_length": 128, "epochs": 3.0, **rate, **flags})
     data = RunData({}, problem, Columns(("text",), None, ("label",)), [])
     run = Finished(config, data, {}, {}, {}, {"command": ["minibert.finetune(...)"], "data": {}, "versions": {}})

@@ -43,7 +43,7 @@ from minibert.data.rows import BadRow, Table, describe_bad
 from minibert.data.splits import stratified_split
 from minibert.data.tables import first_rows, read_table
 from minibert.errors import UserError
-from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem, target_scale
 
 MAX_LABELS_LENGTH = 30  # characters
 
@@ -137,9 +137,9 @@ def prepare(splits: Splits, columns: Columns, config: DataSettings, notes: list[
         notes.append(f"{len(splits['train'])} of {rows} training rows are used ({flag})")
     _split_off(splits, problem, config)
     if kind == REGRESSION:
-        problem.choose_unit(problem.targets(splits["train"].labels or []))
-    if problem.unit > 1:
-        notes.append(f"labels of so wide a spread are counted in units of {problem.unit:.4g} while training")
+        problem = replace(problem, target_scale=target_scale(problem.targets(splits["train"].labels or [])))
+    if problem.target_scale > 1:
+        notes.append(f"labels of so wide a spread are divided by {problem.target_scale:.4g} while training")
     return RunData(splits, problem, columns, notes, skipped)
 
 

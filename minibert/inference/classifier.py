@@ -29,7 +29,7 @@ from minibert.messages import messages_in_python
 from minibert.model.bert import BertForSequenceClassification, BertModel, PackedInput
 from minibert.model.checkpoint import OWN_HEAD, load_model, model_folder, save_model
 from minibert.model.config import BertConfig
-from minibert.problem.problem import LABEL_TYPES, REGRESSION, SINGLE, Problem
+from minibert.problem.problem import LABEL_TYPES, REGRESSION, SINGLE, Calibration, Problem
 from minibert.runtime.ambient import allow_fork, default_torch_state, no_autocast, one_thread
 from minibert.runtime.device import Hardware, choose, fit_attention
 from minibert.runtime.files import read_json
@@ -212,7 +212,7 @@ class Classifier(TextEncoder):
             max_length=self.max_length,
             truncation=self.truncation,
             window_stride=self.window_stride,
-            thresholds=self.problem.thresholds,
+            thresholds=list(self.problem.thresholds),
             temperature=self.problem.temperature,
             label_type=self.problem.label_type,
         )
@@ -316,7 +316,7 @@ def _saved_problem(config: BertConfig, num_labels: int, ours: dict[str, Any], fo
         raise UserError(f"{folder}/config.json: thresholds are not a number for each label")
     if not _number(temperature) or temperature <= 0:
         raise UserError(f"{folder}/config.json: temperature {str(temperature)[:40]} is not a positive number")
-    return Problem(kind, labels, thresholds, float(temperature), _saved_label_type(ours, labels))
+    return Problem(kind, labels, Calibration(float(temperature), tuple(thresholds)), _saved_label_type(ours, labels))
 
 
 def _saved_label_type(ours: dict[str, Any], labels: list[str]) -> str:

@@ -26,9 +26,7 @@ def majority_baseline(problem: Problem, targets: np.ndarray) -> dict[str, Any]:
         odds = 1 - frequencies if problem.kind == MULTI else 1
         constant = np.log(frequencies / odds)
     logits = np.tile(constant.astype(np.float32), (len(targets), 1))
-    problem = Problem(problem.kind, problem.labels)
-    problem.tune(logits, targets)
-    metrics = problem.metrics(logits, targets)
+    metrics = Problem(problem.kind, problem.labels).tuned(logits, targets).metrics(logits, targets)
     if problem.kind == REGRESSION:
         metrics["mae"] = float(np.abs(targets - np.median(targets)).mean())
     return metrics

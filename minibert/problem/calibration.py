@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from minibert.problem.metrics import calibration_gap
-from minibert.problem.problem import MULTI, REGRESSION, Problem
+from minibert.problem.problem import MULTI, REGRESSION, Calibration, Problem
 
 LIMIT = 100.0  # temperatures from 1 / LIMIT to LIMIT
+
+
+def fit_calibration(problem: Problem, logits: np.ndarray, targets: np.ndarray, temperature: bool) -> Calibration:
+    """Temperature (1 where it is not wanted) and thresholds by the rows of validation."""
+    fitted = fit_temperature(problem, logits, targets) if temperature else 1.0
+    return replace(problem, calibration=Calibration(fitted)).tuned(logits, targets).calibration
 
 
 def fit_temperature(problem: Problem, logits: np.ndarray, targets: np.ndarray) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,31 @@ ROWS_FOR_OWN_THRESHOLD = 5
 WIDE_SPREAD = 2.0  # standard deviation of a regression's labels; of STS-B's, from 0 to 5, it is 1.5
 
 
-@dataclass
+@dataclass(frozen=True)
+class Calibration:
+    """What is fitted on validation once training is over: how logits become probabilities, and those become labels."""
+
+    temperature: float = 1.0
+    thresholds: tuple[float, ...] = ()  # multi-label: from which probability on each label is given; (): from 0.5 on
+
+
+@dataclass(frozen=True)
 class Problem:
     """The problem type with its label names; regression has one, its column's."""
 
     kind: str
     labels: list[str]
-    thresholds: list[float] = field(default_factory=list)  # multi-label: from which probability on a label is given
-    temperature: float = 1.0
+    calibration: Calibration = Calibration()
     label_type: str = "str"  # of the labels as they were given, one of LABEL_TYPES
-    unit: float = 1.0  # regression: what the labels are counted in while training
+    target_scale: float = 1.0  # regression: what the labels are divided by while training
+
+    @property
+    def temperature(self) -> float:
+        return self.calibration.temperature
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        return self.calibration.thresholds
 
     @property
     def default_metric(self) -> str:
@@ -72,15 +87,8 @@ class Problem:
             targets = targets * (1 - smoothing) + smoothing / 2
             losses = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="none").mean(1)
         else:
-            losses = ((logits.squeeze(1) - targets) / self.unit) ** 2
+            losses = ((logits.squeeze(1) - targets) / self.target_scale) ** 2
         return (losses if keep is None else torch.where(keep > 0, losses * keep, 0)).sum()
-
-    def choose_unit(self, targets: np.ndarray) -> None:
-        """A regression's [n] labels of a wide spread are counted in a larger unit, or the head would never reach them.
-
-        1,200 pairs of STS-B with scores times 20: Spearman 0.75 without it, 0.90 with it, as with scores as they are.
-        """
-        self.unit = max(1.0, float(targets.std(dtype=np.float64)) / WIDE_SPREAD)
 
     def example_weights(self, targets: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
         """What each example counts in the mean loss: its class's weight, as in torch's cross_entropy, else 1."""
@@ -136,22 +144,23 @@ class Problem:
             return self
         p = np.array(self.thresholds, dtype=np.float64).clip(1e-12, 1 - 1e-12)
         odds = (p / (1 - p)) ** self.temperature
-        return replace(self, thresholds=(odds / (1 + odds)).tolist(), temperature=1.0)
+        return replace(self, calibration=Calibration(1.0, tuple((odds / (1 + odds)).tolist())))
 
     def threshold_array(self) -> np.ndarray:
         return np.array(self.thresholds or [0.5] * len(self.labels))
 
-    def tune(self, logits: np.ndarray, targets: np.ndarray) -> None:
-        """Multi-label: set each label's threshold to the best F1 on these rows (of validation); else do nothing.
+    def tuned(self, logits: np.ndarray, targets: np.ndarray) -> Problem:
+        """Multi-label: the same with each label's threshold at the best F1 on these rows (of validation).
 
         Labels with few rows there share the one that is best for all labels together: their own would be chance.
         """
         if self.kind != MULTI or not len(targets):
-            return
+            return self
         probabilities = self.probabilities(logits)
         tuned = metrics.tune_thresholds(targets, probabilities)
         common = metrics.tune_thresholds(targets.reshape(-1, 1), probabilities.reshape(-1, 1))[0]
-        self.thresholds = np.where(targets.sum(0) < ROWS_FOR_OWN_THRESHOLD, common, tuned).tolist()
+        thresholds = np.where(targets.sum(0) < ROWS_FOR_OWN_THRESHOLD, common, tuned)
+        return replace(self, calibration=replace(self.calibration, thresholds=tuple(thresholds.tolist())))
 
     def metrics(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
         """All metrics of the contract for [n, L] logits, and the mean plain loss; None where one is no number."""
@@ -167,6 +176,14 @@ class Problem:
             result["loss"] = float(losses.mean()) if len(losses) else None
         broken = {name for name, value in result.items() if isinstance(value, float) and not math.isfinite(value)}
         return {name: None if name in broken else value for name, value in result.items()}
+
+
+def target_scale(targets: np.ndarray) -> float:
+    """A regression's [n] labels of a wide spread are divided by this while training, or the head would not reach them.
+
+    1,200 pairs of STS-B with scores times 20: Spearman 0.75 without it, 0.90 with it, as with scores as they are.
+    """
+    return max(1.0, float(targets.std(dtype=np.float64)) / WIDE_SPREAD)
 
 
 def class_weights(problem: Problem, choice: str, targets: np.ndarray) -> np.ndarray | None:

@@ -17,8 +17,8 @@ from minibert.inference.classifier import Classifier, load
 from minibert.inference.hub import write_gitignore
 from minibert.inference.logits import check_finite, compute_logits
 from minibert.inference.predictions import write_predictions
-from minibert.problem.calibration import calibration_metrics, fit_temperature
-from minibert.problem.problem import REGRESSION
+from minibert.problem.calibration import calibration_metrics, fit_calibration
+from minibert.problem.problem import REGRESSION, Calibration
 from minibert.reporting.advice import advice
 from minibert.reporting.console import terminal_name
 from minibert.reporting.html_report import write_report
@@ -70,8 +70,8 @@ def finish(
     return text.format(label=f"“{terminal_name(label)}”")
 
 
-def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Metrics and logits of validation and test with the best weights; fits temperature and thresholds on the way."""
+def evaluate_splits(training: Training) -> tuple[dict[str, Any], dict[str, np.ndarray], Calibration]:
+    """Metrics and logits of validation and test with the best weights, and what was fitted on validation."""
     metrics: dict[str, Any] = {}
     logits: dict[str, np.ndarray] = {}
     problem = training.problem
@@ -83,18 +83,17 @@ def evaluate_parts(training: Training) -> tuple[dict[str, Any], dict[str, np.nda
                 known = compute_logits(training.model, data, training.hardware, all_ranks=True)
             logits[part] = known = check_finite(known)
             if part == "validation":
-                if training.config.temperature:
-                    problem.temperature = fit_temperature(problem, known, data.targets)
-                problem.tune(known, data.targets)
+                fitted = fit_calibration(problem, known, data.targets, training.config.temperature)
+                problem = replace(problem, calibration=fitted)
             metrics[part] = problem.metrics(known, data.targets)
             if problem.thresholds:
-                untuned = replace(problem, thresholds=[]).metrics(known, data.targets)
+                untuned = replace(problem, calibration=Calibration(problem.temperature)).metrics(known, data.targets)
                 names = ("micro_f1", "macro_f1", "subset_accuracy")
                 metrics[part]["at_threshold_0.5"] = {name: untuned[name] for name in names}
     if logits and problem.kind != REGRESSION:
         targets = {part: training.data[part].targets for part in logits}
         metrics["calibration"] = calibration_metrics(problem, logits, targets)
-    return metrics, logits
+    return metrics, logits, problem.calibration
 
 
 def reload_difference(output: Path, classifier: Classifier, examples: Examples) -> float:

@@ -41,7 +41,7 @@ from minibert.runs.search_study import (
     trial_record,
     write_summary,
 )
-from minibert.runs.setup import get_ready, with_own_problem
+from minibert.runs.setup import get_ready
 from minibert.runtime.device import duration
 from minibert.runtime.files import locked, one_line, writing
 from minibert.training.loop import Diverged, checked_metric
@@ -82,7 +82,7 @@ def run_search(
 
     def train_trial(one: RunConfig, words: list[str], watch: Watch) -> float | None:
         with ExitStack() as held, only_warnings():
-            return train_run(one, with_own_problem(data), words, held, watch, encoded).training.state.best_value
+            return train_run(one, data, words, held, watch, encoded).training.state.best_value
 
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)

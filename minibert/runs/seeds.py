@@ -27,7 +27,6 @@ from minibert.reporting.console import PRINTED_METRICS
 from minibert.reporting.format import fixed
 from minibert.runs.folder import clear, output_folder, remove_runs, remove_trials, seed_folder
 from minibert.runs.record import common_fingerprint
-from minibert.runs.setup import with_own_problem
 from minibert.runtime.files import atomic, locked, read_json, write_json, writing
 from minibert.training.loop import LOWER_IS_BETTER
 from minibert.training.resume import STATE_FILE, check_same_run, remove_checkpoint
@@ -43,7 +42,7 @@ def run_each_seed(
     config = replace(config, output=str(output))
 
     def run_one(one: RunConfig) -> None:
-        run(one, with_own_problem(data), command)
+        run(one, data, command)
 
     fingerprint = common_fingerprint(config, data)
     with writing(output):

@@ -92,11 +92,6 @@ def without_effect(config: RecipeSettings, data: RunData) -> list[str]:
     return [f"there are no validation rows: {flag} has no effect" for flag in given if "validation" not in data.splits]
 
 
-def with_own_problem(data: RunData) -> RunData:
-    """The same data for one of several runs: each may tune its problem."""
-    return replace(data, problem=copy.deepcopy(data.problem))
-
-
 def demo_weights() -> str:
     """The folder of the demo extra's weights, found without importing the package (it would load much else)."""
     spec = find_spec(DEMO_WEIGHTS)
@@ -142,7 +137,7 @@ def start_head(job: Job, weights: np.ndarray | None, resumed: bool) -> None:
         return
     if job.config.head_init == "random":
         with torch.no_grad():
-            model.classifier.out.weight.mul_(problem.unit)  # in the unit of the labels
+            model.classifier.out.weight.mul_(problem.target_scale)
         return
     if resumed and job.config.freeze != "all":
         return

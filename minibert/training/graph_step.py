@@ -156,7 +156,7 @@ class FixedSteps:
         on_gpu = hardware.engine == "graph"
         # One stream for all captures: memory that a graph frees serves the next one only on the same stream.
         self.stream, update_stream = (torch.cuda.Stream(device) if on_gpu else None for _ in range(2))
-        options = (dtype, problem.unit, hardware.kernels, update_stream)
+        options = (dtype, problem.target_scale, hardware.kernels, update_stream)
         self.optimizer = FlatOptimizer(model, self.twin, config, total_steps, *options)
         self.update = self.optimizer.deferred
         self.twin.encoder.before_layer = self.update.wait_for

@@ -182,7 +182,7 @@ class Training:
         self.optimizer: Optimizer | FlatOptimizer
         if self.fixed is None:
             self.optimizer = Optimizer(
-                model, config, self.total_steps, scale_loss=hardware.precision == "fp16", unit=problem.unit
+                model, config, self.total_steps, scale_loss=hardware.precision == "fp16", unit=problem.target_scale
             )
         else:
             self.optimizer = self.fixed.optimizer
@@ -476,8 +476,7 @@ class Training:
         self._settle()
         data = self.data["validation"]
         logits = compute_logits(self.model, data, self.hardware, all_ranks=True)
-        self.problem.tune(logits, data.targets)
-        metrics = self.problem.metrics(logits, data.targets)
+        metrics = self.problem.tuned(logits, data.targets).metrics(logits, data.targets)
         sound = bool(np.isfinite(logits).all())  # argmax makes something of NaN, but no diverged weights are the best
         value = distributed.from_first(metrics[self.metric] if sound else None)  # machines may round, but must agree
         sign = -1 if self.metric in LOWER_IS_BETTER else 1

@@ -49,7 +49,7 @@ class BatchLoss:
             kind=self.problem.kind,
             class_weights=self.class_weights,
             smoothing=self.smoothing,
-            unit=self.problem.unit,
+            unit=self.problem.target_scale,
             keep=keep,
             p=model.classifier.dropout,
             rng=of_head.rng,
@@ -71,4 +71,4 @@ def least_believed(problem: Problem, logits: Tensor) -> Tensor:
         return logits.argmin(1)
     if problem.kind == MULTI:
         return (logits <= 0).float()
-    return logits[:, 0] + logits[:, 0].abs() + problem.unit
+    return logits[:, 0] + logits[:, 0].abs() + problem.target_scale

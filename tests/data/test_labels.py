@@ -358,6 +358,6 @@ def test_numbers_of_a_wide_spread_are_learned_as_small_ones_are(tiny: Callable[.
 
 
 def test_numbers_of_a_small_spread_are_counted_as_they_are() -> None:
-    assert prepared([f"{i / 10}" for i in range(40)], problem_type=REGRESSION).problem.unit == 1
+    assert prepared([f"{i / 10}" for i in range(40)], problem_type=REGRESSION).problem.target_scale == 1
     wide = prepared([f"{i * 10}" for i in range(40)], problem_type=REGRESSION)
-    assert wide.problem.unit > 50 and "are counted in units of" in " ".join(wide.notes)
+    assert wide.problem.target_scale > 50 and "are divided by" in " ".join(wide.notes)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from minibert.inference.predictions import (
 )
 from minibert.inference.stream import stream_lines
 from minibert.predict import main as predict_main
-from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Calibration, Problem
 
 WORDS = "the meeting starts soon please bring your notes and coffee for our friends from work".split()
 FORMULAS = [
@@ -114,7 +115,7 @@ def test_an_effect_is_what_leaving_the_word_out_changes(planted: Path) -> None:
     """Also in second texts, with temperature, and for words outside ASCII."""
     classifier = minibert.load(planted)
     assert repr(classifier).startswith("Classifier(single_label_classification: ") and len(repr(classifier)) < 200
-    classifier.problem.temperature = 2.0
+    classifier.problem = replace(classifier.problem, calibration=Calibration(2.0))
     texts, pairs = ["A zebra, für uns!", ""], ["the coffee", "notes 咖啡"]
     words = explain(classifier, texts, pairs, classifier.logits(texts, pairs))
     assert [w.text for w in words[0]] == ["A", "zebra", ",", "für", "uns", "!", "the", "coffee"]
@@ -209,7 +210,7 @@ def test_a_run_holds_texts_as_they_are(tiny: Callable[..., Path], tmp_path: Path
 
 def test_columns_of_other_problems() -> None:
     examples = Examples("list", ["x", "y"], lines=[1, 2])
-    multi = Problem(MULTI, ["a", "b", "c"], thresholds=[0.5, 0.9, 0.01], temperature=2.0)
+    multi = Problem(MULTI, ["a", "b", "c"], Calibration(2.0, (0.5, 0.9, 0.01)))
     logits = np.array([[2.0, 2.0, -8.0], [-20.0, -20.0, -20.0]], dtype=np.float32)
     predicted = Predicted(examples, logits)
     table = prediction_columns(predicted, multi, top_k=2)

@@ -64,6 +64,6 @@ def test_head_loss(
             tensors,
         )
     loss, logits = head.head_loss(**tensors, **options)
-    problem = Problem(kind, [str(i) for i in range(labels)], unit=2.5)
+    problem = Problem(kind, [str(i) for i in range(labels)], target_scale=2.5)
     total = problem.loss_sum(logits, options["targets"], options["class_weights"], smoothing, options["keep"])
     torch.testing.assert_close(loss, total / 3)

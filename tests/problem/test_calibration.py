@@ -21,7 +21,7 @@ import minibert.predict
 from minibert.errors import UserError
 from minibert.problem.calibration import LIMIT, calibration_metrics, confidences, fit_temperature
 from minibert.problem.metrics import calibration_gap, roc_points
-from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Calibration, Problem
 
 
 def sampled(kind: str, scale: float, rows: int = 4000, labels: int = 5) -> tuple[Problem, np.ndarray, np.ndarray]:
@@ -37,7 +37,7 @@ def sampled(kind: str, scale: float, rows: int = 4000, labels: int = 5) -> tuple
 
 def loss_at(problem: Problem, logits: np.ndarray, targets: np.ndarray, temperature: float) -> float:
     """The negative log-likelihood from the definition."""
-    p = Problem(problem.kind, problem.labels, temperature=temperature).probabilities(logits)
+    p = Problem(problem.kind, problem.labels, Calibration(temperature)).probabilities(logits)
     if problem.kind == MULTI:
         return float(-np.log(np.where(targets > 0, p, 1 - p)).mean())
     return float(-np.log(p[np.arange(len(p)), targets]).mean())
@@ -53,7 +53,7 @@ def test_temperature_is_that_of_the_lowest_loss(kind: str, scale: float) -> None
         lambda t: loss_at(problem, logits, targets, t), bounds=(scale / 3, scale * 3), method="bounded"
     )
     assert temperature == pytest.approx(best.x, rel=1e-3)
-    scaled = Problem(kind, problem.labels, temperature=temperature)
+    scaled = Problem(kind, problem.labels, Calibration(temperature))
     assert scaled.decisions(scaled.probabilities(logits)) == problem.decisions(problem.probabilities(logits))
     error = calibration_metrics(scaled, {"validation": logits}, {"validation": targets})["validation"]
     if scale != 1:
@@ -73,7 +73,7 @@ def test_temperature_where_the_rows_cannot_tell() -> None:
 
 def test_thresholds_follow_the_probabilities_when_the_temperature_is_left_out() -> None:
     _, logits, _ = sampled(MULTI, 1.0)
-    scaled = Problem(MULTI, [f"l{i}" for i in range(5)], [0.1, 0.3, 0.5, 0.7, 0.95], temperature=2.5)
+    scaled = Problem(MULTI, [f"l{i}" for i in range(5)], Calibration(2.5, (0.1, 0.3, 0.5, 0.7, 0.95)))
     plain = scaled.without_temperature()
     assert plain.temperature == 1 and plain.thresholds[2] == pytest.approx(0.5) and plain.thresholds[0] < 0.1
     assert plain.decisions(plain.probabilities(logits)) == scaled.decisions(scaled.probabilities(logits))

@@ -21,7 +21,7 @@ def test_thresholds_are_tuned_and_few_rows_share_the_common_one() -> None:
     assert targets[:, 2].sum() < 5 < targets[:, 1].sum()
     probabilities = np.clip(0.3 * targets + rng.random((400, 3)) * [0.5, 0.35, 0.2], 0.001, 0.999)
     problem = Problem(MULTI, ["a", "b", "c"])
-    problem.tune(logit(probabilities), targets)
+    problem = problem.tuned(logit(probabilities), targets)
     own = tune_thresholds(targets, probabilities)
     common = tune_thresholds(targets.reshape(-1, 1), probabilities.reshape(-1, 1))[0]
     assert np.allclose(problem.thresholds, [own[0], own[1], common])
@@ -32,8 +32,7 @@ def test_thresholds_are_tuned_and_few_rows_share_the_common_one() -> None:
 
 def test_other_problems_have_no_thresholds() -> None:
     problem = Problem(SINGLE, ["a", "b"])
-    problem.tune(np.zeros((2, 2)), np.array([0, 1]))
-    assert problem.thresholds == []
+    assert problem.tuned(np.zeros((2, 2)), np.array([0, 1])).thresholds == ()
 
 
 def test_a_label_of_every_row_has_a_positive_balanced_weight() -> None:

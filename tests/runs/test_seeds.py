@@ -221,7 +221,7 @@ def test_the_baseline_of_several_labels_has_tuned_thresholds_as_a_run_has() -> N
     share = np.array([sum(name in row for row in rows) for name in "abc"]) / 60  # type: ignore[operator]
     logits = np.tile(np.log(share / (1 - share)), (60, 1)).astype(np.float32)
     problem = Problem(MULTI, list("abc"))
-    problem.tune(logits, problem.targets(rows))
+    problem = problem.tuned(logits, problem.targets(rows))
     metrics = problem.metrics(logits, problem.targets(rows))
     assert majority_baseline(problem, problem.targets(rows))["micro_f1"] == pytest.approx(metrics["micro_f1"])
     assert metrics["micro_f1"] > 0.4
