@@ -14,7 +14,6 @@ FLAG = re.compile(r"--(?P<name>[a-z][a-z-]*[a-z])(?P<rest>(?: (?P<value>[^\s:;,]
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 IN_MEMORY = re.compile(r"(train|validation|test) (list|table), ")  # where a message begins with the place
 IN_MEMORY_ROW = {"list": "text ", "table": "row "}
-SECONDS_OF = {"s": 1, "m": 60, "h": 3600}  # the units of --search
 
 
 @contextmanager

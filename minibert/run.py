@@ -171,7 +171,7 @@ def finish_run(run: Trained) -> Classifier:
     if distributed.is_first():
         judged = finish(job, training, classifier, output, run.record, metrics, logits, run.moments)
         run.trackers.finish(metrics, output)
-        summarise(output, metrics, job.model.mlp_size, job.data.columns.pair is not None, judged)
+        summarise(output, metrics, job.model.mlp_size, job.data.columns.pair is not None, judged, training.metric)
         if not job.config.keep_checkpoint:
             remove_checkpoint(output)
     return classifier

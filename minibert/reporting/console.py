@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,14 @@ class Progress:
         logger.info(f"{where} · {self.loss}{name.replace('_', ' ', 1)} {value}{best} · {times}")
 
 
-def summarise(output: Path, metrics: dict[str, Any], mlp_size: int, pairs: bool, headline: str) -> None:
+def summarise(output: Path, metrics: dict[str, Any], mlp_size: int, pairs: bool, headline: str, metric: str) -> None:
     """The end of a run: metrics, a row for each class, speed, and what to do next."""
     logger.info("")
     logger.info(headline)
     for part in ("validation", "test"):
         if part in metrics:
-            numbers = [f"{name} {fixed(metrics[part][name])}" for name in PRINTED_METRICS if name in metrics[part]]
+            names = printed_metrics(metrics[part], metric)
+            numbers = [f"{name} {fixed(metrics[part][name])}" for name in names]
             logger.info(f"{part:<11}" + " · ".join(numbers))
     if "linear_probe" in metrics:
         probe = metrics["linear_probe"]["validation"]
@@ -137,6 +138,12 @@ def summarise(output: Path, metrics: dict[str, Any], mlp_size: int, pairs: bool,
     logger.info(f"\nreport:  {output / 'report.html'}")
     second = ' --text-pair "Its second text"' if pairs else ""
     logger.info(f'predict: python -m minibert.predict {shlex.quote(str(output))} --text "A text to classify"{second}')
+
+
+def printed_metrics(known: Mapping[str, Any], metric: str) -> list[str]:
+    """The names of the metrics that the terminal shows of those known, the one that chooses the weights among them."""
+    names = PRINTED_METRICS if metric in PRINTED_METRICS else [metric, *PRINTED_METRICS]
+    return [name for name in names if name in known]
 
 
 def class_lines(part: str, per_class: dict[str, dict[str, Any]]) -> list[str]:

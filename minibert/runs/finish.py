@@ -17,6 +17,7 @@ from minibert.inference.classifier import Classifier, load
 from minibert.inference.hub import write_gitignore
 from minibert.inference.logits import check_finite, compute_logits
 from minibert.inference.predictions import write_predictions
+from minibert.problem.baseline import collapsed, majority_baseline
 from minibert.problem.calibration import calibration_metrics, fit_calibration
 from minibert.problem.problem import REGRESSION, Calibration
 from minibert.reporting.advice import advice
@@ -56,6 +57,7 @@ def finish(
     metrics["train"]["advice"] = advice(
         evaluations_of(log), training.metric, training.metric in LOWER_IS_BETTER, training.epoch
     )
+    metrics["train"]["advice"] += no_better_than_baseline(training, metrics)
     if probe := probe_scores(log):
         metrics["linear_probe"] = {"validation": probe}
     metrics["speed"] = speed(training, time.perf_counter() - moments[0])
@@ -94,6 +96,16 @@ def evaluate_splits(training: Training) -> tuple[dict[str, Any], dict[str, np.nd
         targets = {part: training.data[part].targets for part in logits}
         metrics["calibration"] = calibration_metrics(problem, logits, targets)
     return metrics, logits, problem.calibration
+
+
+def no_better_than_baseline(training: Training, metrics: dict[str, Any]) -> list[str]:
+    """A line where the model has learned nothing that the labels' frequencies do not say."""
+    if "validation" not in metrics or not len(training.data["validation"].targets):
+        return []
+    metric, value = training.metric, metrics["validation"][training.metric]
+    baseline = majority_baseline(training.problem, training.data["validation"].targets)[metric]
+    (reason,) = collapsed([value], baseline, metric in LOWER_IS_BETTER)
+    return [f"{reason} on validation {metric}; more epochs or another --learning-rate may help"] if reason else []
 
 
 def reload_difference(output: Path, classifier: Classifier, examples: Examples) -> float:

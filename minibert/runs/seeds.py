@@ -23,7 +23,7 @@ from minibert.errors import UserError
 from minibert.filenames import CHECKPOINTS, METRICS, SEEDS
 from minibert.inference.classifier import Classifier, load
 from minibert.problem.baseline import collapsed, majority_baseline
-from minibert.reporting.console import PRINTED_METRICS
+from minibert.reporting.console import printed_metrics
 from minibert.reporting.format import fixed
 from minibert.runs.folder import clear, output_folder, remove_runs, remove_trials, seed_folder
 from minibert.runs.record import common_fingerprint
@@ -181,7 +181,7 @@ def show(summary: dict[str, Any]) -> None:
 
 def table_lines(part: str, summary: dict[str, Any]) -> list[str]:
     """A row for each seed, then mean and standard deviation."""
-    names = [name for name in PRINTED_METRICS if name in summary[part]]
+    names = printed_metrics(summary[part], summary["metric"])
     rows = {f"seed {run['seed']}": [run[part][name] for name in names] for run in summary["runs"]}
     rows |= {key: [summary[part][name][key] for name in names] for key in ("mean", "std")}
     first = max(map(len, [part, *rows]))
