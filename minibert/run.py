@@ -19,7 +19,7 @@ from minibert.filenames import CHECKPOINTS, TRAIN_LOG
 from minibert.inference.classifier import Classifier
 from minibert.problem.problem import class_weights
 from minibert.reporting.console import Progress, console, describe, summarise
-from minibert.reporting.data_summary import screen
+from minibert.reporting.data_summary import summary_lines
 from minibert.runs.check import check
 from minibert.runs.finish import evaluate_splits, finish
 from minibert.runs.folder import open_output, refuse_at_once
@@ -130,7 +130,7 @@ def train_run(
     config = replace(config, quiet=config.quiet or not distributed.is_first())
     job = get_ready(config, data, encoded)
     describe(job.config, job.report, job.hardware, job.frozen, config.model is not None)
-    for line in [*screen(job.inspection), *recipe_lines(job)]:
+    for line in [*summary_lines(job.inspection), *recipe_lines(job)]:
         logger.info(line)
 
     weights = class_weights(data.problem, config.class_weights, job.sets["train"].targets)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minibert.problem.metrics import calibration_gap
+from minibert.problem.metrics import calibration_gap, sigmoid
 from minibert.problem.problem import MULTI, REGRESSION, Calibration, Problem
 
 LIMIT = 100.0  # temperatures from 1 / LIMIT to LIMIT
@@ -56,7 +56,7 @@ def _multi_label_slope(logits: np.ndarray, targets: np.ndarray) -> Slope:
     z = logits.astype(np.float64)
 
     def slope(inverse: float) -> tuple[float, float]:
-        p = 0.5 + 0.5 * np.tanh(0.5 * inverse * z)  # the sigmoid, without overflow
+        p = sigmoid(inverse * z)
         return float(((p - targets) * z).mean()), float((p * (1 - p) * z * z).mean())
 
     return slope
@@ -85,7 +85,7 @@ def confidences(
     """
     scaled = logits / np.float32(temperature)
     if problem.kind == MULTI:
-        return (0.5 + 0.5 * np.tanh(0.5 * scaled)).ravel(), targets.ravel()
+        return sigmoid(scaled).ravel(), targets.ravel()
     largest = scaled.max(1, keepdims=True)
     return 1 / np.exp(scaled - largest).sum(1), (logits.argmax(1) == targets).astype(np.float32)
 

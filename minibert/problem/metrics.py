@@ -10,6 +10,11 @@ import numpy as np
 Array = np.ndarray
 
 
+def sigmoid(logits: Array) -> Array:
+    """Without overflow, whatever the logits."""
+    return 0.5 + 0.5 * np.tanh(0.5 * logits)
+
+
 def classification_metrics(labels: Array, probabilities: Array, names: Sequence[str]) -> dict[str, Any]:
     """labels [n] class numbers, probabilities [n, C]; a binary problem's positive class is number 1."""
     size = len(names)

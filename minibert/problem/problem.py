@@ -112,7 +112,7 @@ class Problem:
             return logits
         scaled = logits / self.temperature
         if self.kind == MULTI:
-            return 1 / (1 + np.exp(-scaled))
+            return metrics.sigmoid(scaled)
         exponentials = np.exp(scaled - scaled.max(1, keepdims=True))
         return exponentials / exponentials.sum(1, keepdims=True)
 

@@ -167,13 +167,13 @@ def _shared(parts: Mapping[str, Examples], keys: Mapping[str, list[str]]) -> lis
     return found
 
 
-def screen(inspection: Inspection) -> list[str]:
+def summary_lines(inspection: Inspection) -> list[str]:
     """What --check and the head of every run say, one screen together with the lines about model and cost."""
     lines = [*_size_lines(inspection), *_class_lines(inspection), _length_line(inspection)]
-    return fit([*lines, *_histogram_lines(inspection), *_doubt_lines(inspection)])
+    return truncate([*lines, *_histogram_lines(inspection), *_warning_lines(inspection)])
 
 
-def fit(lines: list[str]) -> list[str]:
+def truncate(lines: list[str]) -> list[str]:
     """Lines for a terminal, without what one would obey, and no longer than it is wide."""
     lines = [printable(line) for line in lines]
     return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…" for line in lines]
@@ -233,26 +233,26 @@ def _histogram_lines(inspection: Inspection) -> list[str]:
     ]
 
 
-def _doubt_lines(inspection: Inspection) -> list[str]:
+def _warning_lines(inspection: Inspection) -> list[str]:
     """What a person should look at before trusting a result; nothing where all is well."""
-    doubts = []
+    warnings = []
     for shared in inspection.shared:
         where = _some(shared.lines, shared.rows)
-        doubts.append(f"texts of {shared.part} that are also in {shared.other}: {shared.rows}, line {where}")
+        warnings.append(f"texts of {shared.part} that are also in {shared.other}: {shared.rows}, line {where}")
     for part, inspected in inspection.parts.items():
         if inspected.conflicts:
             example = inspected.conflict_examples[0]
             where = ", ".join(f"{line} {label}" for line, label in zip(example.lines, example.labels, strict=True))
-            doubts.append(f"texts of {part} with different labels: {inspected.conflicts}, such as line {where[:40]}")
+            warnings.append(f"texts of {part} with different labels: {inspected.conflicts}, such as line {where[:40]}")
     duplicates = ", ".join(f"{part} {p.duplicate_rows}" for part, p in inspection.parts.items() if p.duplicate_rows)
     if duplicates:
-        doubts.append(f"rows that repeat an earlier row's text: {duplicates}")
+        warnings.append(f"rows that repeat an earlier row's text: {duplicates}")
     for part, names in inspection.labels_not_in_train.items():
-        doubts.append(f"labels of {part} that no training row teaches: {_some(names)}")
+        warnings.append(f"labels of {part} without a training row: {_some(names)}")
     if inspection.few_rows:
         some = _some([f"{name} ({count})" for name, count in inspection.few_rows.items()])
-        doubts.append(f"classes of fewer than {FEW_ROWS} training rows: {some}")
-    return [f"{'look at' if i == 0 else '':<8}{doubt}" for i, doubt in enumerate(doubts)]
+        warnings.append(f"classes of fewer than {FEW_ROWS} training rows: {some}")
+    return [f"{'look at' if i == 0 else '':<8}{warning}" for i, warning in enumerate(warnings)]
 
 
 def _some(values: list[Any], count: int | None = None) -> str:

@@ -25,7 +25,7 @@ from minibert.filenames import CHECK
 from minibert.inference.logits import compute_logits
 from minibert.problem.problem import class_weights
 from minibert.reporting.console import describe
-from minibert.reporting.data_summary import fit, screen
+from minibert.reporting.data_summary import summary_lines, truncate
 from minibert.runs.setup import Job, get_ready, prepare_sets, start_head
 from minibert.runtime.device import duration, peak_memory
 from minibert.runtime.files import write_json
@@ -43,9 +43,9 @@ def check(config: RunConfig, data: RunData) -> None:
     """--check: print what data and model are like and what the run would cost; check.json in --output, if given."""
     job = get_ready(config, data)
     describe(job.config, job.report, job.hardware, job.frozen, config.model is not None)
-    logger.info("\n".join(screen(job.inspection)))
+    logger.info("\n".join(summary_lines(job.inspection)))
     cost = expected_cost(job)
-    logger.info(fit([cost.line()])[0])
+    logger.info(truncate([cost.line()])[0])
     if config.output is not None:
         folder = Path(config.output)
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from minibert.errors import UserError
 from minibert.inference.classifier import Classifier
 from minibert.problem.problem import class_weights
 from minibert.reporting.console import describe, only_warnings
-from minibert.reporting.data_summary import screen
+from minibert.reporting.data_summary import summary_lines
 from minibert.reporting.format import fixed
 from minibert.reporting.search_report import described, table_lines
 from minibert.runs.folder import clear, output_folder, remove_runs, remove_trials, trial_folder
@@ -72,7 +72,7 @@ def run_search(
     metric = checked_metric(data.problem, config, job.sets["train"].targets)
     class_weights(data.problem, config.class_weights, job.sets["train"].targets)
     describe(job.config, job.report, job.hardware, job.frozen, config.model is not None)
-    for line in screen(job.inspection):
+    for line in summary_lines(job.inspection):
         logger.info(line)
     output = output_folder(config)
     config = replace(config, output=str(output))

@@ -17,7 +17,7 @@ from minibert.data.loading import load_data
 from minibert.errors import UserError
 from minibert.finetune import main
 from minibert.predict import main as predict
-from minibert.reporting.data_summary import FEW_ROWS, WIDTH, Inspection, histogram, inspect, screen
+from minibert.reporting.data_summary import FEW_ROWS, WIDTH, Inspection, histogram, inspect, summary_lines
 from minibert.runs.folder import refuse_at_once
 
 
@@ -54,15 +54,15 @@ def test_every_flaw_is_found(flawed: RunConfig, minilm: Path) -> None:
     assert found.few_rows == {"rare": 1} and found.labels_not_in_train == {"test": ["unheard"]}
     assert (train.length_longest, train.cut_rows, train.cut_tokens) == (102, 1, 38)
     assert sum(rows for _, _, rows in train.histogram) == 64 and train.histogram[-1] == (65, 128, 1)
-    text = "\n".join(screen(found))
+    text = "\n".join(summary_lines(found))
     for phrase in ("test that are also in train: 2", "line 62 good, 63 bad", "unheard", "rare (1)", "1.6% of rows"):
         assert phrase in text
 
 
-def test_clean_data_has_no_doubts(tmp_path: Path, minilm: Path) -> None:
+def test_clean_data_has_no_warnings(tmp_path: Path, minilm: Path) -> None:
     rows = [(f"word{i}", "ab"[i % 2]) for i in range(FEW_ROWS * 4)]
     found = inspected(RunConfig(train=write(tmp_path / "train.csv", rows)), minilm)
-    assert not [line for line in screen(found) if line.startswith("look at")]
+    assert not [line for line in summary_lines(found) if line.startswith("look at")]
 
 
 def test_histogram_counts_every_row_once() -> None:
@@ -76,7 +76,7 @@ def test_the_screen_stays_a_screen_with_150_classes_and_long_names(tmp_path: Pat
     names = [f"class {i} with a name that goes on and on and on for ever" for i in range(150)]
     rows = [(f"word{i} " * (1 + i % 300), names[i % 150]) for i in range(900)]
     found = inspected(RunConfig(train=write(tmp_path / "train.csv", rows)), minilm)
-    lines = screen(found)
+    lines = summary_lines(found)
     assert len(lines) <= 34 and max(map(len, lines)) <= WIDTH  # model and cost take six more
     assert len(found.parts["train"].classes) == 150 and "140 more" in "\n".join(lines)
 
@@ -88,7 +88,7 @@ def finetune(*arguments: str) -> int:
 def test_a_label_does_not_command_the_terminal(tmp_path: Path, minilm: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("text,label\n" + "".join(f'words {i},"\x1b[31mred\ngreen"\nmore {i},blue\n' for i in range(20)))
-    lines = screen(inspected(RunConfig(train=str(path)), minilm))
+    lines = summary_lines(inspected(RunConfig(train=str(path)), minilm))
     assert any("[31mred green" in line for line in lines) and not any(set("\x1b\n") & set(line) for line in lines)
 
 
@@ -153,6 +153,6 @@ def test_check_finds_the_mistakes_that_a_run_would(
 def test_long_notes_are_told_to_their_end(flawed: RunConfig, minilm: Path) -> None:
     found = inspected(flawed, minilm)
     found = replace(found, notes=["a note that goes on " * 8 + "to its end", *["short"] * 14])
-    lines = screen(found)
+    lines = summary_lines(found)
     assert any(line.endswith("to its end") for line in lines) and max(map(len, lines)) <= WIDTH
     assert "        ... 3 more notes" in lines
