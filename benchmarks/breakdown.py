@@ -29,13 +29,13 @@ STEPS = 10
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     training = minibert_training(sms_spam())
-    steps = sorted(training._steps_of_epoch(0), key=lambda step: step.tokens)
+    steps = sorted(training.steps_of_epoch(0), key=lambda step: step.tokens)
     middle = steps[(len(steps) - STEPS) // 2 :][:STEPS]
     for step in middle:
-        training._step(step)
+        training.step(step)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for step in middle:
-            training._step(step)
+            training.step(step)
     milliseconds = {e.key: e.self_cpu_time_total / 1000 / STEPS for e in profiler.key_averages()}
     total = sum(milliseconds.values())
     parts = {kind: sum(milliseconds.get(name, 0.0) for name in names) for kind, names in KINDS.items()}

@@ -50,7 +50,7 @@ def main() -> int:
     job = training(arguments.steps)
     sizes: list[int] = []
     kept: list[np.ndarray] = []
-    step = job._step
+    step = job.step
 
     def measured(chosen):  # type: ignore[no-untyped-def]
         if arguments.leak:
@@ -58,7 +58,7 @@ def main() -> int:
         sizes.append(resident())
         return step(chosen)
 
-    job._step = measured  # type: ignore[method-assign]
+    job.step = measured  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         job.run(Path(folder) / "train_log.jsonl", lambda: None)
     grown = max(sizes[-10:]) - max(sizes[len(sizes) // 2 - 10 : len(sizes) // 2])

@@ -103,8 +103,8 @@ def minibert_pass(tokens: Tokens, labels: np.ndarray, batch: int, layers: int, h
     training = Training(model, Problem(SINGLE, ["0", "1"]), {"train": Dataset(tokens, labels)}, run, choose(run))
 
     def steps() -> Iterator[None]:
-        for step in training._steps_of_epoch(0):
-            training._step(step)
+        for step in training.steps_of_epoch(0):
+            training.step(step)
             yield
 
     return steps

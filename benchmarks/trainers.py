@@ -24,7 +24,8 @@ from minibert.problem.problem import SINGLE, Problem
 from minibert.runs.setup import demo_weights
 from minibert.runtime.device import choose
 from minibert.training.compact_vocabulary import CompactVocabulary
-from minibert.training.loop import Training, planned_batches
+from minibert.training.loop import Training
+from minibert.training.plan import planned_batches
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 BATCH = 32
@@ -123,8 +124,8 @@ def minibert_training(data: Texts, off: str = "", config: RunConfig = CONFIG) ->
 
 def minibert_steps(data: Texts, off: str = "", config: RunConfig = CONFIG) -> Iterator[Step]:
     training = minibert_training(data, off, config)
-    for step in training._steps_of_epoch(0):
-        yield lambda step=step: plainly(off, lambda: training._step(step))  # type: ignore[misc]
+    for step in training.steps_of_epoch(0):
+        yield lambda step=step: plainly(off, lambda: training.step(step))  # type: ignore[misc]
 
 
 def plainly(off: str, call: Callable[[], Any]) -> None:

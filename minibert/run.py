@@ -134,17 +134,19 @@ def train_run(
         logger.info(line)
 
     weights = class_weights(data.problem, config.class_weights, job.sets["train"].targets)
-    fingerprint = fingerprint_of(job.config, data, job.tokenizer, job.hardware, weights_digest(job.model), weights)
+    start = weights_digest(job.model)
     if distributed.world() > 1:
+        fingerprint = fingerprint_of(job.config, data, job.tokenizer, job.hardware, start, weights)
         logger.info(f"spread  over {distributed.world()} processes, each batch split by tokens")
         distributed.refuse_unlike(must_be_alike(fingerprint, job.model.config, job.sets))
     compact = prepare_sets(job)
     start_head(job, weights, resumed=has_checkpoint(config))
     if distributed.world() > 1:
         distributed.same_weights(job.model)
-    training = Training(job.model, data.problem, job.sets, job.config, job.hardware, weights, logger.info)
-    training.head_is_fitted = job.head_is_new and job.config.head_init == "probe"
+    fitted = job.head_is_new and job.config.head_init == "probe"
+    training = Training(job.model, data.problem, job.sets, job.config, job.hardware, weights, logger.info, fitted)
     job.hardware = training.hardware  # eager, where the engine that `auto` chose does not work
+    fingerprint = fingerprint_of(job.config, data, job.tokenizer, job.hardware, start, weights)
     moments.append(time.perf_counter())
     output = open_output(config, held)  # the last thing before training: an earlier run there is safe from mistakes
     record = run_record(job.config, data, first_command(output, command) if config.resume else command)
@@ -219,9 +221,8 @@ def train(training: Training, output: Path, fingerprint: dict[str, Any], tracker
         progress.log(line)
         watch(line)
 
-    training.watch = log
     try:
-        training.run(output / TRAIN_LOG, save if distributed.is_first() else lambda: None)
+        training.run(output / TRAIN_LOG, save if distributed.is_first() else lambda: None, log)
     except Interrupted:
         logger.info(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
         distributed.wait_for_all()

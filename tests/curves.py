@@ -51,7 +51,7 @@ def curve(
     freeze(model, str(flags.get("freeze", "none")), ())
     config = RunConfig(**{"batch_size": 8, "learning_rate": 1e-3, "epochs": 2, "quiet": True, **flags})
     training = Training(model, Problem(kind, labels), {"train": data}, config, hardware, weights, print)
-    numbers = [torch.stack(training._step(step)) for _ in range(2) for step in training._steps_of_epoch(0)]
+    numbers = [torch.stack(training.step(step)) for _ in range(2) for step in training.steps_of_epoch(0)]
     training.optimizer.flush()
     weights_behind = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
     return torch.stack(numbers).cpu().numpy(), weights_behind, training

@@ -288,13 +288,13 @@ def checkpoint() -> bytes:
 
 
 def read_checkpoint(folder: Path) -> None:
-    from minibert.training.resume import _tensors, load_checkpoint
+    from minibert.training.resume import host_tensors, load_checkpoint
 
     job = training()
     load_checkpoint(folder, job, {"version": "1", "seed": 42})
-    next(job._remaining_steps(), None)
+    next(job.remaining_steps(), None)
     int(job.optimizer.skipped)
-    _tensors(job)
+    host_tensors(job)
 
 
 def write_model(folder: Path) -> None:

@@ -25,7 +25,7 @@ def interrupted(step: int, flags: list[str], **options: Any) -> str:
 
 def interrupt_at(step: int) -> None:
     """Counted over all trainings of the process."""
-    take, taken = Training._step, 0
+    take, taken = Training.step, 0
 
     def take_and_count(self: Training, *given: Any) -> Any:
         nonlocal taken
@@ -34,7 +34,7 @@ def interrupt_at(step: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return take(self, *given)
 
-    Training._step = take_and_count  # type: ignore[method-assign]
+    Training.step = take_and_count  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -75,9 +75,8 @@ def run_in_windows(
         if enough:
             raise Enough
 
-    training.watch = watch
     with suppress(Enough):
-        training.run(setting.scratch / "log.jsonl", save=lambda: None)
+        training.run(setting.scratch / "log.jsonl", lambda: None, watch)
 
 
 def train(setting: Setting, size: str, workload: Workload, **flags: Any) -> dict[str, Any]:
@@ -94,6 +93,6 @@ def train(setting: Setting, size: str, workload: Workload, **flags: Any) -> dict
         # Where a batch does not fit into memory it is split in silence, so say what was measured.
         "micro_batch_tokens": training.state.most_tokens or "whole batches",
         "hardware": str(training.hardware),
-        "engine_report": training.fixed.report() if training.fixed else "",
+        "engine_report": training.body.report(),
         "texts": setting.corpus().name,
     }

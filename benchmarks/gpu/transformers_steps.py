@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minibert.batching.tokens import Tokens, flat_indices
-from minibert.training.loop import planned_batches
+from minibert.training.plan import planned_batches
 
 from .clock import Windows, peak_gigabytes, synchronize
 from .minibert_steps import LOG_LINES, run_config

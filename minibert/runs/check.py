@@ -30,7 +30,8 @@ from minibert.runs.setup import Job, get_ready, prepare_sets, start_head
 from minibert.runtime.device import duration, peak_memory
 from minibert.runtime.files import write_json
 from minibert.training.head_start import ROWS, sampled_rows
-from minibert.training.loop import Step, Training, planned_batches, total_steps
+from minibert.training.loop import Training
+from minibert.training.plan import PlannedStep, planned_batches, total_steps, within_budget
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
     what is spent once, before training.
     """
     config, train = training.config, training.data["train"]
-    batches = [part for rows in planned_batches(train.lengths, config) for part in training.within_budget(rows)]
+    batches = [part for rows in planned_batches(train.lengths, config) for part in within_budget(rows, train, config)]
     sizes = np.array([int(train.lengths[rows].sum()) for rows in batches])
     order = np.argsort(sizes)
     trained = sum(p.numel() * p.element_size() for _, p in training.trained_parameters())
@@ -122,7 +123,7 @@ def measure(training: Training, lengths: dict[str, np.ndarray], setup_seconds: f
     run_batch(batches[order[len(order) // 2]])  # not timed: the first step also makes all that
     seconds, timed = 0.0, []
     for place in np.linspace(0, len(order) - 1, TIMED_BATCHES + 2)[1:-1].round().astype(int):
-        if training.fixed is not None:
+        if training.body.fixed_shapes:
             run_batch(batches[order[place]])  # the first of its shape is captured, which takes far longer than a step
         seconds += run_batch(batches[order[place]])
         timed.append(order[place])
@@ -166,7 +167,7 @@ def _batch_runner(training: Training) -> Callable[[np.ndarray], float]:
 
     def run(rows: np.ndarray) -> float:
         started = time.perf_counter()
-        training._step(Step([rows], float(len(rows)), int(lengths[rows].sum()), len(rows)))
+        training.step(PlannedStep([rows], float(len(rows)), int(lengths[rows].sum()), len(rows)))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - started

@@ -28,7 +28,8 @@ from minibert.reporting.results import Finished, headline
 from minibert.runs.setup import Job
 from minibert.runtime import distributed
 from minibert.runtime.files import write_json, writing
-from minibert.training.loop import LOWER_IS_BETTER, Training
+from minibert.training.best import LOWER_IS_BETTER
+from minibert.training.loop import Training
 
 RELOADED_TEXTS = 16  # texts whose logits are compared after saving
 
@@ -80,7 +81,7 @@ def evaluate_splits(training: Training) -> tuple[dict[str, Any], dict[str, np.nd
     for part in ("validation", "test"):
         if part in training.data:
             data = training.data[part]
-            known = training.best_logits if part == "validation" else None
+            known = training.best.logits if part == "validation" else None
             if known is None:
                 known = compute_logits(training.model, data, training.hardware, all_ranks=True)
             logits[part] = known = check_finite(known)

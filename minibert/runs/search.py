@@ -44,7 +44,8 @@ from minibert.runs.search_study import (
 from minibert.runs.setup import get_ready
 from minibert.runtime.device import duration
 from minibert.runtime.files import locked, one_line, writing
-from minibert.training.loop import Diverged, checked_metric
+from minibert.training.best import checked_metric
+from minibert.training.loop import Diverged
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial

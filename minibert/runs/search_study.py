@@ -17,7 +17,7 @@ from minibert.model.config import BertConfig
 from minibert.reporting.results import python_call
 from minibert.runtime.device import duration
 from minibert.runtime.files import one_line, write_json
-from minibert.training.loop import LOWER_IS_BETTER
+from minibert.training.best import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -28,7 +28,7 @@ from minibert.reporting.format import fixed
 from minibert.runs.folder import clear, output_folder, remove_runs, remove_trials, seed_folder
 from minibert.runs.record import common_fingerprint
 from minibert.runtime.files import atomic, locked, read_json, write_json, writing
-from minibert.training.loop import LOWER_IS_BETTER
+from minibert.training.best import LOWER_IS_BETTER
 from minibert.training.resume import STATE_FILE, check_same_run, remove_checkpoint
 
 logger = logging.getLogger(__name__)

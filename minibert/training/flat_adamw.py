@@ -137,6 +137,12 @@ class FlatOptimizer:
         if self.shadow is not None:
             self.shadow.copy_(self.weights)
 
+    def counters(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside the moments, by name."""
+        if self.loss_scale is None:
+            return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "loss_scale": self.loss_scale, "growth_tracker": self.growth_tracker}
+
     def drop_gradients(self) -> None:
         """Forget what was computed of a step that will be tried again."""
         self.flush()  # by the gradients of the step before

@@ -187,7 +187,7 @@ class FixedSteps:
         assert place.norm is not None
         return torch.stack(losses).sum(), place.norm.clone()
 
-    def fault(self, x: PackedInput, targets: Tensor) -> str | None:
+    def self_check(self, x: PackedInput, targets: Tensor) -> str | None:
         """Try everything on a few rows, before the first step: what is wrong, or None. Nothing is trained by it.
 
         Kernels must give the gradient of plain torch, both without dropout, and a graph the loss and norm of what it
@@ -265,7 +265,7 @@ class FixedSteps:
         replayed, launched = found
         return torch.allclose(replayed, launched, rtol=TOLERANCE[self.hardware.precision], equal_nan=True)
 
-    def passes(self, x: PackedInput, targets: Tensor) -> None:
+    def forward_backward(self, x: PackedInput, targets: Tensor) -> None:
         """Forward and backward of one batch without an update, to see whether it fits into memory."""
         place = self._place(x, targets, first=True, last=True)
         if place.graph is None:  # else its capture has done so

@@ -143,6 +143,15 @@ class Optimizer:
     def flush(self) -> None:
         """Nothing to do: a step's update is part of it, unlike that of `FlatOptimizer`."""
 
+    def refresh(self) -> None:
+        """Nothing to do: no copy of the parameters is kept."""
+
+    def counters(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside the moments, by name."""
+        if self.loss_scale is None:
+            return {"skipped": self.skipped}
+        return {"skipped": self.skipped, "loss_scale": self.loss_scale, "growth_tracker": self.growth_tracker}
+
     def drop_gradients(self) -> None:
         """Forget what was computed of a step that will be tried again."""
         self.adamw.zero_grad(set_to_none=True)

@@ -23,7 +23,8 @@ from minibert.filenames import CHECKPOINTS
 from minibert.model.checkpoint import write_tensors
 from minibert.runtime import distributed
 from minibert.runtime.files import check_regular_file, one_line, writing
-from minibert.training.loop import State, Training
+from minibert.training.loop import Training
+from minibert.training.state import State
 
 STATE_FILE = "state.safetensors"
 
@@ -32,8 +33,8 @@ def save_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
     """Write all that `load_checkpoint` needs; the file is replaced whole or not at all."""
     with writing(folder):
         folder.mkdir(exist_ok=True)
-    metadata = {"state": json.dumps(dataclasses.asdict(training.state)), "fingerprint": json.dumps(fingerprint)}
-    write_tensors(folder / STATE_FILE, _tensors(training), metadata)
+    metadata = {"state": json.dumps(training.state.to_dict()), "fingerprint": json.dumps(fingerprint)}
+    write_tensors(folder / STATE_FILE, host_tensors(training), metadata)
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -71,7 +72,7 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             saved = dict(json.loads(metadata["fingerprint"]))
-            state = _checked_state(json.loads(metadata["state"]))
+            state = State.from_dict(json.loads(metadata["state"]))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a handle, not a dict
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, MemoryError) as error:
         raise UserError(f"{path}: not a checkpoint of minibert ({one_line(error)})") from None
@@ -79,8 +80,7 @@ def load_checkpoint(folder: Path, training: Training, fingerprint: dict[str, Any
     if state.step > training.total_steps:
         raise UserError(f"{path}: not a checkpoint of this run (step {state.step} of {training.total_steps})")
     _check_tensors(path, training, tensors)
-    _restore(training, tensors)
-    training.state = state
+    training.restore(state, tensors)
 
 
 def check_same_run(saved: dict[str, Any], fingerprint: dict[str, Any]) -> None:
@@ -101,24 +101,9 @@ def _short(value: object) -> str:
     return one_line(value)[:40]
 
 
-def _checked_state(values: dict[str, Any]) -> State:
-    """The fields of `State`, each of the kind it has when written."""
-    state = State(**values)
-    for field in dataclasses.fields(State):
-        value = getattr(state, field.name)
-        kinds = {"float": (int, float), "float | None": (int, float, type(None))}.get(str(field.type), (int,))
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise ValueError(f"{field.name} is {value!r}")
-        if field.name != "best_value" and not value >= 0:  # type: ignore[operator]
-            raise ValueError(f"{field.name} is {value!r}")
-    return state
-
-
 def _check_tensors(path: Path, training: Training, tensors: dict[str, Tensor]) -> None:
     """Every tensor that belongs to this run, of its shape, and no other: `copy_` would stretch a smaller one."""
-    shapes: dict[str, tuple[int, ...]] = {"skipped": ()}
-    if training.optimizer.loss_scale is not None:
-        shapes |= {"loss_scale": (), "growth_tracker": ()}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(training.optimizer.counters(), ())
     shapes |= {f"model.{name}": tuple(p.shape) for name, p in training.trained_parameters()}
     required = set(shapes)
     for name, p in training.trained_parameters():
@@ -138,43 +123,11 @@ def _check_tensors(path: Path, training: Training, tensors: dict[str, Tensor]) -
 
 def share_checkpoint(training: Training) -> None:
     """Put every process where the first one stands: its folder need not be seen by the others."""
-    training.state = distributed.from_first(training.state)
-    tensors = distributed.tensors_from_first(_tensors(training))
+    state = distributed.from_first(training.state)
+    tensors = distributed.tensors_from_first(host_tensors(training))
     if not distributed.is_first():
-        _restore(training, tensors)
+        training.restore(state, tensors)
 
 
-def _tensors(training: Training) -> dict[str, Tensor]:
-    tensors = {f"best.{name}": tensor for name, tensor in training.best.items()}
-    for name, parameter in training.trained_parameters():
-        tensors[f"model.{name}"] = parameter.detach()
-        for key, value in training.optimizer.moments(parameter).items():  # exp_avg, exp_avg_sq, step
-            # Fixed shapes count the steps of all parameters in one tensor, and a file takes no memory twice.
-            tensors[f"{key}.{name}"] = value.clone() if key == "step" else value
-    if training.optimizer.loss_scale is not None:
-        tensors["loss_scale"] = training.optimizer.loss_scale
-        tensors["growth_tracker"] = training.optimizer.growth_tracker
-    tensors["skipped"] = training.optimizer.skipped
-    if training.recent_losses:
-        tensors["recent_losses"] = torch.stack(training.recent_losses)
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _restore(training: Training, tensors: dict[str, Tensor]) -> None:
-    optimizer = training.optimizer
-    device = training.hardware.device
-    with torch.no_grad():
-        for name, parameter in training.trained_parameters():
-            parameter.copy_(tensors[f"model.{name}"])
-            if f"exp_avg.{name}" in tensors:
-                keys = ("exp_avg", "exp_avg_sq", "step")
-                optimizer.restore(parameter, {key: tensors[f"{key}.{name}"].to(device) for key in keys})
-            if f"best.{name}" in tensors:
-                training.best[name] = tensors[f"best.{name}"].to(device)
-        if training.fixed is not None:
-            training.fixed.optimizer.refresh()
-        optimizer.skipped.copy_(tensors["skipped"])
-        training.recent_losses = list(tensors.get("recent_losses", torch.empty(0)).to(device))
-        if optimizer.loss_scale is not None:
-            optimizer.loss_scale.copy_(tensors["loss_scale"])
-            optimizer.growth_tracker.copy_(tensors["growth_tracker"])
+def host_tensors(training: Training) -> dict[str, Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in training.tensors().items()}

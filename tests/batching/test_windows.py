@@ -102,7 +102,7 @@ def test_training_learns_from_the_loss_of_the_mean_in_parts_that_fit(model: tupl
     config = RunConfig(batch_size=5, epochs=1, max_length=12, truncation="window", device="cpu", validation_split=0)
     problem = Problem(SINGLE, ["a", "b"])
     training = Training(bert, problem, {"train": Dataset(tokens, targets)}, config, choose(config))
-    (step,) = training._steps_of_epoch(0)
+    (step,) = training.steps_of_epoch(0)
     assert len(step.batches) > 1 and step.denominator == 5  # 60 tokens a batch, and the long text alone has more
     gradients = []
     for batches in (step.batches, [np.arange(5)]):

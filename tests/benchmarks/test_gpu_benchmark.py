@@ -18,7 +18,7 @@ import torch
 
 from minibert.batching.dataset import collate
 from minibert.errors import UserError
-from minibert.training import loop as train
+from minibert.training import step as training_step
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = """
@@ -120,7 +120,7 @@ def test_both_sides_see_the_same_batches(gpu: ModuleType, tmp_path: Path) -> Non
     for workload in (gpu.workloads.SENTENCES.tiny(), gpu.workloads.SENTENCES_SORTED.tiny()):
         encoded = gpu.workloads.encode(setting, workload)
         training = gpu.minibert_steps.prepare(setting, "base", workload, encoded, {"compact_vocabulary": False})
-        ours = [rows for epoch in range(2) for step in training._steps_of_epoch(epoch) for rows in step.batches]
+        ours = [rows for epoch in range(2) for step in training.steps_of_epoch(epoch) for rows in step.batches]
         theirs = gpu.transformers_steps.batches(encoded, workload, multiple=8)
         assert len(ours) == 2 * workload.steps
         for rows, (tokens, padded) in zip(ours, theirs, strict=False):
@@ -152,14 +152,14 @@ def test_the_timed_loop_is_the_one_users_run(gpu: ModuleType, tmp_path: Path, mo
 
 
 def test_a_batch_that_was_split_says_so(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = train.train_step
+    step = training_step.train_step
 
     def short_of_memory(model: Any, problem: Any, optimizer: Any, batches: list[Any], **options: Any) -> Any:
         if max(len(x.input_ids) for x, _ in batches) > 60:
             raise MemoryError
         return step(model, problem, optimizer, batches, **options)
 
-    monkeypatch.setattr(train, "train_step", short_of_memory)
+    monkeypatch.setattr(training_step, "train_step", short_of_memory)
     setting = gpu.workloads.Setting(tmp_path, smoke=True)
     row = gpu.minibert_steps.train(setting, "base", gpu.workloads.TEXTS_128, engine="eager", device="cpu")
     assert row["tokens_per_step"] == 64 and row["micro_batch_tokens"] == 32

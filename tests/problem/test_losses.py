@@ -42,14 +42,14 @@ def test_a_step_has_the_loss_and_gradient_of_torch(
     """Over two micro-batches together."""
     flags = {"gradient_accumulation_steps": 2, "label_smoothing": smoothing, "head_dropout": 0.0, "max_grad_norm": 0.0}
     job = training(tiny(classifier_dropout=0.0), kind, hardware, class_weights=weights, **flags)
-    step = job._steps_of_epoch(0)[0]
+    step = job.steps_of_epoch(0)[0]
     rows = np.concatenate(step.batches)
     assert len(step.batches) == 2
     logits = job.model.logits(job.data["train"].batch(rows))
     targets = torch.from_numpy(job.data["train"].targets[rows])
     expected = torchs_loss(kind, logits, targets, None if weights is None else torch.from_numpy(weights), smoothing)
     gradients = torch.autograd.grad(expected, list(job.model.parameters()))
-    loss, norm = job._step(step)
+    loss, norm = job.step(step)
     assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
     assert float(norm) == pytest.approx(float(torch.nn.utils.get_total_norm(gradients)), rel=1e-4)
 

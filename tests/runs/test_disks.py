@@ -23,6 +23,7 @@ from minibert.config import RunConfig
 from minibert.finetune import main
 from minibert.model import checkpoint
 from minibert.runtime import files
+from minibert.training import log as train_log
 from minibert.training import loop as train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,7 @@ def test_a_refused_write_is_one_line_and_leaves_the_last_checkpoint(
                 log.write = failing(log.write)  # type: ignore[method-assign]
                 return log
 
-            patch.setattr(train, "open", opened, raising=False)
+            patch.setattr(train_log, "open", opened, raising=False)
         limit = 2 if call in ("replace", "save") else 8
         count = 8 - limit
         error = one_line_error(capsys, arguments(output))
@@ -123,7 +124,7 @@ def test_a_vanished_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "run"
-    step = train.Training._step
+    step = train.Training.step
     for vanish_at in (3, 9):
 
         def deleting(self: train.Training, chosen: train.Step, vanish_at: int = vanish_at) -> Any:
@@ -131,7 +132,7 @@ def test_a_vanished_folder(
                 shutil.rmtree(output)
             return step(self, chosen)
 
-        monkeypatch.setattr(train.Training, "_step", deleting)
+        monkeypatch.setattr(train.Training, "step", deleting)
         assert "No such file or directory" in one_line_error(capsys, arguments(output))
         assert not output.exists()
 

@@ -275,7 +275,7 @@ from minibert.runtime import distributed
 from minibert.training import loop as train
 from minibert.cli import run_command
 
-step, group = train.Training._step, dist.init_process_group
+step, group = train.Training.step, dist.init_process_group
 
 
 def meet(*arguments, store, rank, timeout, **options):
@@ -291,7 +291,7 @@ def stalling(self, chosen):
     return step(self, chosen)
 
 
-train.Training._step, dist.init_process_group = stalling, meet
+train.Training.step, dist.init_process_group = stalling, meet
 sys.exit(run_command(main, sys.argv[1:]))
 """
 

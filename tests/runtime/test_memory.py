@@ -155,7 +155,7 @@ def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leak
     job = importlib.import_module("memory").training(150)
     seen: dict[int, tuple[int, int]] = {}
     kept: list[Any] = []
-    step = job._step
+    step = job.step
 
     def measured(chosen: train.Step) -> Any:
         if job.state.step in (60, 140):  # the first evaluation, at 50, has kept the best weights
@@ -164,10 +164,10 @@ def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leak
             kept.append(leak(1000))
         return step(chosen)
 
-    job._step = measured
+    job.step = measured
     tracemalloc.start()
     try:
-        job.run(tmp_path / "train_log.jsonl", lambda: checkpoint.write_tensors(tmp_path / "state", job.best))
+        job.run(tmp_path / "train_log.jsonl", lambda: checkpoint.write_tensors(tmp_path / "state", job.best.weights))
     finally:
         tracemalloc.stop()
     (tensors, size), (later_tensors, later_size) = seen[60], seen[140]

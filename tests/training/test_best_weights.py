@@ -44,14 +44,14 @@ def test_the_best_loss_is_the_lowest(
     """And the model holds the weights of that step in the end."""
     job = scripted(tiny(), monkeypatch, [1.0, 3.0, 2.0], [1.0, 1.0, 1.0], metric="loss")
     after: dict[int, torch.Tensor] = {}
-    step, weight = job._step, job.model.classifier.out.weight
+    step, weight = job.step, job.model.classifier.out.weight
 
     def noted(chosen: train.Step) -> Any:
         result = step(chosen)
         after[job.state.step] = weight.detach().clone()
         return result
 
-    job._step = noted  # type: ignore[method-assign]
+    job.step = noted  # type: ignore[method-assign]
     run(job, tmp_path)
     assert torch.equal(weight, after[4]) and not torch.equal(weight, after[6])
     assert job.state.best_step == 4 and job.state.best_value == pytest.approx(np.log(1 + 2 * np.exp(-3.0)), rel=1e-4)

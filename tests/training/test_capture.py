@@ -151,9 +151,9 @@ def test_replays_train_with_the_bits_of_the_recorded_work(
         hardware = Hardware(CPU, precision, "sdpa", name)
         training = training_of(folder, hardware, gradient_accumulation_steps=accumulation)
         for step in steps_of(training):
-            training._step(step)
+            training.step(step)
         found.append(state(training))
-    places = training.fixed.places
+    places = training.body.fixed.places
     assert {key[1:] for key in places} >= ({(True, True)} if accumulation == 1 else {(True, False), (False, True)})
     assert len(places) > 2 and all(place.graph is not None for place in places.values())
     assert_equal_bits(*found)
@@ -168,7 +168,7 @@ def test_gradients_that_overflow_at_the_first_loss_scale_are_no_fault(
     steps = FixedSteps(model, Problem(kind, ["a"]), RunConfig(), hardware, 10, None)
     targets = torch.full((8,), 30.0) if kind == REGRESSION else torch.ones(8, 1)
     x = collate(made_tokens(8), np.arange(8))
-    assert steps.fault(x, targets) is None
+    assert steps.self_check(x, targets) is None
     steps.step([(x, targets)], 0, 1.0)
     assert steps.optimizer.skipped == 1  # as in training, which lowers the scale
 
@@ -205,9 +205,9 @@ def test_a_capture_that_breaks_off_ends_the_run_whoever_chose_the_engine(
 def test_the_backward_pass_waits_for_every_part_of_the_update(tiny: Callable[..., Path], played: None) -> None:
     training = training_of(tiny("BertModel"), Hardware(CPU, "fp32", "sdpa", "graph"))
     first, second, *_ = steps_of(training)
-    training._step(first)
-    current, update = torch.cuda.current_stream(), training.fixed.update
+    training.step(first)
+    current, update = torch.cuda.current_stream(), training.body.fixed.update
     for step in (second, second):  # that captures, that replays
         current.waited.clear()
-        training._step(step)
+        training.step(step)
         assert current.waited[-len(update.events) :] == update.events

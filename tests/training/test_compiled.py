@@ -46,7 +46,7 @@ def test_the_compiled_engine_trains_the_same_and_compiles_once(
     folder, flags = tiny("BertModel"), {**flags, "dropout": 0.1}
     result = curve(folder, SINGLE, choose(RunConfig(engine="compile", device="cpu")), **flags)
     assert_same_training(result, curve(folder, SINGLE, Hardware(CPU, "fp32", "sdpa", "eager"), **flags))
-    regions = result[2].regions
+    regions = result[2].body.regions
     assert regions is not None and regions.report().endswith(", 0 recompilations")
 
 

@@ -126,14 +126,14 @@ def test_all_kernels_together_give_the_gradient_of_plain_torch(tiny: Callable[..
     steps = FixedSteps(model, Problem(SINGLE, ["a", "b", "c"]), RunConfig(), hardware, 10, None)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     assert backend.use_triton(steps.rng)
-    assert steps.fault(collate(made_tokens(2), np.arange(2)), torch.tensor([0, 2])) is None
+    assert steps.self_check(collate(made_tokens(2), np.arange(2)), torch.tensor([0, 2])) is None
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "triton"])
 def test_what_fills_batches_up_counts_as_padding(tiny: Callable[..., Path], attention: str) -> None:
     *_, training = curve(tiny("BertModel"), SINGLE, Hardware(CPU, "fp32", attention, "fixed"))
-    lengths = [training.data["train"].lengths[rows] for step in training._steps_of_epoch(0) for rows in step.batches]
+    lengths = [training.data["train"].lengths[rows] for step in training.steps_of_epoch(0) for rows in step.batches]
     buckets = [Bucket.of(each) for each in lengths]
     packed, total = sum(bucket.tokens for bucket in buckets), sum(each.sum() for each in lengths)
     slots = sum(bucket.texts * bucket.longest for bucket in buckets)
@@ -145,11 +145,11 @@ def test_what_fills_batches_up_counts_as_padding(tiny: Callable[..., Path], atte
 def test_no_two_tensors_of_a_checkpoint_share_memory(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """The flat optimizer counts its steps once for all parameters; safetensors refuses such a pair."""
     *_, training = curve(tiny("BertModel"), SINGLE, Hardware(CPU, "fp32", "sdpa", "fixed"))
-    before = {name: tensor.clone() for name, tensor in resume._tensors(training).items()}
+    before = {name: tensor.clone() for name, tensor in resume.host_tensors(training).items()}
     resume.save_checkpoint(tmp_path / "last", training, {})
     training.optimizer.start_anew()
     resume.load_checkpoint(tmp_path / "last", training, {})
-    after = resume._tensors(training)
+    after = resume.host_tensors(training)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert any(name.startswith("step.") and tensor > 0 for name, tensor in after.items())
 
@@ -160,13 +160,13 @@ def test_half_precision_stays_close_to_fp32(tiny: Callable[..., Path]) -> None:
     result = curve(folder, SINGLE, Hardware(CPU, "bf16", "sdpa", "fixed"))
     np.testing.assert_allclose(result[0][:, 0], expected[0][:, 0], atol=0.1)
     assert {p.dtype for p in result[2].model.parameters()} == {torch.float32}
-    assert {p.dtype for p in result[2].fixed.twin.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in result[2].body.fixed.twin.parameters()} == {torch.bfloat16}
 
 
 def test_a_gradient_that_overflows_changes_nothing_and_lowers_the_scale(tiny: Callable[..., Path]) -> None:
     folder = tiny("BertModel")
     _, before, training = curve(folder, SINGLE, Hardware(CPU, "fp16", "sdpa", "fixed"))
-    optimizer = training.fixed.optimizer
+    optimizer = training.body.fixed.optimizer
     skipped, scale = float(optimizer.skipped), float(optimizer.loss_scale)
     optimizer.grad.fill_(torch.inf)
     optimizer.end_step()
@@ -188,7 +188,7 @@ def test_the_masks_of_two_places_differ() -> None:
 def test_an_engine_that_works_is_kept(tiny: Callable[..., Path], precision: str) -> None:
     hardware = Hardware(CPU, precision, "triton" if precision == "fp32" else "sdpa", "fixed", kernels=True)
     training = curve(tiny("BertModel"), SINGLE, hardware, dropout=0.2)[2]
-    assert training.fixed is not None and training.hardware == hardware
+    assert training.body.fixed_shapes and training.hardware == hardware
 
 
 def test_a_wrong_kernel_is_found_before_the_first_step(

@@ -27,7 +27,7 @@ from minibert.problem.problem import MULTI, SINGLE, Problem
 from minibert.runtime.device import Hardware
 from minibert.training.graph_step import Bucket, FixedSteps, Place, fill_up
 from minibert.training.loop import Training
-from minibert.training.resume import _restore, _tensors
+from minibert.training.resume import host_tensors
 from minibert.training.staging import StaticBuffers
 from minibert_kernels import backend, head
 
@@ -50,12 +50,12 @@ def training_of(folder: Path, hardware: Hardware, kind: str = SINGLE, **flags: A
 
 def steps_of(training: Training) -> list[Any]:
     """More than an epoch."""
-    return training._steps_of_epoch(0) + training._steps_of_epoch(1)
+    return training.steps_of_epoch(0) + training.steps_of_epoch(1)
 
 
 def state(training: Training) -> dict[str, torch.Tensor]:
     """Parameters and moments behind the last step."""
-    return {name: tensor.clone() for name, tensor in _tensors(training).items()}
+    return {name: tensor.clone() for name, tensor in host_tensors(training).items()}
 
 
 def assert_equal_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -80,11 +80,11 @@ def test_an_update_under_the_next_forward_pass_gives_the_same_bits(
         for number, step in enumerate(steps_of(training)):
             if number in (2, 5):
                 step.denominator = 1e-42  # its gradients overflow
-            training._step(step)
-            assert training.fixed.update.due
+            training.step(step)
+            assert training.body.fixed.update.due
             if at_once:
                 optimizer.flush()
-                assert not training.fixed.update.due
+                assert not training.body.fixed.update.due
         found.append(state(training))
         assert optimizer.skipped >= 2
     assert_equal_bits(*found)
@@ -92,13 +92,13 @@ def test_an_update_under_the_next_forward_pass_gives_the_same_bits(
 
 def test_parts_of_the_update_wait_for_the_layers_that_read_them(tiny: Callable[..., Path]) -> None:
     training = training_of(tiny("BertModel"), FIXED)
-    optimizer, update, seen = training.optimizer, training.fixed.update, []
+    optimizer, update, seen = training.optimizer, training.body.fixed.update, []
     first, second, *_ = steps_of(training)
-    training._step(first)
-    do_part, reach = update.update_part, training.fixed.twin.encoder.before_layer
+    training.step(first)
+    do_part, reach = update.update_part, training.body.fixed.twin.encoder.before_layer
     update.update_part = lambda part: (seen.append(("update", optimizer.parts[part][0])), do_part(part))
-    training.fixed.twin.encoder.before_layer = lambda layer: (reach(layer), seen.append(("read", layer)))
-    training._step(second)
+    training.body.fixed.twin.encoder.before_layer = lambda layer: (reach(layer), seen.append(("read", layer)))
+    training.step(second)
     assert seen == [(what, layer) for layer in (-1, 0, 1, 2) for what in ("update", "read")]
     covered = [slice_ for _, *slice_ in optimizer.parts]
     assert covered[0][0] == 0 and covered[-1][1] == optimizer.layout.total
@@ -111,13 +111,13 @@ def test_a_run_goes_on_from_a_checkpoint_with_equal_bits(tiny: Callable[..., Pat
     whole, begun, resumed = (training_of(folder, FIXED) for _ in range(3))
     steps = steps_of(whole)
     for step in steps:
-        whole._step(step)
+        whole.step(step)
     for step in steps[:4]:
-        begun._step(step)
-    _restore(resumed, state(begun))
+        begun.step(step)
+    resumed.restore(resumed.state, state(begun))
     resumed.state = begun.state
     for step in steps[4:]:
-        resumed._step(step)
+        resumed.step(step)
     assert_equal_bits(state(resumed), state(whole))
 
 
@@ -144,18 +144,18 @@ def test_a_step_tried_again_keeps_the_update_of_the_step_before(
     expected, training = training_of(folder, FIXED), training_of(folder, FIXED)
     steps = steps_of(expected)[:4]
     for step in steps:
-        expected._step(step)
+        expected.step(step)
     for step in steps[:3]:
-        training._step(step)
-    reach = training.fixed.update.wait_for
+        training.step(step)
+    reach = training.body.fixed.update.wait_for
 
     def fails_once(layer: int) -> None:
         reach(layer)
         if layer == 1 and not training.state.most_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    training.fixed.twin.encoder.before_layer = fails_once
-    training._step(steps[3])
+    training.body.fixed.twin.encoder.before_layer = fails_once
+    training.step(steps[3])
     assert training.state.most_tokens > 0
     one, other = state(expected), state(training)
     for name, tensor in one.items():
@@ -235,8 +235,8 @@ def trained_until_sure(folder: Path, logit: float) -> tuple[BertForSequenceClass
     training = Training(
         model, Problem(SINGLE, ["ham", "spam"]), {"train": data}, config, replace(FIXED, engine="eager")
     )
-    for step in training._steps_of_epoch(0) * 6:
-        loss, _ = training._step(step)
+    for step in training.steps_of_epoch(0) * 6:
+        loss, _ = training.step(step)
     assert loss < 0.1
     with torch.no_grad():
         scale = logit / model.logits(data.batch(np.arange(8))).abs().mean()
@@ -252,7 +252,7 @@ def test_a_model_that_is_sure_of_its_answers_passes_the_self_check(minilm: Path)
     problem = Problem(SINGLE, ["ham", "spam"])
     for _ in range(2):
         steps = FixedSteps(model, problem, RunConfig(), hardware, 10, None)
-        assert steps.fault(data.batch(rows), torch.from_numpy(data.targets[rows])) is None
+        assert steps.self_check(data.batch(rows), torch.from_numpy(data.targets[rows])) is None
         with torch.no_grad():
             model.classifier.out.weight *= 10
 
@@ -270,7 +270,7 @@ def test_labels_that_are_nearly_even_pass_the_self_check(minilm: Path) -> None:
             model.classifier.out.weight.copy_(0.002 * weight)
             model.classifier.out.bias.zero_()
         steps = FixedSteps(model, Problem(MULTI, labels), RunConfig(), hardware, 10, None)
-        assert steps.fault(data.batch(rows), torch.from_numpy(targets)) is None
+        assert steps.self_check(data.batch(rows), torch.from_numpy(targets)) is None
 
 
 def test_a_wrong_value_of_the_loss_is_found(tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

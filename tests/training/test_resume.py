@@ -48,6 +48,7 @@ def work(arguments: list[str], fatal: int, counter: Any, message: Any) -> None:
     from minibert.errors import UserError
     from minibert.finetune import main
     from minibert.model import checkpoint
+    from minibert.training import log as train_log
     from minibert.training import loop as train
 
     torch.set_num_threads(1)
@@ -76,8 +77,8 @@ def work(arguments: list[str], fatal: int, counter: Any, message: Any) -> None:
     save_file = checkpoint.save_file
     checkpoint.save_file = half_written
     os.fsync, os.replace = watched(os.fsync), watched(os.replace)
-    train.Training._write_line = watched(train.Training._write_line)  # type: ignore[method-assign]
-    train.Training._step = watched(train.Training._step)  # type: ignore[method-assign]
+    train_log.TrainLog.write = watched(train_log.TrainLog.write)  # type: ignore[method-assign]
+    train.Training.step = watched(train.Training.step)  # type: ignore[method-assign]
 
     def command(argv: Any) -> None:
         try:

@@ -92,14 +92,14 @@ def assert_resume_changes_nothing(monkeypatch: pytest.MonkeyPatch, *flags: str) 
     """One run without a stop, and one that gets Ctrl-C in the middle of its seventh step and is resumed."""
     finetune("whole", *flags)
     with monkeypatch.context() as patch:
-        step = train.Training._step
+        step = train.Training.step
 
         def interrupted(self: train.Training, chosen: train.Step) -> Any:
             if self.state.step == 6:
                 os.kill(os.getpid(), signal.SIGINT)
             return step(self, chosen)
 
-        patch.setattr(train.Training, "_step", interrupted)
+        patch.setattr(train.Training, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             finetune("stopped", *flags)
     finetune("stopped", *flags, "--resume")

@@ -31,7 +31,7 @@ def test_training(tiny: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     folder, found = tiny(), []
     for data in (weighted(kind), dataset(kind).take(REPEATED)):
         run = training(folder, kind, data={"train": data}, batch_size=64, epochs=3)
-        losses = [float(run._step(step)[0]) for step in run._remaining_steps()]
+        losses = [float(run.step(step)[0]) for step in run.remaining_steps()]
         found.append((losses, run.model.encoder.layers[0].output.weight.detach().clone()))
     assert np.allclose(found[0][0], found[1][0], rtol=1e-5)
     assert (found[0][1] - found[1][1]).abs().max() < 1e-5

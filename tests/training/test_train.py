@@ -104,8 +104,8 @@ def test_training_is_that_of_a_plain_loop_around_transformers(tiny: Callable[...
     warm_up = int(np.ceil(0.1 * training.total_steps))
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, warm_up, training.total_steps)
     train = training.data["train"]
-    for step in training._remaining_steps():
-        ours = training._step(step)
+    for step in training.remaining_steps():
+        ours = training.step(step)
         rows = [torch.from_numpy(train.tokens.ids[a:b].astype(np.int64)) for a, b in spans(train, step.batches[0])]
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -130,10 +130,10 @@ def spans(data: Dataset, rows: np.ndarray) -> list[tuple[int, int]]:
 def test_padding_is_that_of_the_groups_of_attention(tiny: Callable[..., Path], buckets: bool) -> None:
     training = job(tiny(), dataclasses.replace(BASE, length_buckets=buckets))
     train = training.data["train"]
-    packings = [train.batch(rows).packing for step in training._steps_of_epoch(0) for rows in step.batches]
+    packings = [train.batch(rows).packing for step in training.steps_of_epoch(0) for rows in step.batches]
     slots = sum(chunk.num_texts * chunk.longest for packing in packings for chunk in packing.chunks)
     assert training.padding_fractions() == (pytest.approx(1 - train.lengths.sum() / slots), 0)
-    training.hardware = dataclasses.replace(CPU, attention="flash")
+    training.body.hardware = dataclasses.replace(CPU, attention="flash")
     assert training.padding_fractions() == (0, 0)
 
 

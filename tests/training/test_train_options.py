@@ -22,7 +22,8 @@ from minibert.problem.problem import SINGLE
 from minibert.runtime import distributed
 from minibert.runtime.device import Hardware
 from minibert.training import loop as train
-from minibert.training.loop import Step, Training
+from minibert.training.loop import Training
+from minibert.training.plan import PlannedStep
 
 pytestmark = pytest.mark.usefixtures("references_of_kernels")
 KERNELS = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
@@ -30,7 +31,7 @@ KERNELS = Hardware(CPU, "fp32", "triton", "fixed", kernels=True)
 
 def test_batch_tokens_is_the_budget_of_each_batch(tiny: Callable[..., Path]) -> None:
     job = training(tiny(), data={"train": dataset(count=200)}, batch_size=4, batch_tokens=160)
-    sizes = [step.tokens for step in job._steps_of_epoch(0)]
+    sizes = [step.tokens for step in job.steps_of_epoch(0)]
     assert max(sizes) <= 160 and np.mean(sizes[:-1]) > 120
 
 
@@ -39,7 +40,7 @@ def test_length_buckets_put_texts_of_like_length_together(tiny: Callable[..., Pa
     spreads = {}
     for buckets in (False, True):
         job = training(folder, data=data, length_buckets=buckets)
-        lengths = [data["train"].lengths[rows] for step in job._steps_of_epoch(0) for rows in step.batches]
+        lengths = [data["train"].lengths[rows] for step in job.steps_of_epoch(0) for rows in step.batches]
         spreads[buckets] = np.mean([each.max() - each.min() for each in lengths])
     assert spreads[True] < 5 < 15 < spreads[False]
 
@@ -55,7 +56,7 @@ def test_the_last_layer_computes_the_cls_rows_only(tiny: Callable[..., Path], mo
 
     monkeypatch.setattr(Layer, "forward", counted)
     job = training(tiny())
-    job._step(job._steps_of_epoch(0)[0])
+    job.step(job.steps_of_epoch(0)[0])
     assert [calls[layer] for layer in job.model.encoder.layers] == [1, 1, 0]
 
 
@@ -91,8 +92,8 @@ def test_micro_batches_of_a_step_drop_different_elements(tiny: Callable[..., Pat
 
     def loss(batches: list[np.ndarray], dropout: float) -> float:
         torch.manual_seed(0)
-        step = Step(batches, 8.0 * len(batches), 0, 0)
-        return float(training(folder, SINGLE, hardware, dropout=dropout, warmup_ratio=0.0)._step(step)[0])
+        step = PlannedStep(batches, 8.0 * len(batches), 0, 0)
+        return float(training(folder, SINGLE, hardware, dropout=dropout, warmup_ratio=0.0).step(step)[0])
 
     assert loss([rows, rows], 0.0) == pytest.approx(loss([rows], 0.0), rel=1e-5)
     assert loss([rows, rows], 0.5) != pytest.approx(loss([rows], 0.5), rel=1e-4)
@@ -113,7 +114,7 @@ def test_each_process_draws_its_own_masks(tiny: Callable[..., Path], monkeypatch
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         job = training(folder, dropout=0.5, seed=7)
-        job._step(job._steps_of_epoch(0)[0])
+        job.step(job.steps_of_epoch(0)[0])
     masks = [drawn[rank].draw([1000], 0.5, torch.empty(()))[0] for rank in range(3)]
     assert torch.equal(masks[0], DropoutMasks(7, 0, draws=drawn[0].draws - 1).draw([1000], 0.5, torch.empty(()))[0])
     for a, b in ((0, 1), (0, 2), (1, 2)):
@@ -127,7 +128,7 @@ def test_fp16_scales_the_loss_and_not_the_norm(tiny: Callable[..., Path], engine
     whole = training(folder)
     half = training(folder, hardware=Hardware(CPU, "fp16", "sdpa", engine))
     assert half.optimizer.loss_scale is not None and float(half.optimizer.loss_scale) == 65536
-    (_, expected), (_, norm) = (job._step(job._steps_of_epoch(0)[0]) for job in (whole, half))
+    (_, expected), (_, norm) = (job.step(job.steps_of_epoch(0)[0]) for job in (whole, half))
     assert float(norm) == pytest.approx(float(expected), rel=0.02)
 
 
@@ -135,10 +136,10 @@ def test_fp16_scales_the_loss_and_not_the_norm(tiny: Callable[..., Path], engine
 def test_the_copy_that_computes_follows_the_weights(tiny: Callable[..., Path], precision: str) -> None:
     """A step writes both; else the loss would never fall."""
     job = training(tiny(), hardware=replace(FIXED, precision=precision), epochs=12, learning_rate=5e-3)
-    assert job.fixed is not None
-    before = {name: value.clone() for name, value in job.fixed.twin.named_parameters()}
-    losses = [float(job._step(step)[0]) for step in job._remaining_steps()]
+    assert job.body.fixed_shapes
+    before = {name: value.clone() for name, value in job.body.fixed.twin.named_parameters()}
+    losses = [float(job.step(step)[0]) for step in job.remaining_steps()]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) / 2
-    for name, value in job.fixed.twin.named_parameters():
+    for name, value in job.body.fixed.twin.named_parameters():
         assert torch.equal(value, job.model.get_parameter(name).to(value.dtype)), name
         assert "qkv.bias" in name or not torch.equal(value, before[name]), name
