@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import CPU, made_tokens
+from curves import CPU, made_tokens
 from test_graph_step import assert_equal_bits, references, state, steps_of, training_of  # noqa: F401 (a fixture)
 
 from minibert.batching.dataset import collate

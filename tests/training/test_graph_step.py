@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_engine import CPU, SIZES, made_targets, made_tokens
+from curves import CPU, SIZES, made_targets, made_tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
