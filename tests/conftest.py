@@ -46,6 +46,15 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICES = [pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What tests benchmarks/ is left out of a plain `pytest` and of `-m "not slow"`."""
+    for item in items:
+        if item.path.parent.name == "benchmarks":
+            item.add_marker("benchmarks")
+        if item.get_closest_marker("benchmarks"):
+            item.add_marker("slow")
+
+
 def pytest_unconfigure() -> None:
     if os.environ.get("MINIBERT_TESTS_OWNER") == str(os.getpid()):
         shutil.rmtree(os.environ["MINIBERT_TESTS_HOME"], ignore_errors=True)

@@ -14,20 +14,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from commands import run, run_here
 from interrupted import interrupted
 
 import minibert
-from minibert.cli import checked_values
-from minibert.config import RunConfig
 from minibert.errors import UserError
-
-
-def run(*arguments: str, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=cwd)
-    if check:
-        assert done.returncode == 0, done.stderr
-    return done
 
 
 @pytest.fixture(scope="session")
@@ -153,6 +144,7 @@ def test_embed_equals_mean_pooling_of_transformers(minilm: Path, messages: Path,
     assert vectors.shape == (400, 384) and np.abs(vectors[:20] - expected.numpy()).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_five_lines_of_python(minilm: Path, messages: Path, tmp_path: Path) -> None:
     rows = read_predictions(messages)
     texts, labels = [row["text"] for row in rows], np.array([row["label"] for row in rows])
@@ -193,12 +185,7 @@ def test_mistakes_from_python(more: dict[str, Any], message: str) -> None:
         minibert.finetune(["a", "b"], [0, 1], **more)
 
 
-def test_none_from_python_is_the_default() -> None:
-    assert checked_values({"class_weights": None, "lr": None, "epochs": 2}, "here") == {"epochs": 2.0}
-    with pytest.raises(UserError, match="unknown setting 'epoch'"):
-        checked_values({"epoch": None}, "here")
-
-
+@pytest.mark.slow
 def test_a_run_is_reproducible(messages: Path, tmp_path: Path, minilm: Path) -> None:
     for name in ("a", "b"):
         run(
@@ -215,6 +202,7 @@ def test_a_run_is_reproducible(messages: Path, tmp_path: Path, minilm: Path) -> 
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_bits(messages: Path, tmp_path: Path, minilm: Path) -> None:
     common = ["--train", str(messages), "--max-steps", "40", "--batch-size", "8", "--eval-steps", "15"]
     run("minibert.finetune", *common, "--output", str(tmp_path / "whole"))
@@ -228,77 +216,6 @@ def test_an_interrupted_run_resumes_to_the_same_bits(messages: Path, tmp_path: P
     other = [*common, "--output", str(tmp_path / "changed"), "--resume", "--lr", "1e-3"]
     changed = run("minibert.finetune", *other, check=False)
     assert changed.returncode == 2 and "learning_rate" in changed.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--train", "none.csv"], "none.csv: no such file"),
-        (["--train", "~nobody-of-this-name/a.csv"], "~nobody-of-this-name/a.csv: no such file"),
-        (["--train", "data.csv", "--model", "~nobody-of-this-name"], "~nobody-of-this-name: no such model folder"),
-        (["--train", "bad.csv"], "bad.csv, line 3: 3 cells where the header has 2"),
-        (["--train", "data.csv", "--text-column", "txt"], "no column 'txt'; its columns are text, label"),
-        (["--train", "data.csv", "--epochs", "-1"], "--epochs -1.0"),
-        (["--train", "data.csv", "--epochz", "1"], "--epochz"),
-        (["--train", "data.csv", "--seeds", "1", "2"], "several values stand between commas: --seeds A,B"),
-        (["--train", "data.csv", "--device", "tpu"], "--device"),
-        (["--train", "data.csv", "--model", "/no/such/model"], "/no/such/model: no such model folder"),
-        (["--train", "data.csv", "--max-length", "9999"], "at most 512 tokens"),
-        (["--train", "data.csv", "--output", "full"], "full: not empty"),
-        (["--train", "data.csv", "--config", "bad.toml"], "unknown setting 'epoch'"),
-        (["--train", "data.csv", "--resume", "--output", "new"], "no checkpoint to resume"),
-        (["--train", "data.csv", "--precision", "bf16", "--device", "cpu"], "--precision bf16"),
-        (["--validation", "data.csv"], "--train is missing"),
-    ],
-)
-def test_mistakes_get_one_line_and_exit_code_2(
-    tmp_path: Path, minilm: Path, arguments: list[str], message: str
-) -> None:
-    (tmp_path / "data.csv").write_text("text,label\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(20)))
-    (tmp_path / "bad.csv").write_text("text,label\none,a\ntwo,b,c\n")
-    (tmp_path / "bad.toml").write_text("epoch = 3\n")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("keep")
-    before = sorted(path.name for path in tmp_path.iterdir())
-    done = run("minibert.finetune", *arguments, check=False, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "new") == before
-    assert (tmp_path / "full" / "mine.txt").read_text() == "keep"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--freze", "all"], "--freze all (did you mean --freeze?)"),
-        (["--epoch=3"], "did you mean --epochs?"),
-        (["reviews.csv"], "reviews.csv (did you mean --train in front of it?)"),
-        (["--fp16"], "--fp16 (--precision fp16)"),
-        (["--warmup-steps", "100"], "(--warmup-ratio is the fraction of all steps)"),
-        (["--overwrite_output_dir", "True"], "True (a switch has no value: --x, or --no-x)"),
-        (["--fancy"], "unrecognized arguments: --fancy; see"),
-        (["--epochs", "ten"], "--epochs: 'ten' is not auto or a number; see"),
-        (["--batch_size", "1.5"], "--batch-size: '1.5' is not an integer; see"),
-    ],
-)
-def test_a_mistyped_flag_is_answered_with_the_one_that_was_meant(arguments: list[str], message: str) -> None:
-    from minibert.cli import parse_run_config
-
-    with pytest.raises(UserError) as error:
-        parse_run_config(arguments)
-    assert message in str(error.value)
-
-
-def test_metrics_by_the_names_of_trainer() -> None:
-    assert RunConfig(metric="eval_f1").metric == "f1"
-
-
-def test_help_has_each_flag_once_under_its_first_name() -> None:
-    from minibert.cli import run_parser
-
-    text = run_parser().format_help()
-    assert text.count("--learning-rate X") == 1 and "--learning_rate" not in text
-    assert "--[no-]length-buckets" in text and "--train FILE" in text and text.count("\n") < 150
 
 
 def test_resume_and_output_alone_go_on_with_the_flags_of_the_run(
@@ -341,46 +258,6 @@ def test_resume_does_not_take_the_demonstration_for_a_run_it_knows_nothing_of(
     assert (folder / "model.safetensors").read_bytes() == before and not any((tmp_path / "empty").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["finetuen", "--train", "x.csv"], 2, "error: no command 'finetuen'; did you mean finetune?"),
-        (["juggle"], 2, "error: no command 'juggle'; there are finetune, predict"),
-        (["--version"], 0, minibert.__version__),
-    ],
-)
-def test_commands_by_name(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from minibert.cli import main
-
-    assert main(arguments) == code
-    said = "".join(capsys.readouterr())
-    assert said.startswith(message) and said.count("\n") == 1
-
-
-def test_spellings_of_flags_and_empty_values(tmp_path: Path) -> None:
-    from minibert import predict
-    from minibert.cli import parse_run_config
-
-    for spelled in ("--no-length-buckets", "--no_length_buckets", "--no-length_buckets"):
-        assert parse_run_config(["--length_buckets", spelled]).length_buckets is False
-    texts = predict.parser().parse_args(["x", "--text", "--a_b is no flag", "a_b=--c_d", "--top_k=2"])
-    assert texts.text == ["--a_b is no flag", "a_b=--c_d"] and texts.top_k == 2
-    for name in ("--model", "--train", "--output", "--label-delimiter"):
-        with pytest.raises(UserError, match=f"{name}: is empty"):
-            parse_run_config([name, ""])
-    (tmp_path / "run.toml").write_text('train = "~/rows.csv"\n')
-    assert parse_run_config(["--config", str(tmp_path / "run.toml")]).train == str(Path("~/rows.csv").expanduser())
-
-
-def test_the_demonstration_gives_way_to_every_flag() -> None:
-    from minibert.cli import given_settings
-    from minibert.run import demonstration
-
-    given = given_settings(["--epochs", "3", "--test-split", "0"])
-    config = RunConfig(**demonstration() | given)
-    assert (config.epochs, config.test_split, config.learning_rate) == (3, 0, None)
-
-
 def test_an_mlp_head_is_kept_for_the_same_labels_unless_another_is_asked_for(
     films: Path, film_model: Path, tmp_path: Path
 ) -> None:
@@ -406,40 +283,8 @@ def test_a_mistake_with_overwrite_leaves_the_earlier_run_alone(trained: Path, me
     before = {path.name: path.stat().st_mtime_ns for path in trained.iterdir()}
     arguments = ["--train", str(messages), "--output", str(trained), "--overwrite"]
     for mistake in (["--metric", "bleu"], ["--class-weights", "none.json"]):
-        assert run("minibert.finetune", *arguments, *mistake, check=False).returncode == 2
+        assert run_here("minibert.finetune", *arguments, *mistake, check=False).returncode == 2
     assert {path.name: path.stat().st_mtime_ns for path in trained.iterdir()} == before
-
-
-def test_config_file_and_aliases_set_the_same_flags(tmp_path: Path) -> None:
-    from minibert.cli import parse_run_config
-
-    (tmp_path / "off.toml").write_text("no-cls-only = true\nno_temperature = false\n")
-    off = parse_run_config(["--config", str(tmp_path / "off.toml")])
-    assert off.cls_only is False and off.temperature is True
-    (tmp_path / "run.toml").write_text('epochs = 5\nlr = 1e-4\nlabel-column = "target"\nlength_buckets = true\n')
-    config = parse_run_config(["--config", str(tmp_path / "run.toml"), "--num_train_epochs", "7"])
-    assert (config.epochs, config.learning_rate, config.label_column) == (7, 1e-4, ("target",))
-    assert config.length_buckets is True
-    off = parse_run_config(["--config", str(tmp_path / "run.toml"), "--no-length-buckets", "--no-quiet"])
-    assert off.length_buckets is False and off.quiet is False
-    long = ["--model_name_or_path", "m", "--train_file", "t", "--max_seq_length", "9", "--per_device_train_batch_size"]
-    config = parse_run_config(
-        [*long, "4", "--text_column", "a,b", "--text-column", "c", "--lr_scheduler_type", "cosine"]
-    )
-    assert (config.model, config.train, config.max_length, config.batch_size) == ("m", "t", 9, 4)
-    assert config.text_column == ("a", "b", "c") and config.schedule == "cosine"
-
-
-def test_help_and_import_are_without_torch() -> None:
-    code = """
-import contextlib, importlib, sys, minibert
-for name in ("finetune", "predict", "evaluate", "embed", "export", "cli"):
-    with contextlib.suppress(SystemExit):
-        importlib.import_module(f"minibert.{name}").main(["--help"])
-assert "torch" not in sys.modules and "numpy" not in sys.modules
-"""
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout.count("usage: ") == 6
 
 
 def test_minibert_finetune_is_a_module_and_a_function() -> None:
@@ -458,6 +303,7 @@ def test_output_goes_through_a_closed_pipe_quietly(trained: Path, messages: Path
     assert done.stdout.startswith("row,text") and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_demo_without_arguments(tmp_path: Path, minilm: Path) -> None:
     """The README's first command: from nothing to a model that is right nine times of ten."""
     done = run("minibert.finetune", "--output", str(tmp_path / "demo"))

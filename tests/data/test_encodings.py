@@ -44,6 +44,7 @@ def write(path: Path, encoding: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("encoding", FILES)
+@pytest.mark.slow
 def test_commands_read_every_encoding(
     tiny: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str
 ) -> None:
@@ -62,6 +63,7 @@ def test_commands_read_every_encoding(
     assert "40 predictions written" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_encoding_is_said_and_the_flag_wins(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """A run in a process of its own, as a user starts it."""
     write(tmp_path / "data.csv", "cp1251")

@@ -305,6 +305,7 @@ def test_what_is_no_list_of_texts_is_one_line(texts: Any, message: str, tiny: Ca
     assert not Path("none").exists()
 
 
+@pytest.mark.slow
 def test_order_and_spelling_of_labels_are_the_same_in_every_process() -> None:
     """Sets of strings have another order in each."""
     code = """
@@ -341,6 +342,7 @@ def test_sparse_tables_and_bytes_as_labels() -> None:
         prepared([b"a", b"b"] * 10)
 
 
+@pytest.mark.slow
 def test_numbers_of_a_wide_spread_are_learned_as_small_ones_are(tiny: Callable[..., Path], tmp_path: Path) -> None:
     texts = [f"film {i % 7} is {'good' if i % 2 else 'bad'} {i}" for i in range(48)]
     values = np.array([3.0 * (i % 7) + i % 2 for i in range(48)])

@@ -42,6 +42,7 @@ def commands(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
+@pytest.mark.slow
 def test_every_command_runs(page: str, clone: Path) -> None:
     listed = commands(PAGES[page])
     assert len(listed) >= 6

@@ -50,6 +50,7 @@ def test_a_graph_draws_new_masks_when_the_step_counts_up() -> None:
     assert all(not torch.equal(one, other) for one, other in zip(*before, strict=True))
 
 
+@pytest.mark.benchmarks
 def test_kernels_compile_for_hopper_without_spilling() -> None:
     """With the ptxas of Triton's wheel: what no step of test_launches.py has, such as attention of every kind."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

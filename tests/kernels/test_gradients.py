@@ -95,6 +95,7 @@ NETWORK = [(70, 24), (70,), (24, 70), (24,), (24,), (24,), (70,)]
 
 
 @pytest.mark.parametrize("tokens", [2, 40, large(20_001)])
+@pytest.mark.slow
 def test_gradients_go_to_one_buffer_as_autograd_would_add_them(device: str, tokens: int) -> None:
     """Two batches of a step and one of the next, whose matrices write over what is left there."""
     plain = [random(shape, torch.float32, device, i).requires_grad_() for i, shape in enumerate(NETWORK)]

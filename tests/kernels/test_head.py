@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_outputs")
         large(MULTI, 34, 1024, 28, 0.1, 0.1, True, True),
     ],
 )
+@pytest.mark.slow
 def test_head_loss(
     device: str,
     dtype: torch.dtype,

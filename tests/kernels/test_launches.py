@@ -109,6 +109,7 @@ KNOWN_SPILLS = {(80, "attention.short_backward_kernel"): 208}
 
 
 @pytest.mark.parametrize(("arch", "shapes"), [(90, SHAPES), (80, SHAPES[:2])])
+@pytest.mark.benchmarks
 def test_every_kernel_of_a_step_compiles_without_spilling(arch: int, shapes: list[object]) -> None:
     """With the ptxas of Triton's wheel, for the argument types, alignments and block sizes that the steps have."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

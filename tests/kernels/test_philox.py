@@ -51,6 +51,7 @@ def test_masks_drop_the_wanted_share() -> None:
         assert kept.mean(0).std() < 0.025 and kept.mean(1).std() < 0.075  # no column and no row is special
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean() -> None:
     """Over many steps the references, whose masks the kernels share, come to what they give without dropout."""
     x = random((7, 24), torch.float32, "cpu", 0)

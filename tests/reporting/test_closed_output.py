@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("more", [[], ["--seeds", "1,2"]])
+@pytest.mark.slow
 def test_a_run_goes_on_where_nobody_reads_its_lines(
     arguments: Callable[..., list[str]], tmp_path: Path, more: list[str]
 ) -> None:
@@ -31,12 +32,14 @@ def test_a_run_goes_on_where_nobody_reads_its_lines(
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_is_no_traceback(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     command = shlex.join([sys.executable, "-m", "minibert.finetune", *arguments(tmp_path / "run")])
     done = subprocess.run(f"{command} >&-", shell=True, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_full_terminal_log_is_one_line(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "minibert.finetune", *arguments(tmp_path / "run")]
     command.remove("--quiet")

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("call", ["fsync", "replace", "save", "write"])
+@pytest.mark.slow
 def test_a_refused_write_is_one_line_and_leaves_the_last_checkpoint(
     arguments: Callable[..., list[str]],
     tmp_path: Path,
@@ -104,6 +105,7 @@ def test_a_read_only_disk(
     assert "Read-only file system" in one_line_error(capsys, arguments(small_disk / "run"))
 
 
+@pytest.mark.slow
 def test_a_limit_on_file_sizes(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     """As quotas do it: the file that grows too large cannot be written, in a real process."""
     command = [sys.executable, "-m", "minibert.finetune", *arguments(tmp_path / "run")]

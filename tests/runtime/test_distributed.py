@@ -199,6 +199,7 @@ def script_of(folder: Path, names: Iterable[str], suffix: str) -> list[str]:
     return ["jobs.py", json.dumps(jobs)]
 
 
+@pytest.mark.slow
 def test_processes_and_machines_give_what_one_process_gives(folder: Path) -> None:
     """Four processes of one torchrun do every job, and two torchruns that meet on a port, as two nodes do, some.
 
@@ -250,6 +251,7 @@ sys.exit(run_command(main, sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_dead_worker_ends_the_job_and_one_process_goes_on(folder: Path) -> None:
     """What is left tells why, though torchrun tells it to end before it gets there."""
     arguments = [*flags("few", "dead"), "--max-steps", "80", "--save-steps", "1"]
@@ -296,6 +298,7 @@ sys.exit(run_command(main, sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_stalls_ends_the_job(folder: Path) -> None:
     """It is alive and says nothing: the others wait for it as long as a slow one may take, and no longer."""
     (folder / "stalling.py").write_text(STALLING)
@@ -306,6 +309,7 @@ def test_a_worker_that_stalls_ends_the_job(folder: Path) -> None:
     alone(*flags("few", "stalled"), "--save-steps", "1", "--resume")
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_goes_on_in_more_processes(folder: Path) -> None:
     arguments = [*flags("few", "stopped"), "--epochs", "999", "--max-steps", "80", "--eval-steps", "5"]
     process = torchrun("-m", "minibert.finetune", *arguments)

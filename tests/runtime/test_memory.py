@@ -51,6 +51,7 @@ OUT_OF_MEMORY = [
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["MemoryError", "cuda", "cpu"])
+@pytest.mark.slow
 def test_out_of_memory_halves_the_micro_batch_not_the_effective_one(
     arguments: Callable[..., list[str]],
     tmp_path: Path,
@@ -149,6 +150,7 @@ def held_bytes() -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("leak", [None, torch.ones, np.ones], ids=["none", "a tensor a step", "an array a step"])
+@pytest.mark.slow
 def test_memory_stays_flat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leak: Callable[[int], Any] | None) -> None:
     """Over 80 steps with evaluations and checkpoints nothing is kept of a step; what leaks on purpose is seen."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

@@ -39,6 +39,7 @@ quiet_dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tenso
     [{}, {"gradient_accumulation_steps": 2}, {"freeze": "1"}],
     ids=str,
 )
+@pytest.mark.slow
 def test_the_compiled_engine_trains_the_same_and_compiles_once(
     tiny: Callable[..., Path], flags: dict[str, Any]
 ) -> None:
@@ -60,6 +61,7 @@ def test_all_layers_and_sizes_share_one_compilation_a_region(tiny: Callable[...,
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_one_line(film_model: Path, films: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     flags = ["--train", str(films), "--model", str(film_model), "--output", str(output), "--device", "cpu", "--quiet"]

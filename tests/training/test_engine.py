@@ -119,6 +119,7 @@ def test_the_kernels_dropout_is_drawn_anew_each_step_and_again_from_the_seed(tin
 
 
 @pytest.mark.interpreter
+@pytest.mark.slow
 def test_all_kernels_together_give_the_gradient_of_plain_torch(tiny: Callable[..., Path]) -> None:
     folder = tiny("BertModel", hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
     model, _ = load_model(folder, BertForSequenceClassification, num_labels=3, dropout=0.1)

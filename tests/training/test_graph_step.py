@@ -245,6 +245,7 @@ def trained_until_sure(folder: Path, logit: float) -> tuple[BertForSequenceClass
     return model, data
 
 
+@pytest.mark.slow
 def test_a_model_that_is_sure_of_its_answers_passes_the_self_check(minilm: Path) -> None:
     """With logits of 120 the loss has no gradient at all, with logits of 12 one of mostly rounding."""
     model, data = trained_until_sure(minilm, 12.0)
@@ -257,6 +258,7 @@ def test_a_model_that_is_sure_of_its_answers_passes_the_self_check(minilm: Path)
             model.classifier.out.weight *= 10
 
 
+@pytest.mark.slow
 def test_labels_that_are_nearly_even_pass_the_self_check(minilm: Path) -> None:
     """Which answers the model believes least hangs on rounding, and ours is not plain torch's."""
     labels, rows = [f"label {number}" for number in range(28)], np.arange(len(TEXTS))

@@ -91,6 +91,7 @@ def test_the_added_layer_gives_the_mean_of_the_tokens(tiny: Callable[..., Path])
 
 
 @pytest.mark.parametrize("kind", [SINGLE, MULTI, REGRESSION])
+@pytest.mark.slow
 def test_a_started_head_beats_the_best_constant(tiny: Callable[..., Path], kind: str) -> None:
     for mlp_size, pairs in ((0, False), (16, False), (0, True)):
         model, data, problem = started(tiny(), kind, mlp_size, pairs=pairs)

@@ -72,6 +72,7 @@ def test_the_penalty_is_chosen_on_rows_that_were_held_out() -> None:
     assert fit_linear_probe(rows(SINGLE, x, classes(x, 0.0))).penalty == min(linear_probe.PENALTIES)
 
 
+@pytest.mark.slow
 def test_more_cells_than_fit_at_once_are_computed_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = features()
     y = classes(x)

@@ -136,6 +136,7 @@ def test_weights_that_are_no_numbers_are_refused(
     assert "encoder.layer.0.output.dense.bias holds NaN" in one_line_error(capsys, given)
 
 
+@pytest.mark.slow
 def test_deterministic_runs_are_equal(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     """In processes of their own: the switch is for the whole process."""
     for name in ("a", "b"):
@@ -145,6 +146,7 @@ def test_deterministic_runs_are_equal(arguments: Callable[..., list[str]], tmp_p
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_deterministic_asks_torch_for_it() -> None:
     """On a CPU runs are equal anyway; on a GPU it is this switch that makes them so."""
     code = "import torch; from minibert.config import RunConfig; from minibert.runtime.device import choose; "

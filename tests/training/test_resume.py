@@ -144,6 +144,7 @@ def results(output: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", list(SETTINGS))
+@pytest.mark.slow
 def test_kills_change_nothing(tiny: Callable[..., Path], rows: Path, tmp_path: Path, name: str) -> None:
     """Several for each setting, at seeded moments, one after another on the same run."""
     model = tiny()
@@ -178,6 +179,7 @@ def killed_twice_and_resumed(model: Path, rows: Path, folder: Path, flags: str, 
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.slow
 def test_a_compiled_run_resumes_too(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
     killed_twice_and_resumed(tiny(), rows, tmp_path, "--engine compile", "cpu")
 
@@ -191,6 +193,7 @@ def test_every_engine_resumes_on_a_gpu(tiny: Callable[..., Path], rows: Path, tm
     killed_twice_and_resumed(model, rows, tmp_path, f"--engine {engine} --attention sdpa --deterministic", "cuda")
 
 
+@pytest.mark.slow
 def test_a_kill_after_training_is_finished_by_resume(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
     model, flags = tiny(), "--batch-size 16 --save-steps 3"
     _, moments, _ = finetune(base(model, rows, tmp_path / "whole", flags))
@@ -203,6 +206,7 @@ def test_a_kill_after_training_is_finished_by_resume(tiny: Callable[..., Path], 
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_finished_run_keeps_its_checkpoint_when_asked(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
     for flags, kept in (("--batch-size 16", False), ("--batch-size 16 --keep-checkpoint", True)):
         output = tmp_path / f"kept-{kept}"
@@ -212,6 +216,7 @@ def test_a_finished_run_keeps_its_checkpoint_when_asked(tiny: Callable[..., Path
     assert finetune([*base(tiny(), rows, output, flags), "--resume"])[::2] == (0, "")  # evaluates again
 
 
+@pytest.mark.slow
 def test_what_changed_is_refused_by_name(tiny: Callable[..., Path], rows: Path, tmp_path: Path) -> None:
     model = tiny()
     arguments = base(model, rows, tmp_path / "run", "--batch-size 16 --save-steps 1")
@@ -249,6 +254,7 @@ def test_changed_code_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_sigterm_and_ctrl_c_leave_a_checkpoint(
     tiny: Callable[..., Path], rows: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

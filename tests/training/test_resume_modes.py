@@ -109,6 +109,7 @@ def assert_resume_changes_nothing(monkeypatch: pytest.MonkeyPatch, *flags: str) 
 
 
 @pytest.mark.parametrize("kind", list(DATA))
+@pytest.mark.slow
 def test_resume_of_every_kind_of_data(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     assert_resume_changes_nothing(monkeypatch, *DATA[kind])
     config = json.loads((folder / "whole" / "config.json").read_text())
@@ -116,11 +117,13 @@ def test_resume_of_every_kind_of_data(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", list(OPTIONS))
+@pytest.mark.slow
 def test_resume_of_other_options(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert_resume_changes_nothing(monkeypatch, *DATA["classes"], *OPTIONS[name].split())
 
 
 @pytest.mark.parametrize("name", list(HARDWARE))
+@pytest.mark.slow
 def test_resume_of_every_way_to_compute(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     hardware = HARDWARE[name]
     monkeypatch.setattr(run, "choose", lambda config: hardware)

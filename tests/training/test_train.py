@@ -75,6 +75,7 @@ def log_lines(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "train_log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_training_learns_and_keeps_the_best_weights(tiny: Callable[..., Path], tmp_path: Path) -> None:
     config = dataclasses.replace(BASE, epochs=30, metric="accuracy")
     training = train(job(tiny(), config, count=200), tmp_path)
@@ -212,6 +213,7 @@ def test_frozen_activations_too_large_for_memory_go_to_a_file(
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("stop", [1, 9, 13])
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(
     tiny: Callable[..., Path], tmp_path: Path, stop: int, accumulate: int
 ) -> None:
