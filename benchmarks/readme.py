@@ -56,7 +56,15 @@ TASKS = {
     "trec50": ("TREC-50, 6 epochs", "accuracy"),
     "goemotions": ("GoEmotions, 8,000 rows", "macro F1, threshold 0.3"),
 }
-YARDSTICK_TASKS = {"sst2": "SST-2", "trec6": "TREC, 6 classes", "trec50": "TREC, 50 classes"}
+YARDSTICK_TASKS = {
+    "sms_spam": "SMS spam",
+    "sst2": "SST-2",
+    "mrpc": "MRPC",
+    "stsb": "STS-B",
+    "trec6": "TREC, 6 classes",
+    "trec50": "TREC, 50 classes",
+    "goemotions": "GoEmotions",
+}
 YARDSTICK_SIZES = {"few": "20 rows per class"}
 
 
