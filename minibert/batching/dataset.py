@@ -11,8 +11,7 @@ from torch import Tensor
 
 from minibert.batching.plans import Batch
 from minibert.batching.tokens import Tokens, flat_indices
-from minibert.model.bert import PackedInput
-from minibert.model.packing import Packing
+from minibert.model.packing import PackedInput, Packing
 
 
 @dataclass

@@ -26,9 +26,10 @@ from minibert.inference.hub import push
 from minibert.inference.logits import check_finite, compute_logits
 from minibert.inference.stream import check_labels_known, with_known_labels
 from minibert.messages import messages_in_python
-from minibert.model.bert import BertForSequenceClassification, BertModel, PackedInput
+from minibert.model.bert import BertForSequenceClassification, BertModel
 from minibert.model.checkpoint import OWN_HEAD, load_model, model_folder, save_model
 from minibert.model.config import BertConfig
+from minibert.model.packing import PackedInput
 from minibert.problem.problem import LABEL_TYPES, REGRESSION, SINGLE, Calibration, Problem
 from minibert.runtime.ambient import allow_fork, default_torch_state, no_autocast, one_thread
 from minibert.runtime.device import Hardware, choose, fit_attention

@@ -9,7 +9,7 @@ Shapes: T tokens in the batch, B texts, S padded length, H hidden size, L labels
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from minibert.model import ops
 from minibert.model.attention import first_token_attention, self_attention
 from minibert.model.config import BertConfig
-from minibert.model.dropout import DropoutMasks, dropout
+from minibert.model.dropout import DropoutMasks, dropout, training_masks
 from minibert.model.linear import Linear
-from minibert.model.packing import Packing
+from minibert.model.packing import PackedInput, Packing, pack_padded
 
 if TYPE_CHECKING:
     from minibert_kernels.gradients import SharedGradient
@@ -38,35 +38,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": F.silu,
     "tanh": torch.tanh,
 }
-
-
-@dataclass
-class PackedInput:
-    """The tokens of a batch, packed, or, where frozen layers were computed before, the activations they left."""
-
-    packing: Packing
-    input_ids: Tensor | None = None  # [T]
-    position_ids: Tensor | None = None  # [T]
-    token_type_ids: Tensor | None = None  # [T]; None is all 0
-    hidden: Tensor | None = None  # [T, H] activations of layer `start_layer`, instead of ids; [B, H] after the last
-    start_layer: int = 0
-    window_weights: Tensor | None = None  # [texts, B] where the B rows are windows: what each counts in its text's mean
-
-    def to(self, device: torch.device, kernel: str = "sdpa") -> PackedInput:
-        """The same on a device, for the attention kernel that computes there."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            packing=self.packing.to(device, kernel),
-            input_ids=move(self.input_ids),
-            position_ids=move(self.position_ids),
-            token_type_ids=move(self.token_type_ids),
-            hidden=move(self.hidden),
-            window_weights=move(self.window_weights),
-        )
 
 
 class Embeddings(nn.Module):
@@ -321,42 +292,3 @@ class BertForSequenceClassification(nn.Module):
         """input_ids, attention_mask and token_type_ids are [B, S]. ValueError for ids or lengths out of range."""
         x, _ = pack_padded(self.config, input_ids, attention_mask, token_type_ids)
         return ClassifierOutput(self.logits(x, training_masks(self)))
-
-
-def training_masks(module: nn.Module) -> DropoutMasks | None:
-    """Dropout for a direct call of a module in training mode, seeded from torch's generator."""
-    return DropoutMasks(int(torch.randint(1 << 62, ())), 0) if module.training else None
-
-
-def pack_padded(
-    config: BertConfig, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
-) -> tuple[PackedInput, Tensor]:
-    """[B, S] tensors -> (packed input, [T] places of its tokens in the flattened [B * S])
-
-    A token keeps the position of its column, as in transformers. The pooled row is the first that the mask keeps, which
-    with padding on the left is not transformers' choice: that is the first column, padding or not.
-    """
-    if input_ids.dim() != 2 or input_ids.shape[1] > config.max_position_embeddings:
-        limit = config.max_position_embeddings
-        raise ValueError(f"input_ids must be [batch, length up to {limit}], not {list(input_ids.shape)}")
-    for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
-        if tensor is not None and tensor.shape != input_ids.shape:
-            raise ValueError(f"{name} is {list(tensor.shape)} where input_ids is {list(input_ids.shape)}")
-    for name, ids, size in (
-        ("input_ids", input_ids, config.vocab_size),
-        ("token_type_ids", token_type_ids, config.type_vocab_size),
-    ):
-        if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            raise ValueError(f"{name} must be from 0 to {size - 1}; found {int(ids.min())} to {int(ids.max())}")
-    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    lengths = keep.sum(1).cpu()
-    if not len(lengths) or int(lengths.min()) == 0:
-        raise ValueError("attention_mask must keep at least one token of each text")
-    rows = keep.flatten().nonzero().flatten()  # [T]
-    x = PackedInput(
-        packing=Packing.from_lengths(lengths.numpy()).to(input_ids.device),
-        input_ids=input_ids.flatten()[rows],
-        position_ids=rows % input_ids.shape[1],
-        token_type_ids=None if token_type_ids is None else token_type_ids.flatten()[rows],
-    )
-    return x, rows

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class DropoutMasks:
@@ -98,3 +98,8 @@ def dropout_add(x: Tensor, residual: Tensor, p: float, masks: DropoutMasks | Non
         return x + residual
     mask, scale = masks.draw(x.shape, p, x)
     return torch.addcmul(residual, x, mask, value=scale)
+
+
+def training_masks(module: nn.Module) -> DropoutMasks | None:
+    """Dropout for a direct call of a module in training mode, seeded from torch's generator."""
+    return DropoutMasks(int(torch.randint(1 << 62, ())), 0) if module.training else None

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minibert.model.config import BertConfig
+
 # Texts whose attention is computed at once on the CPU: so many that a score matrix of all heads stays in the cache,
 # and of so like length that little is padded. benchmarks/bench_step.py times it beside torch.
 CHUNK_AREA = 1 << 18  # texts x S x S
@@ -125,3 +127,66 @@ def chunk_bounds(lengths: np.ndarray) -> list[tuple[int, int]]:
             start, low, high = i, length, length
         shortest, longest = low, high
     return [*bounds, (start, len(lengths))]
+
+
+@dataclass
+class PackedInput:
+    """The tokens of a batch, packed, or, where frozen layers were computed before, the activations they left."""
+
+    packing: Packing
+    input_ids: Tensor | None = None  # [T]
+    position_ids: Tensor | None = None  # [T]
+    token_type_ids: Tensor | None = None  # [T]; None is all 0
+    hidden: Tensor | None = None  # [T, H] activations of layer `start_layer`, instead of ids; [B, H] after the last
+    start_layer: int = 0
+    window_weights: Tensor | None = None  # [texts, B] where the B rows are windows: what each counts in its text's mean
+
+    def to(self, device: torch.device, kernel: str = "sdpa") -> PackedInput:
+        """The same on a device, for the attention kernel that computes there."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            packing=self.packing.to(device, kernel),
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            token_type_ids=move(self.token_type_ids),
+            hidden=move(self.hidden),
+            window_weights=move(self.window_weights),
+        )
+
+
+def pack_padded(
+    config: BertConfig, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+) -> tuple[PackedInput, Tensor]:
+    """[B, S] tensors -> (packed input, [T] places of its tokens in the flattened [B * S])
+
+    A token keeps the position of its column, as in transformers. The pooled row is the first that the mask keeps, which
+    with padding on the left is not transformers' choice: that is the first column, padding or not.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[1] > config.max_position_embeddings:
+        limit = config.max_position_embeddings
+        raise ValueError(f"input_ids must be [batch, length up to {limit}], not {list(input_ids.shape)}")
+    for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(f"{name} is {list(tensor.shape)} where input_ids is {list(input_ids.shape)}")
+    for name, ids, size in (
+        ("input_ids", input_ids, config.vocab_size),
+        ("token_type_ids", token_type_ids, config.type_vocab_size),
+    ):
+        if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(f"{name} must be from 0 to {size - 1}; found {int(ids.min())} to {int(ids.max())}")
+    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    lengths = keep.sum(1).cpu()
+    if not len(lengths) or int(lengths.min()) == 0:
+        raise ValueError("attention_mask must keep at least one token of each text")
+    rows = keep.flatten().nonzero().flatten()  # [T]
+    x = PackedInput(
+        packing=Packing.from_lengths(lengths.numpy()).to(input_ids.device),
+        input_ids=input_ids.flatten()[rows],
+        position_ids=rows % input_ids.shape[1],
+        token_type_ids=None if token_type_ids is None else token_type_ids.flatten()[rows],
+    )
+    return x, rows

@@ -58,7 +58,8 @@ def allow_fork() -> None:
 
     The threads of OpenMP's pool do not live on in a child, which would wait for them for ever.
     """
-    os.register_at_fork(after_in_child=_use_one_thread)
+    if hasattr(os, "register_at_fork"):  # Windows has no fork
+        os.register_at_fork(after_in_child=_use_one_thread)
 
 
 def _use_one_thread() -> None:

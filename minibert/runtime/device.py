@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -60,6 +59,7 @@ class Hardware:
     engine: str
     kernels: bool = False  # those of minibert_kernels, in the engine `graph`
     onednn: bool = False  # computes the fp32 products on a CPU, not MKL
+    deterministic: bool = False  # equal bits from run to run on a GPU, too
 
     def autocast(self) -> AbstractContextManager[object]:
         """Matrix products in bf16 or fp16; LayerNorm, softmax and loss stay in fp32."""
@@ -78,8 +78,34 @@ class Hardware:
         plain = self.device.type == "cpu" and self.engine in ("eager", "compile") and self.precision == "fp32"
         mkldnn = torch.backends.mkldnn
         without = mkldnn.flags(enabled=False, allow_tf32=mkldnn.allow_tf32) if plain else nullcontext()
-        with without, products_by_onednn(self.onednn):
+        with without, products_by_onednn(self.onednn), self._switches():
             yield
+
+    @contextmanager
+    def _switches(self) -> Iterator[None]:
+        """torch's global switches as this hardware wants them, and afterwards as they were."""
+        if self.device.type == "cpu" and not self.deterministic:
+            yield
+            return
+        cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+        before = cuda.matmul.allow_tf32, cuda.cudnn_sdp_enabled(), cudnn.benchmark
+        strict, warns = (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        try:
+            cuda.matmul.allow_tf32 = self.precision == "tf32"
+            cuda.enable_cudnn_sdp(False)  # with a mask, its gradients may be NaN since torch 2.11 (issue 196678 there)
+            if self.deterministic:  # only kernels that give the same bits each time; the CPU's do anyway
+                if self.device.type == "cuda":  # read at the first product there
+                    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True)
+                cudnn.benchmark = False
+            yield
+        finally:
+            cuda.matmul.allow_tf32, cudnn.benchmark = before[0], before[2]
+            cuda.enable_cudnn_sdp(before[1])
+            torch.use_deterministic_algorithms(strict, warn_only=warns)
 
     def place(self, x: Batch) -> Batch:
         """A batch on the device, laid out for the attention kernel."""
@@ -96,24 +122,23 @@ class Hardware:
 
 
 def choose(config: RunConfig) -> Hardware:
-    """Resolve the `auto` flags; what was asked for by name and cannot run here is a UserError that says why.
+    """Resolve the `auto` flags, and change nothing in this process.
+
+    What was asked for by name and cannot run here is a UserError that says why.
 
     The engine `auto` is eager on a CPU and GPU_ENGINE on a GPU. Any other engine tries itself before the first step
-    (see `FixedSteps.fault`); where it fails, training is eager if it was not asked for by name.
+    (see `FixedSteps.self_check`); where it fails, training is eager if it was not asked for by name.
     """
     cuda = torch.cuda.is_available()
-    if config.deterministic:
-        be_deterministic()
     if config.device == "cuda" and not cuda:
-        raise UserError("--device cuda: torch finds no usable GPU here; use --device cpu, or mend the driver")
+        raise UserError("--device cuda: torch finds no usable GPU here; use --device cpu, or fix the driver")
     device = torch.device("cuda" if cuda and config.device != "cpu" else "cpu")
-    if device.type == "cuda":  # with a mask, its gradients may be NaN since torch 2.11 (pytorch issue 196678)
-        torch.backends.cuda.enable_cudnn_sdp(False)
     precision = _precision(config, device)
     engine = _engine(config, device)
     kernels = engine == "graph" and config.kernels and find_spec("triton") is not None
     onednn = device.type == "cpu" and precision == "fp32" and engine == "eager" and config.onednn and onednn_is_faster()
-    return Hardware(device, precision, _attention(config, device, precision), engine, kernels, onednn)
+    attention = _attention(config, device, precision)
+    return Hardware(device, precision, attention, engine, kernels, onednn, config.deterministic)
 
 
 def _attention(config: HardwareSettings, device: torch.device, precision: str) -> str:
@@ -210,6 +235,12 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes held so far: of the GPU's memory, or by this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
 
@@ -234,13 +265,6 @@ def attempt(compute: Callable[[], Result]) -> Result | None:
     return None
 
 
-def be_deterministic() -> None:
-    """Only kernels that give the same bits each time; the CPU's do anyway, given the same number of threads."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product on the GPU
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
 def _precision(config: HardwareSettings, device: torch.device) -> str:
     if device.type == "cpu":
         if config.precision == "bf16" and not has_bf16():
@@ -251,5 +275,4 @@ def _precision(config: HardwareSettings, device: torch.device) -> str:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     return precision

@@ -19,9 +19,9 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 
 from minibert.errors import UserError
-from minibert.model.bert import BertForSequenceClassification, Layer, PackedInput
+from minibert.model.bert import BertForSequenceClassification, Layer
 from minibert.model.dropout import DropoutMasks
-from minibert.model.packing import Packing
+from minibert.model.packing import PackedInput, Packing
 from minibert.runtime.device import TOLERANCE, Hardware
 
 SELF_CHECK_LENGTHS = (16, 16, 12, 12, 9, 9, 5, 5)  # of the texts that regions are compiled and checked with

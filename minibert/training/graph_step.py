@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from minibert.config import RecipeSettings
 from minibert.errors import UserError
-from minibert.model.bert import BertForSequenceClassification, PackedInput
+from minibert.model.bert import BertForSequenceClassification
 from minibert.model.dropout import DropoutMasks
-from minibert.model.packing import Chunk, Packing
+from minibert.model.packing import Chunk, PackedInput, Packing
 from minibert.problem.problem import Problem
 from minibert.runtime.device import TOLERANCE, Hardware
 from minibert.training.capture import capture

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from minibert.model.bert import BertForSequenceClassification, PackedInput
+from minibert.model.bert import BertForSequenceClassification
 from minibert.model.dropout import DropoutMasks
+from minibert.model.packing import PackedInput
 from minibert.problem.problem import MULTI, SINGLE, Problem
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from minibert.batching.dataset import Dataset
 from minibert.config import RecipeSettings, RunConfig
 from minibert.errors import UserError
-from minibert.model.bert import BertForSequenceClassification, PackedInput
+from minibert.model.bert import BertForSequenceClassification
 from minibert.model.dropout import DropoutMasks
-from minibert.model.packing import chunk_bounds
+from minibert.model.packing import PackedInput, chunk_bounds
 from minibert.problem.problem import Problem
 from minibert.runtime import distributed
 from minibert.runtime.device import Hardware, eager, out_of_memory

@@ -10,10 +10,11 @@ import torch
 import transformers
 
 import minibert
-from minibert.model.bert import BertForSequenceClassification, BertModel, pack_padded
+from minibert.model.bert import BertForSequenceClassification, BertModel
 from minibert.model.checkpoint import load_model
 from minibert.model.config import ACTIVATIONS
 from minibert.model.dropout import DropoutMasks
+from minibert.model.packing import pack_padded
 
 LENGTHS = (17, 1, 30, 2, 30, 9)
 

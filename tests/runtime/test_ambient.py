@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -85,14 +87,19 @@ def test_predictions_are_the_same(folder: Path, state: str) -> None:
     assert not any(p.is_inference() for p in loaded.model.parameters())
 
 
-def test_nothing_outlasts_a_training(film_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_nothing_outlasts_a_training(film_model: Path, tmp_path: Path, deterministic: bool) -> None:
     def state() -> tuple[Any, ...]:
         drawn = np.random.get_state()[1].tolist()  # type: ignore[union-attr]
-        switches = torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled()
-        return torch.get_rng_state().tolist(), drawn, random.getstate(), torch.get_num_threads(), switches
+        cuda, mkldnn, cudnn = torch.backends.cuda, torch.backends.mkldnn, torch.backends.cudnn
+        attention = cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()
+        switches = cuda.matmul.allow_tf32, mkldnn.enabled, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        settings = torch.get_default_dtype(), torch.get_num_threads(), csv.field_size_limit(), dict(os.environ)
+        return torch.get_rng_state().tolist(), drawn, random.getstate(), attention, switches, handlers, settings
 
     before = state()
-    finetuned(film_model, tmp_path / "run").predict(TEXTS)
+    finetuned(film_model, tmp_path / "run", deterministic=deterministic).predict(TEXTS)
     assert state() == before
 
 
