@@ -33,7 +33,7 @@ def main() -> None:
     distributed.join(RunConfig(device="cpu"))
     seconds = {name: measure(count) for name, count in PARAMETERS.items()}
     result = {
-        "processes": distributed.world(),
+        "processes": distributed.world_size(),
         "threads_each": torch.get_num_threads(),
         "load_before": load,  # other programs' share of the machine
         "megabytes": {name: {"fp32": count * 4 / 1e6, "bf16": count * 2 / 1e6} for name, count in PARAMETERS.items()},
@@ -47,8 +47,8 @@ def main() -> None:
         },
         **environment(),
     }
-    if distributed.is_first():
-        path = Path(__file__).parent / "results" / f"allreduce-{distributed.world()}.json"
+    if distributed.is_main_process():
+        path = Path(__file__).parent / "results" / f"allreduce-{distributed.world_size()}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(result))
 
@@ -61,11 +61,11 @@ def measure(count: int) -> dict[str, float]:
     for _ in range(ROUNDS):
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
-        distributed.wait_for_all()
+        distributed.barrier()
         started = time.perf_counter()
         distributed.sum_gradients(parameters, torch.zeros(()))
         times.append(time.perf_counter() - started)
-    assert parameters[0].grad is not None and float(parameters[0].grad[0]) == distributed.world()
+    assert parameters[0].grad is not None and float(parameters[0].grad[0]) == distributed.world_size()
     return {"median": round(sorted(times)[ROUNDS // 2], 4), "best": round(min(times), 4)}
 
 

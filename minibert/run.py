@@ -79,7 +79,7 @@ def run_in_memory(config: RunConfig, given: dict[str, Any], sample_weight: Itera
 
 def published(classifier: Classifier, config: OutputSettings) -> Classifier:
     """The same, after --push-to-hub."""
-    if config.push_to_hub is not None and distributed.is_first():
+    if config.push_to_hub is not None and distributed.is_main_process():
         address = classifier.push_to_hub(config.push_to_hub)
         logger.info(f"published: {address}")
     return classifier
@@ -87,7 +87,7 @@ def published(classifier: Classifier, config: OutputSettings) -> Classifier:
 
 def quiet_here(config: OutputSettings) -> bool:
     """Whether this process says nothing: one of several, or --quiet, which --check does not heed."""
-    return (config.quiet and not config.check) or not distributed.is_first()
+    return (config.quiet and not config.check) or not distributed.is_main_process()
 
 
 def run(config: RunConfig, data: RunData, command: list[str]) -> Classifier:
@@ -127,7 +127,7 @@ def train_run(
     an earlier run on the same data has encoded, and takes up those that are missing.
     """
     moments = [time.perf_counter()]
-    config = replace(config, quiet=config.quiet or not distributed.is_first())
+    config = replace(config, quiet=config.quiet or not distributed.is_main_process())
     job = get_ready(config, data, encoded)
     describe(job.config, job.report, job.hardware, job.frozen, config.model is not None)
     for line in [*summary_lines(job.inspection), *recipe_lines(job)]:
@@ -135,14 +135,14 @@ def train_run(
 
     weights = class_weights(data.problem, config.class_weights, job.sets["train"].targets)
     start = weights_digest(job.model)
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         fingerprint = fingerprint_of(job.config, data, job.tokenizer, job.hardware, start, weights)
-        logger.info(f"spread  over {distributed.world()} processes, each batch split by tokens")
-        distributed.refuse_unlike(must_be_alike(fingerprint, job.model.config, job.sets))
+        logger.info(f"spread  over {distributed.world_size()} processes, each batch split by tokens")
+        distributed.check_same_on_all_ranks(must_be_alike(fingerprint, job.model.config, job.sets))
     compact = prepare_sets(job)
     start_head(job, weights, resumed=has_checkpoint(config))
-    if distributed.world() > 1:
-        distributed.same_weights(job.model)
+    if distributed.world_size() > 1:
+        distributed.broadcast_parameters(job.model)
     fitted = job.head_is_new and job.config.head_init == "probe"
     training = Training(job.model, data.problem, job.sets, job.config, job.hardware, weights, logger.info, fitted)
     job.hardware = training.hardware  # eager, where the engine that `auto` chose does not work
@@ -170,7 +170,7 @@ def finish_run(run: Trained) -> Classifier:
         run.compact.expand()
     classifier = job.classifier()
     classifier.folder, classifier.metrics = output, metrics
-    if distributed.is_first():
+    if distributed.is_main_process():
         judged = finish(job, training, classifier, output, run.record, metrics, logits, run.moments)
         run.trackers.finish(metrics, output)
         summarise(output, metrics, job.model.mlp_size, job.data.columns.pair is not None, judged, training.metric)
@@ -187,7 +187,7 @@ def begin(
     fingerprint: dict[str, Any],
 ) -> None:
     """Put a resumed run where its checkpoint stood, and write down what this run is."""
-    first = distributed.is_first()  # it alone reads and writes the folder
+    first = distributed.is_main_process()  # it alone reads and writes the folder
     if job.config.resume and not has_checkpoint(job.config):
         logger.info("no checkpoint yet: from the beginning")
     elif job.config.resume:
@@ -202,12 +202,12 @@ def begin(
 def has_checkpoint(config: OutputSettings) -> bool:
     """Whether the run goes on from a checkpoint, by the first process's folder."""
     state = Path(config.output or "") / CHECKPOINTS / STATE_FILE
-    return bool(distributed.from_first(config.resume and distributed.is_first() and state.is_file()))
+    return bool(distributed.broadcast(config.resume and distributed.is_main_process() and state.is_file()))
 
 
 def begin_tracking(config: OutputSettings, output: Path, record: dict[str, Any], step: int) -> Trackers:
     """The first process alone reports."""
-    config = config if distributed.is_first() else replace(config, report_to=())
+    config = config if distributed.is_main_process() else replace(config, report_to=())
     return open_trackers(config, output, record, step)
 
 
@@ -222,8 +222,8 @@ def train(training: Training, output: Path, fingerprint: dict[str, Any], tracker
         watch(line)
 
     try:
-        training.run(output / TRAIN_LOG, save if distributed.is_first() else lambda: None, log)
+        training.run(output / TRAIN_LOG, save if distributed.is_main_process() else lambda: None, log)
     except Interrupted:
         logger.info(f"checkpoint at step {training.state.step}; continue with --resume --output {output}")
-        distributed.wait_for_all()
+        distributed.barrier()
         raise KeyboardInterrupt from None

@@ -255,7 +255,7 @@ def test_a_gpu_that_fails_for_good(tiny: Callable[..., Path], monkeypatch: pytes
         raise RuntimeError("illegal memory access")
 
     monkeypatch.setattr(FlatOptimizer, "end_step", fails)
-    monkeypatch.setattr(FlatOptimizer, "start_anew", fails)
+    monkeypatch.setattr(FlatOptimizer, "reset", fails)
     monkeypatch.setattr(FlatOptimizer, "drop_gradients", fails)
     with refused(r"illegal memory access\); start again with --engine eager --attention sdpa"):
         training(tiny(), hardware=FIXED)

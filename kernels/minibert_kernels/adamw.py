@@ -120,7 +120,7 @@ def adamw_kernel(
     exp_avg_ptr,
     exp_avg_sq_ptr,
     grad_ptr,
-    shadow_ptr,  # or None
+    half_copy_ptr,  # or None
     block_groups_ptr,
     group_table_ptr,
     lr_ptr,
@@ -153,8 +153,8 @@ def adamw_kernel(
         tl.store(param_ptr + places, param)
         tl.store(exp_avg_ptr + places, exp_avg)
         tl.store(exp_avg_sq_ptr + places, exp_avg_sq)
-        if shadow_ptr is not None:
-            tl.store(shadow_ptr + places, param.to(shadow_ptr.dtype.element_ty))
+        if half_copy_ptr is not None:
+            tl.store(half_copy_ptr + places, param.to(half_copy_ptr.dtype.element_ty))
     if ZERO_GRAD:  # noqa: SIM102 (known when compiled, unlike the group)
         if tl.load(group + 2) > 0.0:
             tl.debug_barrier()  # other threads of the program may load what this one clears
@@ -193,7 +193,7 @@ def adamw_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    shadow: Tensor | None,
+    half_copy: Tensor | None,
     layout: FlatLayout,
     lr: Tensor,
     control: Tensor,
@@ -202,17 +202,17 @@ def adamw_(
     eps: float = 1e-8,
     zero_grad: bool = False,
 ) -> None:
-    """Update the flat buffers in place, and write the parameters to `shadow` in its dtype.
+    """Update the flat buffers in place, and write the parameters to `half_copy` in its dtype.
 
     lr: a device scalar, multiplied by each group's factor. `zero_grad` clears the gradients behind the update, also
     those of a skipped step, except where the layout says that they are written over.
     """
     if not use_triton(param):
-        buffers = (param, exp_avg, exp_avg_sq, grad, shadow)
+        buffers = (param, exp_avg, exp_avg_sq, grad, half_copy)
         adamw_reference_(*buffers, layout, lr, control, betas=betas, eps=eps, zero_grad=zero_grad)
         return
     adamw_kernel[(param.numel() // BLOCK,)](
-        *(param, exp_avg, exp_avg_sq, grad, shadow, layout.block_groups, layout.group_table, lr, control),
+        *(param, exp_avg, exp_avg_sq, grad, half_copy, layout.block_groups, layout.group_table, lr, control),
         *(betas[0], betas[1], eps, BLOCK, zero_grad),
         num_warps=4,
     )
@@ -244,7 +244,7 @@ def adamw_reference_(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     grad: Tensor,
-    shadow: Tensor | None,
+    half_copy: Tensor | None,
     layout: FlatLayout,
     lr: Tensor,
     control: Tensor,
@@ -265,8 +265,8 @@ def adamw_reference_(
     skip = control[FOUND_INF] > 0
     for old, new in ((param, new_param), (exp_avg, new_avg), (exp_avg_sq, new_avg_sq)):
         old.copy_(torch.where(skip, old, new))
-    if shadow is not None:
-        shadow.copy_(torch.where(skip, shadow, param.to(shadow.dtype)))
+    if half_copy is not None:
+        half_copy.copy_(torch.where(skip, half_copy, param.to(half_copy.dtype)))
     if zero_grad:
         cleared = per_block[:, 2].repeat_interleave(BLOCK) > 0
         grad.masked_fill_(cleared, 0)

@@ -31,10 +31,10 @@ def compute_logits(
 
     with torch.inference_mode():
         for rows, found in split_on_oom(
-            batches[distributed.rank() :: distributed.world()] if all_ranks else batches, computed
+            batches[distributed.rank() :: distributed.world_size()] if all_ranks else batches, computed
         ):
             logits[rows] = found
-    return data.tokens.mean_of_windows(distributed.sum_array(logits) if all_ranks else logits)
+    return data.tokens.mean_of_windows(distributed.all_reduce_array(logits) if all_ranks else logits)
 
 
 def check_finite(logits: np.ndarray) -> np.ndarray:

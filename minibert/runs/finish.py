@@ -161,7 +161,7 @@ def speed(training: Training, total_seconds: float) -> dict[str, Any]:
         "train_seconds": round(state.seconds, 3),
         "total_seconds": round(total_seconds, 3),
         "skipped_steps": state.skipped,
-        "processes": distributed.world(),
+        "processes": distributed.world_size(),
         "device": hardware.device.type,
         "precision": hardware.precision,
         "attention": hardware.attention,

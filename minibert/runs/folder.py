@@ -49,16 +49,16 @@ OUTPUT_FILES = (
 def refuse_at_once(config: RunConfig) -> None:
     """What can be seen to fail before anything is read: flags without effect, no such device, a folder in use."""
     choose(config)
-    if config.push_to_hub is not None and distributed.is_first():
+    if config.push_to_hub is not None and distributed.is_main_process():
         check_hub(config.push_to_hub)
     check_trackers(config)
-    if config.seeds and distributed.world() > 1:
+    if config.seeds and distributed.world_size() > 1:
         raise UserError("--seeds: for one process; under torchrun start one run for each --seed")
     if config.search is not None:
         check_search(config)
-    if config.check and distributed.world() > 1:
+    if config.check and distributed.world_size() > 1:
         raise UserError("--check: for one process; leave torchrun out")
-    if not distributed.is_first():  # the folder is not its own to write
+    if not distributed.is_main_process():  # the folder is not its own to write
         return
     if config.output is None:
         if config.resume:
@@ -91,7 +91,7 @@ def check_optuna() -> None:
 def check_search(config: RunConfig) -> None:
     """What --search needs, and what it does not go with."""
     check_optuna()
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         raise UserError("--search: for one process; leave torchrun out")
     if config.report_to:
         raise UserError("--search with --report-to: trials are not reported; leave --report-to out")
@@ -146,7 +146,7 @@ def open_output(config: OutputSettings, held: ExitStack) -> Path:
 
     What an earlier run left there goes, unless it is resumed. Of several processes, the first alone does this.
     """
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         return Path(config.output or "")
     try:
         output = output_folder(config)

@@ -1,1 +1,1 @@
-"""The machine: devices, memory, processes, files."""
+"""Devices, memory, processes and files."""

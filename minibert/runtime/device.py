@@ -179,7 +179,7 @@ def _cannot(config: RunConfig, device: torch.device, engine: str) -> str | None:
         return "torch.compile needs a C++ compiler on the CPU; install g++"
     if engine == "compile" and device.type == "cuda" and find_spec("triton") is None:
         return "needs Triton (pip install triton)"
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         return "for one process, not under torchrun"
     if engine == "compile":
         return None
@@ -252,14 +252,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def attempt(compute: Callable[[], Result]) -> Result | None:
+def none_if_oom(compute: Callable[[], Result]) -> Result | None:
     """What `compute` gives, or None where memory runs out; what it left behind is given back."""
     try:
         return compute()
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-    gc.collect()  # only now: the exception held on to every tensor of the attempt
+    gc.collect()  # only now: the exception held on to every tensor of the computation
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None

@@ -1,8 +1,8 @@
-"""Several processes that train as one, on one machine or on many: torchrun starts them, here they share and agree.
+"""Data-parallel training in several processes, on one node or several, started by torchrun.
 
-Every process holds the whole model and all texts, computes its part of each batch, and adds up gradients with the
-others before the optimiser, so all take the same step. The first process alone writes and prints. In a single process
-nothing here does anything.
+Every process holds the whole model and all texts, computes its part of each batch, and all-reduces gradients before
+the optimiser, so all take the same step. The main process (rank 0) alone writes and prints. Without torchrun, every
+function here returns its input or does nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=10)  # longest wait for another process before it counts as lost
 SLICE = 1 << 24  # elements of a host array that are added up at a time
-LAST_WORDS = 2.0  # seconds: torchrun ends all processes when one has ended, so the silent ones wait for the speaker
+EXIT_GRACE_SECONDS = 2.0  # torchrun kills all processes once one exits: time for the one that prints the error
 
 _store: Store | None = None  # torchrun's, which outlives every process of the run
 
@@ -39,93 +39,93 @@ def launched() -> bool:
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
-def joined() -> bool:
+def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    return dist.get_rank() if joined() else 0
+    return dist.get_rank() if is_initialized() else 0
 
 
-def world() -> int:
-    return dist.get_world_size() if joined() else 1
+def world_size() -> int:
+    return dist.get_world_size() if is_initialized() else 1
 
 
-def on_this_machine() -> int:
-    """Processes that share this machine's memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if joined() else 1
+def local_world_size() -> int:
+    """Processes on this node, which share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_initialized() else 1
 
 
-def is_first() -> bool:
-    """Of all processes; it alone writes and prints."""
+def is_main_process() -> bool:
+    """Whether this is rank 0, which alone writes and prints."""
     return rank() == 0
 
 
 def join(config: HardwareSettings) -> None:
-    """Meet the other processes. On GPUs gradients go through NCCL, all else through gloo on the host."""
+    """Join the process group. On GPUs gradients go through NCCL, everything else through gloo on the host."""
     global _store
-    if not launched() or joined():
+    if not launched() or is_initialized():
         return
     cuda = config.device != "cpu" and torch.cuda.is_available()
     if cuda:
-        _take_own_gpu()
+        _select_gpu()
     from torch.distributed.rendezvous import rendezvous  # not in every build of torch
 
-    with _others_needed("the other processes did not come"):
+    with _peer_errors("the other processes did not join"):
         _store, number, count = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", store=_store, rank=number, world_size=count, timeout=TIMEOUT
         )
-    atexit.register(_part)
+    atexit.register(_destroy_process_group)
 
 
-def _take_own_gpu() -> None:
+def _select_gpu() -> None:
     local, count = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
     if count > gpus:
         if local:
-            leave_quietly(2)
-        raise UserError(f"{count} processes on a machine with {gpus} GPUs; start one for each GPU, or use --device cpu")
+            exit_silently(2)
+        raise UserError(f"{count} processes on a node with {gpus} GPUs; start one per GPU, or use --device cpu")
     torch.cuda.set_device(local)
 
 
-def _part() -> None:
+def _destroy_process_group() -> None:
     with suppress(RuntimeError):  # the others may be gone
         dist.destroy_process_group()
 
 
 @contextmanager
 def processes(config: HardwareSettings) -> Iterator[None]:
-    """Run the block together with the others. A mistake is told once on each machine, Ctrl-C once in all."""
+    """Run the block in the process group. An error is printed once per node, Ctrl-C once in all."""
     try:
         join(config)
         yield
     except UserError:
-        if joined() and _told_already():
-            leave_quietly(2)
+        if is_initialized() and _error_printed_on_node():
+            exit_silently(2)
         raise
     except KeyboardInterrupt:
-        if not is_first():
-            leave_quietly(130)
+        if not is_main_process():
+            exit_silently(130)
         raise
 
 
-def _told_already() -> bool:
-    """Whether a process of this machine has failed before this one, and told why."""
-    with suppress(RuntimeError):  # the store went with its machine
-        return _store is not None and _store.add(f"failed on machine {os.environ.get('GROUP_RANK', 0)}", 1) > 1
+def _error_printed_on_node() -> bool:
+    """Whether another process of this node has failed before this one, and printed why."""
+    with suppress(RuntimeError):  # the store is gone with its node
+        return _store is not None and _store.add(f"failed on node {os.environ.get('GROUP_RANK', 0)}", 1) > 1
     return False
 
 
-def leave_quietly(code: int) -> NoReturn:
-    """End this process without a word, after the one that has something to say."""
-    time.sleep(LAST_WORDS)
+def exit_silently(code: int) -> NoReturn:
+    """Exit without a message, after the process that prints the error."""
+    time.sleep(EXIT_GRACE_SECONDS)
     raise SystemExit(code)
 
 
 @contextmanager
-def _others_needed(what: str = "another process has died or does not answer") -> Iterator[None]:
-    """What torch says when the others do not answer, as a line."""
+def _peer_errors(what: str = "another process has died or does not answer") -> Iterator[None]:
+    """Turn what torch raises when other processes do not answer into a UserError."""
     try:
         yield
     except RuntimeError as error:
@@ -134,108 +134,108 @@ def _others_needed(what: str = "another process has died or does not answer") ->
         raise UserError(f"{where}: {what} ({reason}); continue from the last checkpoint with --resume") from None
 
 
-def wait_for_all() -> None:
-    if joined():
-        with _others_needed():
+def barrier() -> None:
+    if is_initialized():
+        with _peer_errors():
             dist.all_reduce(torch.zeros(1))
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
     """Replace every gradient by its sum over all processes and return the sum of their losses: one all-reduce.
 
-    A process whose share of the step was empty has no gradients and adds 0.
+    A process without rows in this step has no gradients and adds 0.
     """
-    if not joined():
+    if not is_initialized():
         return loss
-    pieces = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
-    flat = torch.cat([*pieces, loss.reshape(1)])
-    with _others_needed():
+    flat_gradients = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
+    flat = torch.cat([*flat_gradients, loss.reshape(1)])
+    with _peer_errors():
         dist.all_reduce(flat)
     sizes = [p.numel() for p in parameters]
-    for parameter, piece in zip(parameters, flat[:-1].split(sizes), strict=True):
-        parameter.grad = piece.view_as(parameter)
+    for parameter, gradient in zip(parameters, flat[:-1].split(sizes), strict=True):
+        parameter.grad = gradient.view_as(parameter)
     return flat[-1].clone()  # a view would keep all gradients in memory
 
 
-def sum_array(values: np.ndarray) -> np.ndarray:
-    """Add up a host array over all processes, in place. Where each has filled its rows and left 0, that is exact."""
-    if joined() and values.size:
+def all_reduce_array(values: np.ndarray) -> np.ndarray:
+    """Sum a host array over all processes, in place. Where each has filled its rows and left 0, that is exact."""
+    if is_initialized() and values.size:
         rows = max(1, SLICE // max(1, values[0].size))
         for start in range(0, len(values), rows):
-            with _others_needed():
+            with _peer_errors():
                 dist.all_reduce(torch.from_numpy(values[start : start + rows]))
     return values
 
 
 def all_agree(yes: bool) -> bool:
     """Whether every process says yes."""
-    if not joined():
+    if not is_initialized():
         return yes
     noes = torch.tensor(float(not yes))
-    with _others_needed():
+    with _peer_errors():
         dist.all_reduce(noes)
     return not noes.item()
 
 
-def from_first(value: Any) -> Any:
-    """The first process's value, in every process."""
-    if not joined():
+def broadcast(value: Any) -> Any:
+    """The value of rank 0, in every process."""
+    if not is_initialized():
         return value
     box = [value]
-    with _others_needed():
+    with _peer_errors():
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
 
-def tensors_from_first(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The first process's tensors (on the CPU), in every process; the others' own are ignored."""
-    described = from_first([(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
-    if not is_first():
+def broadcast_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of rank 0 (on the CPU), in every process; those of other ranks are ignored."""
+    described = broadcast([(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
+    if not is_main_process():
         tensors = {name: torch.empty(shape, dtype=dtype) for name, shape, dtype in described}
-    if joined():
-        with _others_needed():
+    if is_initialized():
+        with _peer_errors():
             for tensor in tensors.values():
                 dist.broadcast(tensor, src=0)
     return tensors
 
 
-def same_weights(model: nn.Module) -> None:
-    """Let every process start from the first one's parameters, whatever its own machine holds."""
-    tensors = tensors_from_first({name: p.detach().cpu() for name, p in model.named_parameters()})
-    if not is_first():
+def broadcast_parameters(model: nn.Module) -> None:
+    """Copy the parameters of rank 0 into every process, whatever weights its node has."""
+    tensors = broadcast_tensors({name: p.detach().cpu() for name, p in model.named_parameters()})
+    if not is_main_process():
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors[name])
 
 
-def refuse_unlike(facts: dict[str, Any]) -> None:
-    """UserError where a process has other data or flags than the first: together they would train nonsense."""
-    if not joined():
+def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
+    """UserError where a process has other data or flags than rank 0, as gradients would not belong together."""
+    if not is_initialized():
         return
-    everyones: list[dict[str, Any]] = [{} for _ in range(world())]
-    with _others_needed():
+    everyones: list[dict[str, Any]] = [{} for _ in range(world_size())]
+    with _peer_errors():
         dist.all_gather_object(everyones, facts)
     for number, others in enumerate(everyones):
         unlike = sorted(key for key in facts | others if others.get(key) != everyones[0].get(key))
         if unlike:
             raise UserError(
                 f"process {number} differs from process 0 in {', '.join(unlike)}; "
-                "give every machine the same files and flags"
+                "give every node the same files and flags"
             )
 
 
 class StopRequest:
-    """Whether any process was asked to stop. A question put in one step is answered in the next, so nobody waits."""
+    """Whether any process was asked to stop: an asynchronous all-reduce per step, read at the next one."""
 
     def __init__(self) -> None:
         self.asked: tuple[Work, Tensor] | None = None
 
     def anywhere(self, here: bool) -> bool:
         """To be called by every process in every step: all get the same answer at the same step."""
-        if not joined():
+        if not is_initialized():
             return here
         before, answer = self.asked, torch.tensor(float(here))
-        with _others_needed():
+        with _peer_errors():
             self.asked = dist.all_reduce(answer, async_op=True), answer
             if before is None:
                 return False
@@ -245,6 +245,6 @@ class StopRequest:
     def close(self) -> None:
         """Wait for the last answer, so that no exchange is under way when the process ends."""
         if self.asked is not None:
-            with _others_needed():
+            with _peer_errors():
                 self.asked[0].wait()
             self.asked = None

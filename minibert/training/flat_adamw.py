@@ -23,9 +23,9 @@ from minibert_kernels.gradients import Gradients
 class FlatOptimizer:
     """The same updates as `minibert.training.optimizer.Optimizer`, from two launches over all parameters.
 
-    The parameters of `model` become views of an fp32 buffer; in half precision the update also writes them to the
-    `twin`, the copy of the model that computes, so that no step casts weights. Nothing is read back from the device,
-    and a CUDA graph can hold a whole step.
+    The parameters of `model` become views of an fp32 buffer; in half precision the update also writes them to
+    `compute_model`, the half-precision copy that computes, so that no step casts weights. Nothing is read back from the
+    device, and a CUDA graph can hold a whole step.
 
     A step is `schedule`, gradients, `end_step` and `step_launched`; its update is carried out under the forward pass of
     the next (see `DeferredUpdate`), or by `flush`.
@@ -34,7 +34,7 @@ class FlatOptimizer:
     def __init__(
         self,
         model: nn.Module,
-        twin: nn.Module,
+        compute_model: nn.Module,
         config: RecipeSettings,
         total_steps: int,
         dtype: torch.dtype,
@@ -59,16 +59,16 @@ class FlatOptimizer:
         layout = self.layout = FlatLayout.of(shapes, number, table, device, written_over)
         self.weights, self.exp_avg, self.exp_avg_sq = layout.buffer(), layout.buffer(), layout.buffer()
         self.grad = layout.buffer(dtype)
-        self.shadow = None if dtype == torch.float32 else layout.buffer(dtype)
-        twins = {name: parameter for name, parameter in twin.named_parameters()}
+        self.half_copy = None if dtype == torch.float32 else layout.buffer(dtype)
+        compute_parameters = {name: parameter for name, parameter in compute_model.named_parameters()}
         views = [layout.views(buffer) for buffer in (self.weights, self.grad)]
-        shadows = layout.views(self.weights if self.shadow is None else self.shadow)
-        for parameter, weight, grad, shadow in zip(self.parameters, *views, shadows, strict=True):
+        half_copies = layout.views(self.weights if self.half_copy is None else self.half_copy)
+        for parameter, weight, grad, half_copy in zip(self.parameters, *views, half_copies, strict=True):
             weight.copy_(parameter.detach())
             parameter.data = weight
-            copy = twins[names[parameter]]
-            copy.data, copy.grad = shadow, grad
-        self.gradients = Gradients(self.grad, [twins[names[p]] for p in self.parameters], views[1])
+            copy = compute_parameters[names[parameter]]
+            copy.data, copy.grad = half_copy, grad
+        self.gradients = Gradients(self.grad, [compute_parameters[names[p]] for p in self.parameters], views[1])
         moments = zip(layout.views(self.exp_avg), layout.views(self.exp_avg_sq), strict=True)
         self.moment_views = dict(zip(map(id, self.parameters), moments, strict=True))
         self.factor = torch.zeros((), device=device)  # of the peak learning rates, for the update that is due
@@ -123,9 +123,9 @@ class FlatOptimizer:
         _, start, stop = self.parts[number]
         buffers = (self.weights, self.exp_avg, self.exp_avg_sq, self.grad)
         weights, exp_avg, exp_avg_sq, grad = (buffer[start:stop] for buffer in buffers)
-        shadow = None if self.shadow is None else self.shadow[start:stop]
+        half_copy = None if self.half_copy is None else self.half_copy[start:stop]
         layout = replace(self.layout, block_groups=self.layout.block_groups[start // BLOCK : stop // BLOCK])
-        adamw_(weights, exp_avg, exp_avg_sq, grad, shadow, layout, self.factor, self.control, zero_grad=True)
+        adamw_(weights, exp_avg, exp_avg_sq, grad, half_copy, layout, self.factor, self.control, zero_grad=True)
 
     def flush(self) -> None:
         """Carry out an update that is due: afterwards parameters and moments are those behind the last step."""
@@ -133,9 +133,9 @@ class FlatOptimizer:
         self.control[FOUND_INF].fill_(1)  # the next step begins with an update that changes nothing
 
     def refresh(self) -> None:
-        """Write the parameters to the twin again, after something else than a step has changed them."""
-        if self.shadow is not None:
-            self.shadow.copy_(self.weights)
+        """Write the parameters to `compute_model` again, after something other than a step has changed them."""
+        if self.half_copy is not None:
+            self.half_copy.copy_(self.weights)
 
     def counters(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside the moments, by name."""
@@ -144,13 +144,13 @@ class FlatOptimizer:
         return {"skipped": self.skipped, "loss_scale": self.loss_scale, "growth_tracker": self.growth_tracker}
 
     def drop_gradients(self) -> None:
-        """Forget what was computed of a step that will be tried again."""
+        """Discard the gradients of a step that will be run again."""
         self.flush()  # by the gradients of the step before
         self.grad.zero_()
         self.gradients.forget()
 
-    def start_anew(self) -> None:
-        """As before the first step."""
+    def reset(self) -> None:
+        """Back to the state before the first step."""
         self.flush()
         for tensor in (self.exp_avg, self.exp_avg_sq, self.grad, self.steps, self.skipped, self.bad):
             tensor.zero_()

@@ -23,8 +23,8 @@ from minibert.runtime import distributed
 from minibert.runtime.device import Hardware
 from minibert.runtime.memory import split_on_oom
 
-MEMORY_SHARE = 0.25  # of the machine's memory for activations; more goes to a memory-mapped file
-DISK_SHARE = 0.5  # of the free space for that file; more is not kept at all
+MEMORY_FRACTION = 0.25  # of physical memory for activations; more goes to a memory-mapped file
+DISK_FRACTION = 0.5  # of the free space for that file; more is not kept at all
 
 
 def compute(
@@ -37,7 +37,7 @@ def compute(
 ) -> FrozenActivations | None:
     """Run the frozen layers over all texts, or return None where the result fits neither memory nor disk.
 
-    Several processes share the work, and each gets the whole.
+    Several processes split the work, and each gets the whole.
     """
     model.eval()
     whole = start_layer == len(model.encoder.layers)
@@ -54,23 +54,23 @@ def compute(
             hidden = model.encoder.first_tokens(x, None) if whole else model.encoder(x, None, end=start_layer)
             return hidden.float().cpu().numpy()
 
-        own = batches[distributed.rank() :: distributed.world()]
+        own = batches[distributed.rank() :: distributed.world_size()]
         for rows, hidden in split_on_oom(own, computed):
             values[flat_indices(offsets, rows)] = hidden
             progress.update(len(rows))
-    return FrozenActivations(start_layer, distributed.sum_array(values), offsets)
+    return FrozenActivations(start_layer, distributed.all_reduce_array(values), offsets)
 
 
 def _storage(shape: tuple[int, int]) -> np.ndarray | None:
     """Zeros in memory, or in an unnamed memory-mapped file that vanishes with the process, or None."""
     size = shape[0] * shape[1] * 4
-    of_all = size * distributed.on_this_machine()
+    of_all = size * distributed.local_world_size()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if of_all <= MEMORY_SHARE * memory:
+    if of_all <= MEMORY_FRACTION * memory:
         return np.zeros(shape, dtype=np.float32)
     try:
         folder = Path(tempfile.gettempdir())
-        if of_all > DISK_SHARE * shutil.disk_usage(folder).free:
+        if of_all > DISK_FRACTION * shutil.disk_usage(folder).free:
             return None
         with tempfile.TemporaryFile(dir=folder, prefix="minibert-") as file:
             if hasattr(os, "posix_fallocate"):  # a disk that fills up under a mapped file would kill the process

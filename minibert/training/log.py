@@ -36,7 +36,7 @@ class TrainLog:
 
     def sync(self) -> None:
         """Wait until the lines are on disk."""
-        if distributed.is_first():
+        if distributed.is_main_process():
             with writing(Path(self.file.name)):
                 os.fsync(self.file.fileno())
 
@@ -44,7 +44,7 @@ class TrainLog:
 @contextmanager
 def open_log(path: Path, start: int, watch: Watch) -> Iterator[TrainLog]:
     """The log, cut back to its first `start` bytes: steps after the checkpoint will be written again."""
-    if not distributed.is_first():
+    if not distributed.is_main_process():
         with open(os.devnull, "w", encoding="utf-8") as file:
             yield TrainLog(file, watch)
         return
@@ -63,7 +63,7 @@ def open_log(path: Path, start: int, watch: Watch) -> Iterator[TrainLog]:
 
 
 @contextmanager
-def noted_signals() -> Iterator[list[int]]:
+def record_signals() -> Iterator[list[int]]:
     """Collect Ctrl-C and SIGTERM in a list, so that the loop ends between two steps; a second one ends at once.
 
     torchrun repeats the signal by itself, sends SIGTERM to all when one has died, and kills what has not ended after
@@ -73,7 +73,7 @@ def noted_signals() -> Iterator[list[int]]:
     leaving = True
 
     def note(number: int, _frame: object) -> None:
-        if noted and not distributed.joined():
+        if noted and not distributed.is_initialized():
             raise KeyboardInterrupt
         noted.append(number)
 
@@ -86,4 +86,4 @@ def noted_signals() -> Iterator[list[int]]:
         leaving = bool(noted)
     finally:
         for number, handler in before.items():
-            signal.signal(number, signal.SIG_IGN if leaving and distributed.joined() else handler)
+            signal.signal(number, signal.SIG_IGN if leaving and distributed.is_initialized() else handler)

@@ -22,9 +22,9 @@ from minibert.inference.logits import compute_logits
 from minibert.model.bert import BertForSequenceClassification
 from minibert.problem.problem import Problem
 from minibert.runtime import distributed
-from minibert.runtime.device import Hardware, attempt, duration, peak_memory
+from minibert.runtime.device import Hardware, duration, none_if_oom, peak_memory
 from minibert.training.best import BestWeights, checked_metric
-from minibert.training.log import TrainLog, Watch, noted_signals, open_log
+from minibert.training.log import TrainLog, Watch, open_log, record_signals
 from minibert.training.plan import PlannedStep, micro_batches, plan_steps, total_steps
 from minibert.training.state import State
 from minibert.training.step import make_step
@@ -88,7 +88,7 @@ class Training:
         eta_at = self.state.step + STEPS_TIMED
         stop_request = distributed.StopRequest()
         log_file = open_log(log_path, self.state.log_bytes, watch)
-        with noted_signals() as signals, log_file as log, self._progress_bar() as bar:
+        with record_signals() as signals, log_file as log, self._progress_bar() as bar:
             if self.head_is_fitted and self.state.step == 0 and "validation" in self.data:
                 self._evaluate(log, bar)
             for planned in self.remaining_steps():
@@ -111,7 +111,7 @@ class Training:
                 due = self._save_due() or since_save > (SECONDS_BETWEEN_SAVES if evaluated else LONGEST_WITHOUT_SAVE)
                 at_end = at_end or self._out_of_patience()
                 stop = stop_request.anywhere(bool(signals))
-                if stop or distributed.from_first(due) or at_end:
+                if stop or distributed.broadcast(due) or at_end:
                     self._count_bad_steps()
                     log.sync()  # the checkpoint counts on the log being there
                     save()
@@ -160,7 +160,7 @@ class Training:
         while result is None:
             rows = micro_batches(planned, train.lengths, self.state.most_tokens)
             with self.hardware.computing(), self.body.errors():
-                result = attempt(lambda rows=rows: self.body.run(train, rows, number, planned.denominator))  # type: ignore[misc]
+                result = none_if_oom(lambda rows=rows: self.body.run(train, rows, number, planned.denominator))  # type: ignore[misc]
             if result is None:
                 self._shrink(planned, rows)
         self.state.step += 1
@@ -178,7 +178,7 @@ class Training:
         while not fits:
             rows = micro_batches(largest, train.lengths, self.state.most_tokens)
             with self.hardware.computing(), self.body.errors():
-                fits = attempt(lambda rows=rows: self._forward_backward(rows)) is not None  # type: ignore[misc]
+                fits = none_if_oom(lambda rows=rows: self._forward_backward(rows)) is not None  # type: ignore[misc]
             if not fits:
                 self._shrink(largest, rows)
         self.optimizer.drop_gradients()
@@ -242,7 +242,7 @@ class Training:
         logits = compute_logits(self.model, data, self.hardware, all_ranks=True)
         metrics = self.problem.tuned(logits, data.targets).metrics(logits, data.targets)
         sound = bool(np.isfinite(logits).all())  # argmax makes something of NaN, but no diverged weights are the best
-        value = distributed.from_first(metrics[self.metric] if sound else None)  # nodes may round, but must agree
+        value = distributed.broadcast(metrics[self.metric] if sound else None)  # nodes may round, but must agree
         value = self.best.note(value, logits, parameters, self.state)
         numbers = {name: v for name, v in metrics.items() if isinstance(v, float | int)}
         line = {f"validation_{name}": v if math.isfinite(v) else None for name, v in numbers.items()}

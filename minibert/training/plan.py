@@ -64,7 +64,7 @@ def within_budget(rows: np.ndarray, train: Dataset, config: RecipeSettings) -> l
 
 def micro_batches(step: PlannedStep, lengths: np.ndarray, most_tokens: int) -> list[np.ndarray]:
     """This process's rows of a step's batches, each cut to `most_tokens` tokens (0: no limit)."""
-    own = [split_by_tokens(rows, lengths, distributed.world())[distributed.rank()] for rows in step.batches]
+    own = [split_by_tokens(rows, lengths, distributed.world_size())[distributed.rank()] for rows in step.batches]
     own = [rows for rows in own if len(rows)]
     if not most_tokens:
         return own

@@ -123,9 +123,9 @@ def _check_tensors(path: Path, training: Training, tensors: dict[str, Tensor]) -
 
 def share_checkpoint(training: Training) -> None:
     """Put every process where the first one stands: its folder need not be seen by the others."""
-    state = distributed.from_first(training.state)
-    tensors = distributed.tensors_from_first(host_tensors(training))
-    if not distributed.is_first():
+    state = distributed.broadcast(training.state)
+    tensors = distributed.broadcast_tensors(host_tensors(training))
+    if not distributed.is_main_process():
         training.restore(state, tensors)
 
 

@@ -172,7 +172,7 @@ class FixedShapeStep:
 
     def free_memory(self) -> None:
         self.optimizer.drop_gradients()
-        self.fixed.places.clear()
+        self.fixed.static_batches.clear()
 
     def errors(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -212,19 +212,19 @@ def make_step(
 
         return EagerStep(*given, compile_regions(model, hardware, config.seed)), ""
     if train.weights is not None:
-        fault: str | None = "sample_weight is for --engine eager or compile"
+        failure: str | None = "sample_weight is for --engine eager or compile"
     else:
         from minibert.training.graph_step import FixedSteps  # imports Triton, where it is
 
         fixed = FixedSteps(*given)
         rows = np.arange(min(ROWS_TRIED, len(train)))
         with hardware.computing():
-            fault = fixed.self_check(train.batch(rows), train.targets_of(rows, CPU))
-        if fault is None:
+            failure = fixed.self_check(train.batch(rows), train.targets_of(rows, CPU))
+        if failure is None:
             return FixedShapeStep(fixed, hardware), ""
     if config.engine != "auto":
-        raise UserError(f"--engine {hardware.engine}: {fault}; use eager")
-    why = f"engine {hardware.engine} does not work here: {fault}. Training is eager, with the same result"
+        raise UserError(f"--engine {hardware.engine}: {failure}; use eager")
+    why = f"engine {hardware.engine} does not work here: {failure}. Training is eager, with the same result"
     return EagerStep(model, problem, config, eager(hardware, config), total_steps, class_weights), why
 
 

@@ -45,7 +45,7 @@ def torch_adamw(dtype: torch.dtype, start: list[Tensor], grads: list[list[Tensor
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_adamw_is_torchs(device: str, dtype: torch.dtype, scaled: bool) -> None:
-    """Gradients and shadow in `dtype`; three groups, clipping, and with loss scaling a skipped step."""
+    """Gradients and half_copy in `dtype`; three groups, clipping, and with loss scaling a skipped step."""
     layout = adamw.FlatLayout.of(SHAPES, GROUPS, TABLE, device)
     scale, lrs = (8.0 if scaled else 1.0), [1e-2, 2e-2, 3e-2, 1e-2]
     start = [random(s, torch.float32, device, i) for i, s in enumerate(SHAPES)]
@@ -53,10 +53,10 @@ def test_adamw_is_torchs(device: str, dtype: torch.dtype, scaled: bool) -> None:
     if scaled:
         grads[1][2][0, 7] = float("inf")
     param, exp_avg, exp_avg_sq = (layout.buffer() for _ in range(3))
-    grad, shadow = layout.buffer(dtype), layout.buffer(dtype)
+    grad, half_copy = layout.buffer(dtype), layout.buffer(dtype)
     for view, value in zip(layout.views(param), start, strict=True):
         view.copy_(value)
-    shadow.copy_(param)
+    half_copy.copy_(param)
     step = torch.zeros((), dtype=torch.int64, device=device)
     loss_scale = torch.tensor(scale, device=device) if scaled else None
     norms = []
@@ -66,9 +66,9 @@ def test_adamw_is_torchs(device: str, dtype: torch.dtype, scaled: bool) -> None:
         control = adamw.prepare_update_(grad, step, max_norm=1.0, loss_scale=loss_scale)
         norms.append(control[adamw.NORM])
         lr_now = torch.tensor(lr, device=device)
-        adamw.adamw_(param, exp_avg, exp_avg_sq, grad, shadow, layout, lr_now, control, zero_grad=True)
+        adamw.adamw_(param, exp_avg, exp_avg_sq, grad, half_copy, layout, lr_now, control, zero_grad=True)
         assert not grad.any()
-        assert torch.equal(shadow, param.to(dtype))
+        assert torch.equal(half_copy, param.to(dtype))
     assert int(step) == (3 if scaled else 4)
     plain, plain_norms = torch_adamw(torch.float32, start, grads, lrs, scale)
     exact, exact_norms = torch_adamw(torch.float64, start, grads, lrs, scale)

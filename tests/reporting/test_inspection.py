@@ -135,7 +135,7 @@ def test_a_run_may_follow_a_check_in_the_same_folder_and_records_skipped_rows(
 
 
 def test_check_is_for_one_process(flawed: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minibert.runtime.distributed.world", lambda: 2)
+    monkeypatch.setattr("minibert.runtime.distributed.world_size", lambda: 2)
     with pytest.raises(UserError, match="--check: for one process"):
         refuse_at_once(replace(flawed, check=True))
 

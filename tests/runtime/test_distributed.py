@@ -56,10 +56,10 @@ from minibert.run import run_from_files
 for name, flags in json.loads(sys.argv[1]).items():
     classifier = run_from_files(given_settings(flags), [])
     weights = {name: zlib.crc32(p.detach().numpy().tobytes()) for name, p in classifier.model.named_parameters()}
-    distributed.refuse_unlike(weights)  # every process ends with the same bits
-assert distributed.from_first(distributed.rank()) == 0
+    distributed.check_same_on_all_ranks(weights)  # every process ends with the same bits
+assert distributed.broadcast(distributed.rank()) == 0
 try:
-    distributed.refuse_unlike({"data": distributed.rank() == 1, "seed": 42})
+    distributed.check_same_on_all_ranks({"data": distributed.rank() == 1, "seed": 42})
 except UserError as error:
     assert "process 1 differs from process 0 in data;" in str(error)
 else:
@@ -245,8 +245,8 @@ from minibert.finetune import main
 from minibert.runtime import distributed
 from minibert.cli import run_command
 
-told = distributed._told_already
-distributed._told_already = lambda: time.sleep(1) or told()
+printed = distributed._error_printed_on_node
+distributed._error_printed_on_node = lambda: time.sleep(1) or printed()
 sys.exit(run_command(main, sys.argv[1:]))
 """
 

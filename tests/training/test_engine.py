@@ -25,7 +25,7 @@ from minibert.runtime.device import Hardware
 from minibert.training import resume
 from minibert.training.deferred import DeferredUpdate
 from minibert.training.flat_adamw import FlatOptimizer
-from minibert.training.graph_step import Bucket, FixedSteps, fill_up
+from minibert.training.graph_step import Bucket, FixedSteps, pad_to_bucket
 from minibert_kernels import backend, gelu
 
 pytestmark = pytest.mark.usefixtures("references_of_kernels")
@@ -55,7 +55,7 @@ def test_what_fills_up_changes_no_logit(tiny: Callable[..., Path]) -> None:
     x = collate(made_tokens(9), np.arange(9))
     expected = model.logits(x)
     bucket = Bucket.of(made_tokens(9).lengths)
-    filled, targets, keep = fill_up(x, torch.ones(9, dtype=torch.int64), bucket, "sdpa")
+    filled, targets, keep = pad_to_bucket(x, torch.ones(9, dtype=torch.int64), bucket, "sdpa")
     assert len(filled.input_ids) == bucket.tokens
     assert len(targets) == len(keep) == bucket.texts
     torch.testing.assert_close(model.logits(filled)[keep > 0], expected, atol=1e-5, rtol=1e-5)
@@ -148,7 +148,7 @@ def test_no_two_tensors_of_a_checkpoint_share_memory(tiny: Callable[..., Path], 
     *_, training = curve(tiny("BertModel"), SINGLE, Hardware(CPU, "fp32", "sdpa", "fixed"))
     before = {name: tensor.clone() for name, tensor in resume.host_tensors(training).items()}
     resume.save_checkpoint(tmp_path / "last", training, {})
-    training.optimizer.start_anew()
+    training.optimizer.reset()
     resume.load_checkpoint(tmp_path / "last", training, {})
     after = resume.host_tensors(training)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -161,7 +161,7 @@ def test_half_precision_stays_close_to_fp32(tiny: Callable[..., Path]) -> None:
     result = curve(folder, SINGLE, Hardware(CPU, "bf16", "sdpa", "fixed"))
     np.testing.assert_allclose(result[0][:, 0], expected[0][:, 0], atol=0.1)
     assert {p.dtype for p in result[2].model.parameters()} == {torch.float32}
-    assert {p.dtype for p in result[2].body.fixed.twin.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in result[2].body.fixed.compute_model.parameters()} == {torch.bfloat16}
 
 
 def test_a_gradient_that_overflows_changes_nothing_and_lowers_the_scale(tiny: Callable[..., Path]) -> None:

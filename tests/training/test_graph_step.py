@@ -25,7 +25,7 @@ from minibert.model.bert import BertForSequenceClassification
 from minibert.model.checkpoint import load_model
 from minibert.problem.problem import MULTI, SINGLE, Problem
 from minibert.runtime.device import Hardware
-from minibert.training.graph_step import Bucket, FixedSteps, Place, fill_up
+from minibert.training.graph_step import Bucket, FixedSteps, StaticBatch, pad_to_bucket
 from minibert.training.loop import Training
 from minibert.training.resume import host_tensors
 from minibert.training.staging import StaticBuffers
@@ -95,9 +95,9 @@ def test_parts_of_the_update_wait_for_the_layers_that_read_them(tiny: Callable[.
     optimizer, update, seen = training.optimizer, training.body.fixed.update, []
     first, second, *_ = steps_of(training)
     training.step(first)
-    do_part, reach = update.update_part, training.body.fixed.twin.encoder.before_layer
+    do_part, reach = update.update_part, training.body.fixed.compute_model.encoder.before_layer
     update.update_part = lambda part: (seen.append(("update", optimizer.parts[part][0])), do_part(part))
-    training.body.fixed.twin.encoder.before_layer = lambda layer: (reach(layer), seen.append(("read", layer)))
+    training.body.fixed.compute_model.encoder.before_layer = lambda layer: (reach(layer), seen.append(("read", layer)))
     training.step(second)
     assert seen == [(what, layer) for layer in (-1, 0, 1, 2) for what in ("update", "read")]
     covered = [slice_ for _, *slice_ in optimizer.parts]
@@ -154,7 +154,7 @@ def test_a_step_tried_again_keeps_the_update_of_the_step_before(
         if layer == 1 and not training.state.most_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    training.body.fixed.twin.encoder.before_layer = fails_once
+    training.body.fixed.compute_model.encoder.before_layer = fails_once
     training.step(steps[3])
     assert training.state.most_tokens > 0
     one, other = state(expected), state(training)
@@ -182,13 +182,13 @@ class Copies(TorchDispatchMode):
 def test_a_batch_goes_to_the_device_in_one_copy(attention: str) -> None:
     rows, bucket = np.arange(9), Bucket.of(made_tokens(9).lengths)
     one, other = (
-        Place(*fill_up(collate(made_tokens(9, seed), rows), torch.arange(9) + seed, bucket, attention))
+        StaticBatch(*pad_to_bucket(collate(made_tokens(9, seed), rows), torch.arange(9) + seed, bucket, attention))
         for seed in (0, 0)
     )
     other.targets = other.targets + 1
     place = one.on(CPU)
     with Copies() as copies:
-        place.take(other)
+        place.copy_from(other)
     assert copies.found == {"aten.copy_.default": 1}
     found, expected = place.tensors(), other.tensors()
     assert len(found) == (10 if attention == "sdpa" else 7) - 1

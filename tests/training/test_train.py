@@ -203,11 +203,11 @@ def test_frozen_activations_too_large_for_memory_go_to_a_file(
     training = job(tiny(), dataclasses.replace(BASE, freeze="1"))
     tokens = training.data["train"].tokens
     in_memory = frozen.compute(training.model, tokens, 1, CPU, True)
-    monkeypatch.setattr(frozen, "MEMORY_SHARE", 0)
+    monkeypatch.setattr(frozen, "MEMORY_FRACTION", 0)
     in_file = frozen.compute(training.model, tokens, 1, CPU, True)
     assert in_memory is not None and in_file is not None and isinstance(in_file.values, np.memmap)
     assert np.array_equal(in_memory.values, in_file.values)
-    monkeypatch.setattr(frozen, "DISK_SHARE", 0)
+    monkeypatch.setattr(frozen, "DISK_FRACTION", 0)
     assert frozen.compute(training.model, tokens, 1, CPU, True) is None
 
 

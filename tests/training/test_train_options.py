@@ -110,7 +110,7 @@ def test_each_process_draws_its_own_masks(tiny: Callable[..., Path], monkeypatch
 
     monkeypatch.setattr(BertForSequenceClassification, "logits", noted)
     folder = tiny()
-    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     for rank in range(3):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         job = training(folder, dropout=0.5, seed=7)
@@ -137,9 +137,9 @@ def test_the_copy_that_computes_follows_the_weights(tiny: Callable[..., Path], p
     """A step writes both; else the loss would never fall."""
     job = training(tiny(), hardware=replace(FIXED, precision=precision), epochs=12, learning_rate=5e-3)
     assert job.body.fixed_shapes
-    before = {name: value.clone() for name, value in job.body.fixed.twin.named_parameters()}
+    before = {name: value.clone() for name, value in job.body.fixed.compute_model.named_parameters()}
     losses = [float(job.step(step)[0]) for step in job.remaining_steps()]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) / 2
-    for name, value in job.body.fixed.twin.named_parameters():
+    for name, value in job.body.fixed.compute_model.named_parameters():
         assert torch.equal(value, job.model.get_parameter(name).to(value.dtype)), name
         assert "qkv.bias" in name or not torch.equal(value, before[name]), name
