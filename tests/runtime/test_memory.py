@@ -21,6 +21,7 @@ from minibert.finetune import main
 from minibert.model import checkpoint
 from minibert.runtime.memory import split_on_oom
 from minibert.training import loop as train
+from minibert.training.best import BestWeights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -111,7 +112,7 @@ def test_out_of_memory_where_nothing_can_be_halved_is_one_line(
     def fails(*given: Any) -> None:
         raise error
 
-    monkeypatch.setattr(train.Training, "use_best_weights", fails)
+    monkeypatch.setattr(BestWeights, "restore_to", fails)
     assert "not enough memory" in one_line_error(capsys, arguments(tmp_path / "run"))
     monkeypatch.undo()
     resumes(arguments(tmp_path / "run"))
