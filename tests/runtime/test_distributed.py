@@ -102,7 +102,8 @@ def torchrun(*arguments: str, processes: int = 2) -> subprocess.Popen[str]:
     """Start torchrun on this machine; each of its workers has one thread."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     command += [*([] if "--master-port" in arguments else ["--standalone"]), *arguments]  # a port that it chooses
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    project = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{project}{os.pathsep}{project / 'kernels'}"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
