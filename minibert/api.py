@@ -30,6 +30,9 @@ class Settings(TypedDict, total=False):
     label_column: str | Sequence[str]
     label_delimiter: str | None
     label_names: str | Sequence[str]
+    positive_label: str | None
+    delimiter: str | None
+    quote: str | None
     no_header: bool
     encoding: str | None
     on_bad_rows: Literal["error", "skip"]

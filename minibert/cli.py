@@ -58,7 +58,7 @@ COMMANDS = {
 }
 OTHER_NAMES = {"train": "finetune", "fit": "finetune", "test": "evaluate", "encode": "embed", "infer": "predict"}
 LARGEST_CONFIG = 1 << 18  # bytes of a --config file
-TEXT_FLAGS = ("text_column", "text_pair_column", "no_header", "encoding", "on_bad_rows")
+TEXT_FLAGS = ("text_column", "text_pair_column", "no_header", "delimiter", "quote", "encoding", "on_bad_rows")
 LABEL_FLAGS = ("label_column", "label_delimiter", "label_names")
 GROUPS = ("model", "data", "tokens", "recipe", "speed", "stopping", "watching", "other")
 
@@ -72,6 +72,8 @@ PLACEHOLDERS = {
     "report_to": "NAME",
     "max_train_samples": "N",
     "label_names": "A,B",
+    "positive_label": "LABEL",
+    **dict.fromkeys(("delimiter", "quote", "label_delimiter"), "C"),
 }
 
 

@@ -97,6 +97,15 @@ class DataSettings:
     label_delimiter: str | None = flag(
         None, "what separates the labels of one row, such as , (multi-label)", group="data"
     )
+    positive_label: str | None = flag(
+        None, "of two labels the one that precision, recall and ROC are about (default the second)", group="data"
+    )
+    delimiter: str | None = flag(
+        None, "what separates the cells of a CSV file: one character, or tab (default by the first rows)", group="data"
+    )
+    quote: str | None = flag(
+        None, "what quotes the cells of a CSV file: one character, or none (default by the first rows)", group="data"
+    )
     no_header: bool = flag(False, "the first row is data; columns are then called 0, 1, 2, ...", group="data")
     encoding: str | None = flag(None, "encoding of the files (default UTF-8, or what they look like)", group="data")
     on_bad_rows: str = flag(
@@ -313,6 +322,10 @@ class RunConfig(OutputSettings, HardwareSettings, RecipeSettings, DataSettings):
             raise UserError(f"--freeze {self.freeze}: give none, embeddings, a number of layers, or all")
         if self.validation_split + self.test_split >= 1:
             raise UserError("--validation-split and --test-split together leave no training rows; give less than 1")
+        if self.delimiter not in (None, "tab", "\\t") and len(self.delimiter or "") != 1:
+            raise UserError(f"--delimiter {self.delimiter!r}: give one character, or tab")
+        if self.quote not in (None, "none") and len(self.quote or "") != 1:
+            raise UserError(f"--quote {self.quote!r}: give one character, or none")
         if len(set(self.label_names)) < len(self.label_names) or len(self.label_names) == 1:
             raise UserError(f"--label-names {','.join(self.label_names)}: give two or more, all different")
         seeds = [int(seed) if seed.isdecimal() else -1 for seed in self.seeds]

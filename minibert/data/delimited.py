@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from minibert.config import DataSettings
 from minibert.data.rows import BadRow, Table, check_width, numbered_lines, repeated_name, rows_to_columns, tables_of
 from minibert.data.sources import MAX_LINE_LENGTH
 from minibert.errors import UserError
@@ -21,7 +22,22 @@ from minibert.runtime.files import one_line
 MIN_FIT = 0.6  # fraction of the first rows that a delimiter must cut as it cuts the header
 ROWS_COMPARED = 50  # with the header
 NO_DELIMITER = "\x1f"  # which no text holds
+SAMPLED_LINES = 1000  # of them, to choose between kinds of quotes
 SAMPLE = 1 << 18  # characters looked at to guess delimiter and quoting
+
+
+class Dialect(NamedTuple):
+    """What --delimiter and --quote say of CSV files; None is told by the first rows."""
+
+    delimiter: str | None = None
+    quote: str | None = None  # "none": quotes are part of the texts
+
+    @classmethod
+    def of(cls, settings: DataSettings) -> Dialect:
+        return cls("\t" if settings.delimiter in ("tab", "\\t") else settings.delimiter, settings.quote)
+
+
+GUESSED = Dialect()
 
 
 class CsvRow(NamedTuple):
@@ -49,14 +65,16 @@ class _LongFields:
 _LONG_FIELDS = _LongFields()
 
 
-def read_delimited(path: Path, text: IO[str], suffix: str, header: bool, size: int) -> Iterator[Table]:
-    """CSV and TSV with whatever delimiter and quoting the first rows show."""
+def read_delimited(
+    path: Path, text: IO[str], suffix: str, header: bool, size: int, dialect: Dialect = GUESSED
+) -> Iterator[Table]:
+    """CSV and TSV with whatever delimiter and quoting the first rows show, where `dialect` leaves them open."""
     sample = text.read(SAMPLE)
     if "\0" in sample:
         raise UserError(f"{path}: holds NUL characters; is this a text file? (other encodings need --encoding)")
-    delimiter = _delimiter(sample, "\t" if suffix == ".tsv" else ",")
-    quoting = _quoting(sample, delimiter)
-    if header and _is_one_column(sample, delimiter):
+    delimiter = dialect.delimiter or _delimiter(sample, "\t" if suffix == ".tsv" else ",")
+    quoting = _quoting(sample, delimiter) if dialect.quote is None else _given_quoting(dialect.quote)
+    if header and dialect == (None, None) and _is_one_column(sample, delimiter):
         delimiter, quoting = NO_DELIMITER, {"quoting": csv.QUOTE_NONE}
     rest = numbered_lines(path, text, first=sample.count("\n") + 1)
     rows = _csv_rows(path, _rejoined(sample, rest), {"delimiter": delimiter, **quoting})
@@ -240,12 +258,30 @@ def _quoting(sample: str, delimiter: str) -> dict[str, Any]:
     options: dict[str, Any] = {"quoting": csv.QUOTE_MINIMAL, "skipinitialspace": is_spaced}
     single = len(re.findall(rf"(?:^|{edge})'[^'\r\n]*'(?={edge}|\r?$)", sample, re.MULTILINE))
     double = len(re.findall(rf'(?:^|{edge})"', sample, re.MULTILINE))
+    in_single = options | {"quotechar": "'"}
     if single > double and single >= len(sample.splitlines()) / 2:
-        return options | {"quotechar": "'"}
+        return in_single
+    if single and _equal_rows(sample, delimiter, in_single) > _equal_rows(sample, delimiter, options):
+        return in_single
     escaped = re.search(rf'\\"(?!{edge}|\r?$)', sample, re.MULTILINE)
     if escaped and not re.search(rf'[^{edge}\r\n]""[^{edge}\r\n]', sample):
         return options | {"doublequote": False, "escapechar": "\\"}
     return options
+
+
+def _given_quoting(quote: str) -> dict[str, Any]:
+    return {"quoting": csv.QUOTE_NONE} if quote == "none" else {"quoting": csv.QUOTE_MINIMAL, "quotechar": quote}
+
+
+def _equal_rows(sample: str, delimiter: str, options: dict[str, Any]) -> int:
+    """How many rows of the sample have as many cells as the first: writers quote only cells that need it."""
+    lines = io.StringIO(sample, newline="").readlines()
+    try:
+        with _LONG_FIELDS:
+            widths = [len(row) for row in csv.reader(lines[:SAMPLED_LINES], delimiter=delimiter, **options) if row]
+    except csv.Error:
+        return 0
+    return sum(width == widths[0] for width in widths) if widths else 0
 
 
 def _is_quoted(sample: str, delimiter: str) -> bool:

@@ -20,6 +20,7 @@ from minibert.data.columns import (
     header_note,
     known_names,
 )
+from minibert.data.delimited import Dialect
 from minibert.data.examples import (
     Examples,
     count_rows,
@@ -102,7 +103,8 @@ def _read(path: str, config: DataSettings, notes: list[str], headerless: Table |
         notes.append(f"{path} has no header: its first row looks like the others")
     if doubt := header_note(first, config, header):
         notes.append(doubt)
-    table = read_table(path, header=header, encoding=config.encoding, on_bad_rows="skip")
+    dialect = Dialect.of(config)
+    table = read_table(path, header=header, encoding=config.encoding, on_bad_rows="skip", dialect=dialect)
     if not table.lines and not table.bad:
         raise UserError(f"{path}: no rows; expected a header and at least one row of data")
     if table.encoding not in ("utf-8", config.encoding):
@@ -127,7 +129,10 @@ def prepare(splits: Splits, columns: Columns, config: DataSettings, notes: list[
         first = first_number(splits["train"].labels or [], names)
         splits = {name: with_label_names(rows, kind, names, first) for name, rows in splits.items()}
     skipped = _skipped(splits, notes)
-    problem = Problem(kind, _label_names(splits, kind, indicators, columns), label_type=given_as)
+    labels = _label_names(splits, kind, indicators, columns)
+    if config.positive_label is not None:
+        labels = _positive_last(labels, kind, config.positive_label)
+    problem = Problem(kind, labels, label_type=given_as)
     notes += _problem_notes(problem, why, splits["train"], config)
     rows, given = len(splits["train"]), config.max_train_samples
     limit = math.ceil(given * rows) if given and given < 1 else int(given or 0)
@@ -180,6 +185,15 @@ def _label_names(splits: Splits, kind: str, indicators: tuple[str, ...], columns
     return list(indicators) or sorted_labels(names)
 
 
+def _positive_last(names: list[str], kind: str, positive: str) -> list[str]:
+    """Two labels, the one that metrics of two classes are about behind the other."""
+    if kind != SINGLE or len(names) != 2:
+        raise UserError(f"--positive-label {positive}: is for one label of two; here are {_some_names(names)}")
+    if positive not in names:
+        raise UserError(f"--positive-label {positive}: not a label here; give {names[0]} or {names[1]}")
+    return [name for name in names if name != positive] + [positive]
+
+
 def _with_one_spelling(splits: Splits, kind: str, notes: list[str]) -> Splits:
     """The same splits, a label that is an integer spelled alike in all of them."""
     names = _all_names(splits, kind)
@@ -203,6 +217,8 @@ def _problem_notes(problem: Problem, why: str, train: Examples, config: DataSett
         return [f"{problem.kind}, {why}"]
     names = problem.labels
     notes = [f"{problem.kind}, {why}: {len(names)} labels ({_some_names(names)})"]
+    if problem.kind == SINGLE and len(names) == 2:
+        notes.append(f"the positive class is {names[1]!r}" + ("" if config.positive_label else " (--positive-label)"))
     is_guess = problem.kind == SINGLE and config.problem_type == "auto"
     return notes + (label_warnings(train.labels or []) if is_guess else [])
 

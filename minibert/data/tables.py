@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minibert.config import DataSettings
-from minibert.data.delimited import read_delimited
+from minibert.data.delimited import GUESSED, Dialect, read_delimited
 from minibert.data.rows import (
     BadRow,
     Table,
@@ -41,11 +41,16 @@ HEADER_ROWS = 200  # looked at to tell whether there is a header
 
 
 def read_table(
-    path: str | Path, *, header: bool = True, encoding: str | None = None, on_bad_rows: str = "error"
+    path: str | Path,
+    *,
+    header: bool = True,
+    encoding: str | None = None,
+    on_bad_rows: str = "error",
+    dialect: Dialect = GUESSED,
 ) -> Table:
     """The whole file. A file with a header alone has columns and no rows."""
     whole: Table | None = None
-    for table in stream_table(path, header=header, encoding=encoding, on_bad_rows=on_bad_rows):
+    for table in stream_table(path, header=header, encoding=encoding, on_bad_rows=on_bad_rows, dialect=dialect):
         if whole is None:
             whole = table
             continue
@@ -67,6 +72,7 @@ def stream_table(
     encoding: str | None = None,
     rows: int = 10_000,
     on_bad_rows: str = "error",
+    dialect: Dialect = GUESSED,
 ) -> Iterator[Table]:
     """The file in tables of at most `rows` rows, at least one table; on_bad_rows="skip" leaves bad ones in `bad`."""
     path = Path(path)
@@ -86,21 +92,23 @@ def stream_table(
             return
         encoding = encoding_of(path, encoding)
         with open_text(path, encoding) as text:
-            for table in _tables(path, text, suffix, header, rows):
+            for table in _tables(path, text, suffix, header, rows, dialect):
                 table.encoding = encoding.removesuffix("-sig")
                 if table.bad and on_bad_rows == "error":
                     raise bad_rows_error(str(path), table.bad)
                 yield table
 
 
-def _tables(path: Path, text: io.TextIOWrapper, suffix: str, header: bool, rows: int) -> Iterator[Table]:
+def _tables(
+    path: Path, text: io.TextIOWrapper, suffix: str, header: bool, rows: int, dialect: Dialect
+) -> Iterator[Table]:
     if suffix in (".jsonl", ".ndjson"):
         return _json_lines(path, text, rows)
     if suffix == ".json":
         return _json(path, text, rows)
     if suffix in (".txt", ".label"):
         return _plain(path, text, suffix, header, rows)
-    return read_delimited(path, text, suffix, header, rows)
+    return read_delimited(path, text, suffix, header, rows, dialect)
 
 
 def _plain(path: Path, text: io.TextIOWrapper, suffix: str, header: bool, size: int) -> Iterator[Table]:
@@ -265,4 +273,7 @@ def _unpacked(path: Path) -> bytes:
 
 def first_rows(path: str, config: DataSettings) -> Table:
     """The first rows, a header among them as a row of cells."""
-    return next(stream_table(path, header=False, encoding=config.encoding, rows=HEADER_ROWS, on_bad_rows="skip"))
+    encoding, dialect = config.encoding, Dialect.of(config)
+    return next(
+        stream_table(path, header=False, encoding=encoding, rows=HEADER_ROWS, on_bad_rows="skip", dialect=dialect)
+    )

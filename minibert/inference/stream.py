@@ -20,6 +20,7 @@ from minibert.data.columns import (
     row_preview,
     text_column_note,
 )
+from minibert.data.delimited import Dialect
 from minibert.data.examples import (
     Examples,
     count_rows,
@@ -115,7 +116,8 @@ def _stream(
     columns: Columns | None = None
     bad: list[BadRow] = []
     count = 0
-    for table in stream_table(path, header=header, encoding=config.encoding, on_bad_rows=config.on_bad_rows):
+    encoding, on_bad_rows, dialect = config.encoding, config.on_bad_rows, Dialect.of(config)
+    for table in stream_table(path, header=header, encoding=encoding, on_bad_rows=on_bad_rows, dialect=dialect):
         if columns is None:
             columns = find_columns(table, config, need_label)
             if not need_label and (guess := text_column_note(columns, table, config)):

@@ -25,6 +25,7 @@ from minibert.data.loading import RunData, load_data, prepare
 from minibert.errors import UserError
 from minibert.inference.stream import stream_labelled
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
+from minibert.runs.setup import without_effect
 
 CLASSES = 150
 
@@ -49,11 +50,12 @@ def test_what_was_decided_is_said_with_the_reason(labels: list[Any], phrase: str
 
 
 def test_flags_about_evaluations_are_told_where_there_are_none() -> None:
-    flags = {"metric": "loss", "early_stopping_patience": 2}
-    notes = "\n".join(prepared(["a", "b"] * 5, validation_split=0, **flags).notes)
-    assert "no validation rows: --metric has no effect" in notes and "--early-stopping-patience" in notes
-    assert "--eval-steps" not in notes
-    assert "no effect" not in "\n".join(prepared(["a", "b"] * 20, **flags).notes)
+    flags = RunConfig(metric="loss", early_stopping_patience=2)
+    notes = without_effect(flags, prepared(["a", "b"] * 5, validation_split=0))
+    assert notes == [
+        f"there are no validation rows: {flag} has no effect" for flag in ("--metric", "--early-stopping-patience")
+    ]
+    assert not without_effect(flags, prepared(["a", "b"] * 20))
 
 
 def test_a_column_of_nearly_only_different_labels_is_doubted() -> None:
