@@ -94,18 +94,10 @@ class DataSettings:
         (), "column of the label; several 0/1 columns for multi-label", "label_column_name", group="data"
     )
     label_names: tuple[str, ...] = flag((), "names of the labels 0, 1, 2, ..., in their order", group="data")
-    label_delimiter: str | None = flag(
-        None, "what separates the labels of one row, such as , (multi-label)", group="data"
-    )
-    positive_label: str | None = flag(
-        None, "of two labels the one that precision, recall and ROC are about (default the second)", group="data"
-    )
-    delimiter: str | None = flag(
-        None, "what separates the cells of a CSV file: one character, or tab (default by the first rows)", group="data"
-    )
-    quote: str | None = flag(
-        None, "what quotes the cells of a CSV file: one character, or none (default by the first rows)", group="data"
-    )
+    label_delimiter: str | None = flag(None, "separator of a row's labels, such as , (multi-label)", group="data")
+    positive_label: str | None = flag(None, "which of two labels is positive (default the second)", group="data")
+    delimiter: str | None = flag(None, "of CSV cells: one character, or tab (default by the first rows)", group="data")
+    quote: str | None = flag(None, "of CSV cells: one character, or none (default by the first rows)", group="data")
     no_header: bool = flag(False, "the first row is data; columns are then called 0, 1, 2, ...", group="data")
     encoding: str | None = flag(None, "encoding of the files (default UTF-8, or what they look like)", group="data")
     on_bad_rows: str = flag(
@@ -331,7 +323,6 @@ class RunConfig(OutputSettings, HardwareSettings, RecipeSettings, DataSettings):
         seeds = [int(seed) if seed.isdecimal() else -1 for seed in self.seeds]
         if len({*seeds}) < len(seeds) or not all(0 <= seed < 1 << 63 for seed in seeds):
             raise UserError(f"--seeds {','.join(self.seeds)}: give different integers, such as 1,2,3")
-
         self.search_budget()
         for name, why in (("seeds", "one seed chooses"), ("check", "it trains nothing")):
             if self.search is not None and getattr(self, name):

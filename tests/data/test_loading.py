@@ -22,6 +22,7 @@ from minibert.data.tables import stream_table
 from minibert.errors import UserError
 from minibert.inference.stream import stream_examples, stream_labelled
 from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem, class_weights
+from minibert.runs.setup import without_effect
 
 
 def run_data(labels: list[Any], config: RunConfig | None = None, texts: list[str] | None = None) -> RunData:
@@ -246,7 +247,7 @@ def test_true_and_1_are_one_label_in_files_of_two_kinds(tmp_path: Path) -> None:
 
 def test_regression_has_nothing_to_smooth() -> None:
     with pytest.raises(UserError, match="--label-smoothing: regression has no classes"):
-        run_data([i / 4 for i in range(20)], RunConfig(label_smoothing=0.1))
+        without_effect(RunConfig(label_smoothing=0.1), run_data([i / 4 for i in range(20)], RunConfig()))
 
 
 def test_a_blank_cell_among_flags_is_a_bad_row_not_a_lost_label(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_the_pipeline_of_transformers_gives_our_probabilities(
     folder = tmp_path / "ours"
     source = tiny("BertForSequenceClassification", num_labels=3, problem_type=kind)
     classifier = minibert.load(source, "cpu")
-    classifier.problem.labels = ["praise", "complaint", "question"]
+    classifier.problem = replace(classifier.problem, labels=["praise", "complaint", "question"])
     classifier.save(folder)
     classify = transformers.pipeline("text-classification", str(folder), device="cpu")
     for theirs, ours in zip(classify(TEXTS, top_k=None, truncation=True), classifier.predict(TEXTS), strict=True):

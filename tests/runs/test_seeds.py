@@ -202,7 +202,7 @@ def test_seeds_from_python_and_mistakes(film_model: Path, films: Path, tmp_path:
     clf = minibert.finetune(texts, labels, seeds=[1, 2], output=str(tmp_path / "x"), **flags)
     assert np.array_equal(clf.logits(texts[:5]), minibert.load(tmp_path / "x" / "seed-1").logits(texts[:5]))
     for bad in ("1,x", "1,1", "1,01", f"1,{1 << 63}"):
-        with pytest.raises(UserError, match="different whole numbers"):
+        with pytest.raises(UserError, match="give different integers"):
             RunConfig(seeds=tuple(bad.split(",")))
     error = finetune("--train", str(films), "--seeds", "8", "--resume", "--output", str(tmp_path / "x"), code=2)
     assert "no checkpoint to resume" in error.stderr

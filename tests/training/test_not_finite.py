@@ -16,7 +16,9 @@ import torch
 from small_runs import STATE, one_line_error
 
 from minibert.cli import run_command
+from minibert.config import RunConfig
 from minibert.finetune import main
+from minibert.runtime.device import choose
 from minibert.training import loop as train
 from minibert.training.optimizer import Optimizer
 
@@ -146,11 +148,9 @@ def test_deterministic_runs_are_equal(arguments: Callable[..., list[str]], tmp_p
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.slow
 def test_deterministic_asks_torch_for_it() -> None:
     """On a CPU runs are equal anyway; on a GPU it is this switch that makes them so."""
-    code = "import torch; from minibert.config import RunConfig; from minibert.runtime.device import choose; "
-    code += "choose(RunConfig(deterministic={})); print(torch.are_deterministic_algorithms_enabled())"
     for wanted in (True, False):
-        done = subprocess.run([sys.executable, "-c", code.format(wanted)], capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == str(wanted)
+        with choose(RunConfig(deterministic=wanted, device="cpu")).computing():
+            assert torch.are_deterministic_algorithms_enabled() is wanted
+        assert not torch.are_deterministic_algorithms_enabled()

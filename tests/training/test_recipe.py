@@ -53,7 +53,7 @@ def test_a_run_says_and_keeps_what_was_chosen(
 
 def test_auto_is_a_flags_value_and_nothing_else_is() -> None:
     assert parse_run_config(["--lr", "auto", "--num_train_epochs", "auto"]).learning_rate is None
-    with pytest.raises(UserError, match="--learning-rate: 'fast' is neither auto nor a number"):
+    with pytest.raises(UserError, match="--learning-rate: 'fast' is not auto or a number"):
         parse_run_config(["--learning-rate", "fast"])
     with pytest.raises(UserError, match="epochs = 'many' is not auto or a number"):
         minibert.finetune(TEXTS, LABELS, epochs="many")

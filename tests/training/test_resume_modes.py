@@ -16,6 +16,7 @@ from trainings import CPU, FIXED
 
 from minibert import run
 from minibert.cli import given_settings
+from minibert.runs import setup
 from minibert.runtime.device import Hardware
 from minibert.training import flat_adamw as flat
 from minibert.training import loop as train
@@ -126,7 +127,7 @@ def test_resume_of_other_options(folder: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.slow
 def test_resume_of_every_way_to_compute(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     hardware = HARDWARE[name]
-    monkeypatch.setattr(run, "choose", lambda config: hardware)
+    monkeypatch.setattr(setup, "choose", lambda config: hardware)
     for module in (optim, flat):  # so large that the first steps overflow in fp16, and it has come down by the stop
         monkeypatch.setattr(module, "FIRST_LOSS_SCALE", 2.0**20)
     assert_resume_changes_nothing(monkeypatch, *DATA["classes"], "--gradient-accumulation-steps", "2")
