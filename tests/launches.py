@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
-from compile_kernels import Usage, compile_source
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibert.batching.dataset import collate
@@ -30,6 +31,9 @@ from minibert.problem.problem import MULTI, SINGLE, Problem
 from minibert.runtime.device import Hardware
 from minibert.training.graph_step import FixedSteps
 from minibert_kernels import backend
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))  # where this runs as a program
+from compile_kernels import Usage, compile_source
 
 MODELS = {  # layers, hidden size, heads, intermediate size
     "base": (12, 768, 12, 3072),
