@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from minibert.config import KIND_NAMES, DataSettings, RunConfig, flag_name, kind_of
 from minibert.errors import UserError
+from minibert.messages import messages_of_command
 from minibert.runtime.files import check_regular_file, one_line
 from minibert.version import __version__
 
@@ -139,7 +140,8 @@ def run_command(command: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        command(sys.argv[1:] if argv is None else argv)
+        with messages_of_command():
+            command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

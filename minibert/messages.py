@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from minibert.config import RunConfig, kind_of
 from minibert.errors import UserError
@@ -14,6 +15,17 @@ FLAG = re.compile(r"--(?P<name>[a-z][a-z-]*[a-z])(?P<rest>(?: (?P<value>[^\s:;,]
 NUMBER = re.compile(r"-?\d+(\.\d+)?(e-?\d+)?")
 IN_MEMORY = re.compile(r"(train|validation|test) (list|table), ")  # where a message begins with the place
 IN_MEMORY_ROW = {"list": "text ", "table": "row "}
+_of_command: ContextVar[bool] = ContextVar("of_command", default=False)
+
+
+@contextmanager
+def messages_of_command() -> Iterator[None]:
+    """While a command runs, which uses the Python API itself: its user has typed flags."""
+    token = _of_command.set(True)
+    try:
+        yield
+    finally:
+        _of_command.reset(token)
 
 
 @contextmanager
@@ -22,6 +34,8 @@ def messages_in_python() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        if _of_command.get():
+            raise
         raise UserError(in_python(str(error))) from None
 
 

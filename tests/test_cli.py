@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import run, run_here
 
 import minibert
-from minibert.cli import checked_values
+from minibert.cli import checked_values, run_command
 from minibert.config import RunConfig
 from minibert.errors import UserError
+from minibert.messages import messages_in_python
 
 
 def test_none_from_python_is_the_default() -> None:
@@ -168,3 +170,14 @@ assert "torch" not in sys.modules and "numpy" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.count("usage: ") == 6
+
+
+def test_what_a_command_says_names_flags_though_it_calls_the_python_api(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails(argv: Any = ()) -> None:
+        with messages_in_python():
+            raise UserError("use a smaller --max-length")
+
+    assert run_command(fails, []) == 2
+    assert capsys.readouterr().err == "error: use a smaller --max-length\n"
+    with pytest.raises(UserError, match="use a smaller max_length"):
+        fails()

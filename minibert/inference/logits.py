@@ -40,6 +40,5 @@ def compute_logits(
 def check_finite(logits: np.ndarray) -> np.ndarray:
     """The logits themselves; UserError where they say nothing, though argmax would make a label of them."""
     if not np.isfinite(logits).all():
-        remedy = "train again with a lower learning rate"
-        raise UserError(f"the model gives NaN or infinity; its training has diverged: {remedy}")
+        raise UserError("the model gives NaN or infinity; its training has diverged (lower --learning-rate)")
     return logits
