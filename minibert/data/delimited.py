@@ -234,12 +234,7 @@ def _delimiter(sample: str, usual: str) -> str:
         lines = lines[:-1] or lines
     fitting: dict[str, tuple[float, bool, int]] = {}
     for delimiter, quote in itertools.product("\t,;|^~", "\"'"):
-        try:
-            with _LONG_FIELDS:
-                reader = csv.reader(lines[:40], delimiter=delimiter, quotechar=quote, skipinitialspace=True)
-                rows = list(filter(None, reader))
-        except csv.Error:
-            continue
+        rows = _parsed(lines[:40], delimiter=delimiter, quotechar=quote, skipinitialspace=True)
         width = len(rows[0]) if rows else 0
         if width > 1:
             fit = (sum(len(row) == width for row in rows) / len(rows), delimiter == usual, width)
@@ -276,12 +271,17 @@ def _given_quoting(quote: str) -> dict[str, Any]:
 def _equal_rows(sample: str, delimiter: str, options: dict[str, Any]) -> int:
     """How many rows of the sample have as many cells as the first: writers quote only cells that need it."""
     lines = io.StringIO(sample, newline="").readlines()
+    rows = _parsed(lines[:SAMPLED_LINES], delimiter=delimiter, **options)
+    return sum(len(row) == len(rows[0]) for row in rows)
+
+
+def _parsed(lines: list[str], **options: Any) -> list[list[str]]:
+    """The rows that are not blank; none where csv gives up."""
     try:
         with _LONG_FIELDS:
-            widths = [len(row) for row in csv.reader(lines[:SAMPLED_LINES], delimiter=delimiter, **options) if row]
+            return list(filter(None, csv.reader(lines, **options)))
     except csv.Error:
-        return 0
-    return sum(width == widths[0] for width in widths) if widths else 0
+        return []
 
 
 def _is_quoted(sample: str, delimiter: str) -> bool:
