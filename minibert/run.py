@@ -134,9 +134,8 @@ def train_run(
         logger.info(line)
 
     weights = class_weights(data.problem, config.class_weights, job.sets["train"].targets)
-    start = weights_digest(job.model)
+    fingerprint = fingerprint_of(job.config, data, job.tokenizer, job.hardware, weights_digest(job.model), weights)
     if distributed.world_size() > 1:
-        fingerprint = fingerprint_of(job.config, data, job.tokenizer, job.hardware, start, weights)
         logger.info(f"spread  over {distributed.world_size()} processes, each batch split by tokens")
         distributed.check_same_on_all_ranks(must_be_alike(fingerprint, job.model.config, job.sets))
     compact = prepare_sets(job)
@@ -146,7 +145,7 @@ def train_run(
     fitted = job.head_is_new and job.config.head_init == "probe"
     training = Training(job.model, data.problem, job.sets, job.config, job.hardware, weights, logger.info, fitted)
     job.hardware = training.hardware  # eager, where the engine that `auto` chose does not work
-    fingerprint = fingerprint_of(job.config, data, job.tokenizer, job.hardware, start, weights)
+    fingerprint["hardware"] = str(job.hardware)
     moments.append(time.perf_counter())
     output = open_output(config, held)  # the last thing before training: an earlier run there is safe from mistakes
     record = run_record(job.config, data, first_command(output, command) if config.resume else command)
