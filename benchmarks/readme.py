@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,25 +166,30 @@ def scores() -> dict[str, str]:
 
 
 def yardsticks() -> dict[str, str]:
-    """A row for each task and size, a column for each trainer; the mean over seeds."""
-    runs = results("yardsticks")["runs"]
+    return {"table": yardstick_table(results("yardsticks")["runs"], YARDSTICK_TASKS, YARDSTICK_SIZES)}
+
+
+def yardstick_table(runs: list[dict[str, Any]], tasks: Mapping[str, str], sizes: Mapping[str, str]) -> str:
+    """A row for each task and size, a column for each trainer; `tasks` and `sizes` may have other names for them."""
     trainers = list(dict.fromkeys(run["trainer"] for run in runs))
-    settings = list(dict.fromkeys((run["task"], run["size"]) for run in runs))
     rows = []
-    for task, size in settings:
-        cells = []
-        for trainer in trainers:
-            wanted = (task, size, trainer)
-            found = [run for run in runs if (run["task"], run["size"], run["trainer"]) == wanted]
-            cells.append(yardstick_cell(found) if found else "–")
-        rows.append([f"{YARDSTICK_TASKS.get(task, task)}, {YARDSTICK_SIZES.get(size, size)}", *cells])
-    return {"table": table(["", *trainers], rows)}
+    for task, size in dict.fromkeys((run["task"], run["size"]) for run in runs):
+        of_trainer: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in trainers}
+        for run in runs:
+            if (run["task"], run["size"]) == (task, size):
+                of_trainer[run["trainer"]].append(run)
+        rows.append([f"{tasks.get(task, task)}, {sizes.get(size, size)}", *map(yardstick_cell, of_trainer.values())])
+    return table(["", *trainers], rows)
 
 
 def yardstick_cell(runs: list[dict[str, Any]]) -> str:
-    score, seconds = (sum(run[key] for run in runs) / len(runs) for key in ("score", "seconds"))
-    seeds = f" ({len(runs)} seeds)" if len(runs) > 1 else ""
-    return f"{score:.1f}, {seconds:.0f} s{seeds}"
+    """Mean and spread of the scores over seeds, in brackets how many, and the mean of the seconds."""
+    if not runs:
+        return "–"
+    scores = [run["score"] for run in runs]
+    spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+    seconds = statistics.fmean(run["seconds"] for run in runs)
+    return f"{statistics.fmean(scores):.1f}{spread} ({len(scores)}), {seconds:.0f} s"
 
 
 SECTIONS = (steps, breakdown, training, serving, tokens, load, scores, yardsticks)

@@ -14,7 +14,6 @@ import argparse
 import csv
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from readme import yardstick_table
 from scipy.stats import spearmanr
 from scores import ROOT, TASKS, Rows, Task, has_pairs, held_out, label_names, targets, write
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, RidgeCV
@@ -122,13 +122,18 @@ def transformers(task: Task, parts: dict[str, Rows], folder: Path, seed: int, ra
     return logits > 0 if task.kind == "multi" else logits[:, 0]
 
 
-def logistic_regression(task: Task, parts: dict[str, Rows], folder: Path, seed: int) -> np.ndarray:
-    """On mean-pooled sentence embeddings of the same weights; of pairs both and their difference. Ridge for numbers."""
+def sentence_encoder() -> Any:
+    """The same weights as mean-pooled sentence embeddings."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
     encoder = Transformer(demo_weights(), max_seq_length=MAX_LENGTH)
-    model = SentenceTransformer(modules=[encoder, Pooling(encoder.get_word_embedding_dimension(), "mean")])
+    return SentenceTransformer(modules=[encoder, Pooling(encoder.get_word_embedding_dimension(), "mean")])
+
+
+def logistic_regression(task: Task, parts: dict[str, Rows], folder: Path, seed: int) -> np.ndarray:
+    """On mean-pooled sentence embeddings of the same weights; of pairs both and their difference. Ridge for numbers."""
+    model = sentence_encoder()
 
     def embedded(part: str) -> np.ndarray:
         first = model.encode([row[0] for row in parts[part]], normalize_embeddings=True)
@@ -151,14 +156,10 @@ def setfit(task: Task, parts: dict[str, Rows], folder: Path, seed: int) -> np.nd
     """SetFit (Tunstall et al. 2022), 20 pairs drawn for each text as in its paper; it has no pairs and no numbers."""
     import datasets
     import setfit as sf
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Pooling, Transformer
 
-    encoder = Transformer(demo_weights(), max_seq_length=MAX_LENGTH)
-    body = SentenceTransformer(modules=[encoder, Pooling(encoder.get_word_embedding_dimension(), "mean")])
     strategy = "one-vs-rest" if task.kind == "multi" else None
     head = LogisticRegression(max_iter=1000)
-    model = sf.SetFitModel(body, OneVsRestClassifier(head) if strategy else head, strategy)
+    model = sf.SetFitModel(sentence_encoder(), OneVsRestClassifier(head) if strategy else head, strategy)
     texts, labels = [row[0] for row in parts["train"]], targets(task, parts, "train").astype(int).tolist()
     settings = sf.TrainingArguments(
         output_dir=str(folder / "setfit"), num_iterations=20, num_epochs=1, batch_size=16, seed=seed, report_to="none"
@@ -210,7 +211,7 @@ def main() -> None:
     runs: list[dict[str, Any]] = json.loads(arguments.results.read_text())["runs"] if arguments.results.exists() else []
     if not arguments.table:
         run_missing(arguments, runs)
-    print(table(runs))
+    print(yardstick_table(runs, {}, {}))
 
 
 def run_missing(arguments: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
@@ -257,31 +258,6 @@ def run_here(task: str, size: str, seed: str, trainer: str, folder: str) -> dict
     parts = chosen(TASKS[task], size, int(seed))
     found = TRAINERS[trainer](TASKS[task], parts, Path(folder), int(seed))
     return {"score": round(score(TASKS[task], parts, found), 2), "train_rows": len(parts["train"])}
-
-
-def table(runs: list[dict[str, Any]]) -> str:
-    """One row a task and size, a column a trainer: mean and spread over seeds, and mean seconds."""
-    trainers = [name for name in TRAINERS if any(run["trainer"] == name for run in runs)]
-    lines = ["| | " + " | ".join(trainers) + " |", "|---" * (len(trainers) + 1) + "|"]
-    for size in SIZES:
-        for task in TASKS:
-            cells = [
-                cell([run for run in runs if (run["task"], run["size"], run["trainer"]) == (task, size, trainer)])
-                for trainer in trainers
-            ]
-            if any(cells):
-                lines.append(f"| {task}, {size} | " + " | ".join(text or "-" for text in cells) + " |")
-    return "\n".join(lines)
-
-
-def cell(runs: list[dict[str, Any]]) -> str:
-    if not runs:
-        return ""
-    values = [run["score"] for run in runs]
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return (
-        f"{statistics.fmean(values):.1f}{spread} ({len(values)}), {statistics.fmean(r['seconds'] for r in runs):.0f} s"
-    )
 
 
 if __name__ == "__main__":
