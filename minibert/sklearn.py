@@ -98,8 +98,7 @@ class BertClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # s
     def predict_proba(self, X: Iterable[Any]) -> np.ndarray:
         """[n, classes] probabilities, columns in the order of `classes_`."""
         check_is_fitted(self)
-        probabilities = self.classifier_.problem.probabilities(self.classifier_.logits(_texts(X)))
-        return probabilities[:, self._columns]
+        return self.classifier_.predict_proba(_texts(X))[:, self._columns]
 
     def predict(self, X: Iterable[Any]) -> np.ndarray:
         """[n] labels, of the type of y."""

@@ -18,7 +18,7 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last one on Arm
 @cache
 def flags() -> frozenset[str]:
     """The instruction sets that Linux names, of the first core; nothing elsewhere."""
-    return frozenset(word for name in ("flags", "features") for word in _cpuinfo(name).lower().split())
+    return frozenset((_cpuinfo("flags") or _cpuinfo("features")).lower().split())
 
 
 def _cpuinfo(name: str) -> str:
