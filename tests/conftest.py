@@ -69,7 +69,7 @@ def missing(what: str) -> None:
 
 def needed(package: str) -> Any:
     """A package that is not in the test extra."""
-    if find_spec(package) is None:
+    if find_spec(package.partition(".")[0]) is None:
         missing(f"the package {package}")
     return import_module(package)
 
