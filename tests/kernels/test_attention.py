@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 import pytest
@@ -13,9 +12,6 @@ from minibert_kernels import (
     attention,
     first_token,
 )
-
-if os.environ.get("CI") != "true":  # which installs it
-    pytest.importorskip("triton")
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from kernel_cases import compare, large, random, rng_on
@@ -12,9 +10,6 @@ from minibert.problem.problem import MULTI, REGRESSION, SINGLE, Problem
 from minibert_kernels import (
     head,
 )
-
-if os.environ.get("CI") != "true":  # which installs it
-    pytest.importorskip("triton")
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 

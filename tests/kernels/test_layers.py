@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 
 import pytest
@@ -17,9 +16,6 @@ from minibert_kernels import (
     layer_norm,
     linear,
 )
-
-if os.environ.get("CI") != "true":  # which installs it
-    pytest.importorskip("triton")
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
 

@@ -15,7 +15,6 @@ import torch
 sys.modules["psutil"] = memory
 import minibert
 from minibert.cli import run_command
-from minibert import finetune, predict
 from minibert.finetune import main as train
 from minibert.predict import main as answer
 train_file, model, output = sys.argv[1:]
